@@ -1,0 +1,26 @@
+"""MoME: one mixture-of-modality-experts transformer that embeds, captions, classifies and searches images and text.
+
+`import mome` registers its classes with the Auto classes of transformers, so that `AutoModel.from_pretrained(path)`
+needs no `trust_remote_code`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_mome import MOME_SIZES, MomeConfig
+from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .processing_mome import MomeProcessor
+
+AutoConfig.register(MomeConfig.model_type, MomeConfig, exist_ok=True)
+AutoModel.register(MomeConfig, MomeModel, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(MomeConfig, MomeModel, exist_ok=True)
+AutoModelForImageTextToText.register(MomeConfig, MomeForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(MomeConfig, MomeProcessor, exist_ok=True)
+
+__version__ = "0.1.0"
+__all__ = ["MOME_SIZES", "MomeConfig", "MomeForConditionalGeneration", "MomeModel", "MomeProcessor"]

@@ -1,0 +1,268 @@
+"""The caption pass: where image and caption are, who sees whom, and what `generate()` starts from.
+
+- `CaptionContext`: one call's tokens as the trunk wants them (image first, then text) and the way back;
+- `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
+- `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
+
+`input_ids` comes in three layouts (P padding, I image token, w text), the cache in the same order:
+
+    I I I w w w      what generate() makes: sliced
+    P P I I I w      image tokens behind padding: gathered, and put back before the cache
+    w w w            text only: the image, if there is one, comes before it
+"""
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .configuration_mome import MomeConfig
+
+
+class CaptionContext:
+    """The tokens of one call of the captioner, split into image and text.
+
+    Attributes:
+        text_ids: (batch, text tokens), or `None` if embeddings were given.
+        text_embeds: (batch, text tokens, width), or `None`.
+        position_ids: (batch, text tokens), position in the text, `[BOS]` is 0.
+        image_tokens: tokens of the image in this call; 0 without `pixel_values`.
+        text_tokens: tokens of the text in this call.
+        placed: `input_ids` holds the image tokens.
+        order: (batch, tokens) index of each token in `input_ids`, image first; `None` where that is the order.
+        attention_mask: (batch, tokens seen so far) in the order of `input_ids`, or 4D, or `None`.
+        num_image_tokens: tokens of the image in this call or in the cache.
+    """
+
+    def __init__(
+        self,
+        config: MomeConfig,
+        image_embedding: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
+        self.config = config
+        self.past_key_values = past_key_values
+        tokens = inputs_embeds if input_ids is None else input_ids
+        self.batch = tokens.shape[0]
+        self.image_tokens, self.images, self.placed, self.order = 0, 0, False, None
+        if pixel_values is not None:
+            self.image_tokens, self.images = config.num_image_tokens, pixel_values.shape[0]
+            if not self.images or self.batch % self.images:
+                raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
+            is_image = _is_image_token(config, image_embedding, input_ids, inputs_embeds)
+            self.placed, self.order = _locate_image(config, is_image, attention_mask)
+        self.text_tokens = tokens.shape[1] - (self.image_tokens if self.placed else 0)
+        self.tokens = self.text_tokens + self.image_tokens
+        if not self.text_tokens:
+            raise ValueError(f"input_ids of shape {tuple(tokens.shape[:2])} holds no text: start it with [BOS]")
+
+        self.past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self.num_image_tokens = self.image_tokens or getattr(past_key_values, "num_image_tokens", 0)
+        self.attention_mask = self._widen(attention_mask)
+        self.text_ids = None if input_ids is None else self.text_part(input_ids)
+        self.text_embeds = None if inputs_embeds is None else self.text_part(inputs_embeds)
+        self.position_ids = self._text_positions(position_ids, tokens.device)
+
+    def text_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens in line with `input_ids`, …) → (batch, text tokens, …)."""
+        if self.order is None:
+            return tensor[:, -self.text_tokens :]
+        index = self.order[:, self.image_tokens :]
+        return tensor.gather(
+            1, index.reshape(*index.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+        )
+
+    def per_row(self, states: torch.Tensor) -> torch.Tensor:
+        """(images, …) → (batch, …): the candidates and beams of an image share its states."""
+        repeats = self.batch // self.images
+        return states if repeats == 1 else states.repeat_interleave(repeats, dim=0)
+
+    @property
+    def key_order(self) -> torch.Tensor | None:
+        """(batch, tokens): where each token of `input_ids` stands when the image comes first."""
+        return None if self.order is None else self.order.argsort(dim=1)
+
+    def in_input_order(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, image tokens + text tokens, …) → the same in the order of `input_ids`."""
+        if self.order is None:
+            return states
+        return states.gather(1, self.key_order[..., None].expand(-1, -1, states.shape[-1]))
+
+    def text_mask(self) -> torch.Tensor | None:
+        """(batch, text tokens): 0 where padding; `None`: no padding, or not known."""
+        mask = self.attention_mask
+        if mask is None or mask.ndim != 2:
+            return None
+        return self.text_part(mask[:, -self.tokens :])
+
+    def causal_mask(self, like: torch.Tensor, materialise: bool) -> torch.Tensor | None:
+        """The rows of the text: it sees the image and itself up to each token.
+
+        The mask has an entry for every token of the cache, `like` gives its dtype and device. With `materialise`
+        it is never `None`.
+        """
+        mask = create_causal_mask(
+            self.config,
+            like.new_empty(self.batch, self.tokens, 0),
+            self.attention_mask,
+            self.past_key_values,
+            allow_is_causal_skip=not (self.image_tokens or materialise),
+        )
+        if mask is None or mask.ndim != 4 or not self.image_tokens:
+            return mask
+        if self.order is None:
+            return mask[:, :, -self.text_tokens :]
+        rows = self.order[:, None, self.image_tokens :, None]
+        return mask.expand(self.batch, -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
+
+    def key_positions(self, keys: int) -> torch.Tensor:
+        """(batch, keys): text position of every token of cache and call, below 0 for image and left padding."""
+        if self.order is None:
+            row = torch.arange(self.text_tokens, device=self.position_ids.device).expand(self.batch, -1)
+            row = row + self.image_tokens
+        else:
+            row = self.order[:, self.image_tokens :]
+        # The last token that is no padding tells where in the cache position 0 of the text lies.
+        last = self.position_ids.argmax(dim=1, keepdim=True)
+        start = self.past_length + row.gather(1, last) - self.position_ids.gather(1, last)
+        return torch.arange(keys, device=start.device) - start
+
+    def _widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Add the image tokens that the caller's mask leaves out."""
+        if mask is None or mask.ndim != 2 or not self.num_image_tokens:
+            return mask
+        if self.image_tokens:
+            left_out = not self.placed
+        else:
+            left_out = mask.shape[1] == self.past_length + self.tokens - self.num_image_tokens
+        return F.pad(mask, (self.num_image_tokens, 0), value=1) if left_out else mask
+
+    def _text_positions(self, position_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        if position_ids is not None:
+            # As generate() counts them: image tokens included if input_ids holds them.
+            counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
+            positions = self.text_part(position_ids.expand(self.batch, -1)) - counted
+        elif self.attention_mask is not None and self.attention_mask.ndim == 2:
+            positions = self.attention_mask.long().cumsum(dim=1)[:, -self.tokens :] - 1 - self.num_image_tokens
+            positions = self.text_part(positions)
+        else:
+            positions = torch.arange(self.tokens, device=device) + self.past_length - self.num_image_tokens
+            positions = self.text_part(positions.expand(self.batch, -1))
+        self._check_positions(positions)
+        return positions.clamp(min=0)
+
+    def _check_positions(self, positions: torch.Tensor):
+        """Refuse a text beyond the position table; look at values only where the number of tokens allows for one."""
+        longest = self.config.max_position_embeddings
+        if torch.compiler.is_compiling() or positions.device.type == "meta":
+            return
+        if int(self.past_length) - self.num_image_tokens + self.tokens <= longest:
+            return
+        if (highest := int(positions.max())) >= longest:
+            raise ValueError(
+                f"the text has {highest + 1} tokens, max_position_embeddings is {longest}: shorten the text or ask "
+                "for fewer new tokens"
+            )
+
+
+def _is_image_token(
+    config: MomeConfig,
+    image_embedding: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """(batch, tokens) bool; `None` when compiled: a graph can't branch on ids, so the text must come alone."""
+    if torch.compiler.is_compiling():
+        return None
+    if input_ids is None:
+        is_image = (inputs_embeds == image_embedding.to(inputs_embeds)).all(dim=-1)
+    else:
+        is_image = input_ids == config.image_token_id
+    # Nothing keeps a model from emitting the id again: only the first ones are the image.
+    return is_image & (is_image.cumsum(dim=1) <= config.num_image_tokens)
+
+
+def _locate_image(
+    config: MomeConfig, is_image: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> tuple[bool, torch.Tensor | None]:
+    """Whether `input_ids` holds image tokens, and the order that brings them to the front if they aren't there."""
+    if is_image is None or not is_image.any():
+        return False, None
+    counts, expected = is_image.sum(dim=1), config.num_image_tokens
+    if (counts != expected).any():
+        wrong = int(counts[counts != expected][0])
+        raise ValueError(
+            f"a row of input_ids holds {wrong} image tokens, an image has {expected}: leave them out, generate() and "
+            "forward() put them in"
+        )
+    first = is_image.long().argmax(dim=1, keepdim=True)
+    position = torch.arange(is_image.shape[1], device=is_image.device)
+    before = position < first
+    if attention_mask is not None and attention_mask.ndim == 2:
+        before = before & attention_mask[:, -is_image.shape[1] :].bool()
+    elif attention_mask is not None:
+        before = torch.zeros_like(before)
+    if before.any() or (is_image != ((position >= first) & (position < first + expected))).any():
+        raise ValueError("image tokens in input_ids must stand together and before the text: only padding may precede")
+    if not first.any():
+        return True, None
+    return True, is_image.long().argsort(dim=1, descending=True, stable=True)
+
+
+def extend_mask(mask: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:
+    """Add `[MASK]` tokens for the last so many rows: each sees what its row sees, and itself; none sees them.
+
+        w1   1 0 0        w1   1 0 0  0 0
+        w2   1 1 0   →    w2   1 1 0  0 0
+        w3   1 1 1        w3   1 1 1  0 0
+                          M2   1 1 0  1 0
+                          M3   1 1 1  0 1
+
+    Args:
+        mask: (batch, 1, rows, keys), bool (may see) or float (added to the scores).
+
+    Returns:
+        (batch, 1, rows + num_mask_tokens, keys + num_mask_tokens)
+    """
+    hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
+    itself = torch.full((num_mask_tokens, num_mask_tokens), hidden, dtype=mask.dtype, device=mask.device)
+    itself = itself.fill_diagonal_(seen).expand(*mask.shape[:2], -1, -1)
+    rows = F.pad(mask, (0, num_mask_tokens), value=hidden)
+    return torch.cat([rows, torch.cat([mask[:, :, -num_mask_tokens:], itself], dim=3)], dim=2)
+
+
+def prepare_prompt(
+    config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos_token_ids: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn the text of a prompt into what a caption goes on from.
+
+    Tokenizers end a text with `[EOS]` and pad it on the right; a caption goes on from the last word. A prompt of
+    which nothing is left becomes `[BOS]`.
+
+    Args:
+        input_ids: (batch, tokens), without image tokens.
+        attention_mask: (batch, tokens), or `None`: padding is where `pad_token_id` is.
+
+    Returns:
+        (batch, tokens) ids and mask, padded on the left.
+    """
+    if attention_mask is None:
+        attention_mask = (input_ids != config.pad_token_id).long()
+    is_eos = torch.isin(input_ids, torch.tensor(eos_token_ids, device=input_ids.device)) & attention_mask.bool()
+    # [EOS] ends a text where no token follows it.
+    following = attention_mask.flip(1).cumsum(dim=1).flip(1)
+    attention_mask = attention_mask.masked_fill(is_eos & (following == 1), 0)
+    order = attention_mask.long().argsort(dim=1, stable=True)
+    width = max(int(attention_mask.sum(dim=1).max()), 1)
+    input_ids, attention_mask = (each.gather(1, order)[:, -width:] for each in (input_ids, attention_mask))
+    nothing_left = attention_mask.sum(dim=1) == 0
+    input_ids[nothing_left, -1] = config.bos_token_id
+    attention_mask[nothing_left, -1] = 1
+    return input_ids, attention_mask

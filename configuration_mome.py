@@ -1,0 +1,240 @@
+"""MoME configuration: one flat, strict record of the architecture.
+
+- the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
+- `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
+- unknown keys and impossible combinations are refused with the offending value in the message.
+"""
+
+import dataclasses
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# The ViT family's widths and depths; base and large are also those of VLMo and BEiT-3.
+MOME_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+# Keys that transformers itself passes to or writes into any config, beside the dataclass fields.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "custom_pipelines",
+        "dtype",
+        "experts_implementation",
+        "is_encoder_decoder",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "per_layer_config",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+
+
+@strict
+class MomeConfig(PreTrainedConfig):
+    r"""Architecture of a mixture-of-modality-experts transformer.
+
+    Args:
+        vocab_size: rows of the word embedding and of the caption head.
+        hidden_size: width of the trunk.
+        intermediate_size: width of a dense feed-forward, and of an expert unless `expert_intermediate_size` is set.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads of every attention; must divide `hidden_size`.
+        hidden_act: activation of the experts, a key of `transformers.activations.ACT2FN`.
+        image_size: side of the square input image in pixels.
+        patch_size: side of a patch in pixels; must divide `image_size`.
+        num_channels: channels of `pixel_values`.
+        patch_embedding_type: `linear` (one strided convolution) or `conv_stem` (a stack of 3×3 convolutions of
+            stride 2 with GroupNorm, 2106.14881; `patch_size` must be a power of two).
+        max_position_embeddings: longest text in tokens, `[BOS]` and `[EOS]` counted.
+        position_embedding_type: `absolute` (one learned table per modality) or `relative` (VLMo's one table of
+            biases over image, text and cross-modal distances, with a column per head and layer; no text positions).
+        text_embedding_norm: LayerNorm (eps 1e-12) over the text embedding, as in BERT and VLMo.
+        modality_embedding: learned vector added to every token of a modality (VLMo's token types).
+        share_attention: `True` (VLMo): attention, its norm and the final norm serve both modalities; `False`
+            (BEiT-3): each modality has its own.
+        fusion_start_layer: first layer whose tokens use the `joint` experts in a fused pass; `None`: no such experts.
+        sub_layernorm: LayerNorm before the attention's output projection and before the experts' second matrix
+            (Magneto, 2210.06423; BEiT-3).
+        layer_scale_init_value: start value of the per-channel scale on both residual branches; `None`: no scale.
+        layer_norm_eps: epsilon of every LayerNorm of the trunk.
+        hidden_dropout: dropout after the embeddings and on both residual branches.
+        attention_dropout: dropout on the attention weights.
+        initializer_range: standard deviation of the normal initialisation.
+        projection_dim: dimension of `image_embeds` and `text_embeds`.
+        logit_scale_init_value: start value of the log of the inverse temperature (CLIP: ln(1/0.07)).
+        caption_objective: `causal` (a caption token predicts the next one) or `masked` (BEiT-3: the next token is
+            read from a `[MASK]` put behind the caption so far).
+        lm_head_transform: BERT's dense-activation-norm before the caption head's matrix (VLMo).
+        tie_word_embeddings: share the matrix of the caption head with the word embedding.
+        experts_per_group: experts in each of the groups `image`, `text`, `joint`. 1 is hard modality routing.
+        experts_per_token: how many experts of its group a token uses.
+        expert_intermediate_size: inner width of a routed expert.
+        shared_expert: an expert beside the routed ones that every token of the group uses.
+        router_aux_loss_coef: weight of the balance loss, per group.
+        router_z_loss_coef: weight of the router z-loss (2202.08906), per group.
+        output_router_logits: return the router logits by default.
+        contrastive_loss_weight: weight of the image–text contrastive loss in the captioner's joint loss.
+        caption_loss_weight: weight of the caption loss in the joint loss (CoCa, 2205.01917: 1 and 2).
+        use_cache: keep keys and values while generating.
+        pad_token_id, bos_token_id, eos_token_id: special tokens of the text.
+        mask_token_id: the `[MASK]` of the `masked` caption objective.
+        image_token_id: stands for one image token in `input_ids`; an id below `vocab_size`, never embedded.
+
+    Raises:
+        ValueError: an unknown key or an impossible combination, with the value.
+    """
+
+    model_type = "mome"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    patch_embedding_type: Literal["linear", "conv_stem"] = "linear"
+    max_position_embeddings: int = 64
+    position_embedding_type: Literal["absolute", "relative"] = "absolute"
+    text_embedding_norm: bool = False
+    modality_embedding: bool = False
+    share_attention: bool = True
+    fusion_start_layer: int | None = None
+    sub_layernorm: bool = False
+    layer_scale_init_value: float | int | None = None
+    layer_norm_eps: float = 1e-6
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+    caption_objective: Literal["causal", "masked"] = "causal"
+    lm_head_transform: bool = False
+    tie_word_embeddings: bool = True
+    experts_per_group: int = 1
+    experts_per_token: int = 1
+    expert_intermediate_size: int | None = None
+    shared_expert: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
+    output_router_logits: bool = False
+    contrastive_loss_weight: float | int = 1.0
+    caption_loss_weight: float | int = 2.0
+    use_cache: bool = True
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    mask_token_id: int | None = None
+    image_token_id: int = 3
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown_keys(kwargs)
+        self._check_dimensions()
+        self._check_experts()
+        self._check_token_ids()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides) -> "MomeConfig":
+        """A config of one of the named sizes (`tiny`, `small`, `base`, `large`); `overrides` win over the table."""
+        if size not in MOME_SIZES:
+            raise ValueError(f"unknown size {size!r}: choose one of {', '.join(MOME_SIZES)}")
+        return cls(**{**MOME_SIZES[size], **overrides})
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of one image in the trunk: `[CLS]` and the patches."""
+        return self.grid_size**2 + 1
+
+    def _refuse_unknown_keys(self, kwargs):
+        fields = [field.name for field in dataclasses.fields(self)]
+        for key in kwargs:
+            if key not in _TRANSFORMERS_KEYS:
+                close = difflib.get_close_matches(key, fields, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see the MomeConfig docstring for the known keys"
+                raise ValueError(f"unknown MomeConfig key {key!r} (value {kwargs[key]!r}): {hint}")
+
+    def _check_dimensions(self):
+        for name in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size "
+            "num_channels max_position_embeddings projection_dim experts_per_group experts_per_token"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        if self.patch_embedding_type == "conv_stem":
+            stages = self.patch_size.bit_length() - 1
+            if stages < 1 or self.patch_size != 2**stages:
+                raise ValueError(
+                    f"patch_size={self.patch_size} must be a power of two (2 or more) for "
+                    "patch_embedding_type='conv_stem': use 'linear' or another patch_size"
+                )
+            if self.hidden_size % 2 ** (stages - 1):
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} must be a multiple of {2 ** (stages - 1)} for "
+                    f"patch_embedding_type='conv_stem' with patch_size={self.patch_size}"
+                )
+        if self.fusion_start_layer is not None and not 0 <= self.fusion_start_layer < self.num_hidden_layers:
+            raise ValueError(
+                f"fusion_start_layer={self.fusion_start_layer} is not a layer of num_hidden_layers="
+                f"{self.num_hidden_layers}: use None for no joint experts"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+
+    def _check_experts(self):
+        if self.experts_per_token > self.experts_per_group:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is more than experts_per_group={self.experts_per_group}"
+            )
+        if self.experts_per_group == 1 and self.shared_expert:
+            raise ValueError("shared_expert=True needs experts_per_group of 2 or more, got experts_per_group=1")
+        if self.experts_per_group == 1 and self.expert_intermediate_size is not None:
+            raise ValueError(
+                f"expert_intermediate_size={self.expert_intermediate_size} needs experts_per_group of 2 or more: "
+                "set intermediate_size instead"
+            )
+
+    def _check_token_ids(self):
+        if self.caption_objective == "masked" and self.mask_token_id is None:
+            raise ValueError("caption_objective='masked' needs a mask_token_id, got mask_token_id=None")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "image_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
+
+
+__all__ = ["MOME_SIZES", "MomeConfig"]

@@ -1,0 +1,817 @@
+"""MoME: one transformer for images and text whose feed-forwards are experts of a modality.
+
+- one trunk: VLMo (2111.02358) and BEiT-3 (2208.10442) are two of its configurations;
+- hard modality routing as contiguous slices, learned top-k routing inside a modality where the config asks for it;
+- `MomeModel`: image, text and fused features, one embedding space, multi-positive contrastive loss;
+- `MomeForConditionalGeneration`: captions through the stock `generate()`, the image encoded once.
+
+    pixel_values ─ image embedding ─┐                        ┌─ first token ─ project ─ image_embeds ─┐
+                                    ├─ N × (attention,       │                                        ├─ logits_per_image
+    input_ids ──── text embedding ──┘   routed experts) ─────┼─ first token ─ project ─ text_embeds ──┘
+                                                             └─ lm_head ─ caption logits
+
+Four passes go through the trunk:
+
+    image     [CLS] patches               every token sees every token
+    text      [BOS] words [EOS]           every token sees every token
+    fused     image tokens, text tokens   every token sees every token
+    caption   the image pass, then        a caption token sees the image and the caption up to itself:
+              caption tokens                         image  caption
+                                              w1     1 1 1  1 0 0
+                                              w2     1 1 1  1 1 0
+                                              w3     1 1 1  1 1 1
+
+An image token never sees a caption, so that the caption pass takes keys and values from the image pass as they are.
+
+Glossary of shapes: batch; tokens (image tokens: `[CLS]` and patches); width (`hidden_size`); heads; head_dim;
+experts (of one group); layers.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .captioning_mome import CaptionContext, extend_mask, prepare_prompt
+from .configuration_mome import MomeConfig
+from .routing_mome import router_losses
+from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
+
+# transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
+# decorated class is MomeExperts in trunk_mome.py.
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def same_caption(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(texts, tokens) → (texts, texts) bool: which texts of a batch are equal, padding aside."""
+    if attention_mask is not None:
+        input_ids = input_ids.masked_fill(attention_mask == 0, -1)
+    return (input_ids[:, None, :] == input_ids[None, :, :]).all(dim=-1)
+
+
+def contrastive_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """Multi-positive InfoNCE, mean of both directions (UniCL, 2204.03610, eq. 2–4).
+
+    With one positive per row it is the loss of CLIP. Several positives share the target mass equally, so that an
+    equal caption in the batch is no false negative.
+
+    Args:
+        logits_per_image: (images, texts), cosine times inverse temperature.
+        positives: (images, texts) bool, at least one per row and column.
+    """
+    logits = logits_per_image.float()
+    targets = positives.to(logits.dtype)
+    image_to_text = -(targets * logits.log_softmax(dim=1)).sum(dim=1) / targets.sum(dim=1)
+    text_to_image = -(targets * logits.log_softmax(dim=0)).sum(dim=0) / targets.sum(dim=0)
+    return (image_to_text.mean() + text_to_image.mean()) / 2
+
+
+# ----------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class MomeFeatures(BaseModelOutputWithPooling):
+    """Features of one pass: as `BaseModelOutputWithPooling`, and `router_logits` per layer (batch, tokens, experts)."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MomeOutput(ModelOutput):
+    """Images and texts in one space.
+
+    Attributes:
+        loss: contrastive loss plus router losses, with `return_loss=True`.
+        logits_per_image: (images, texts), cosine times inverse temperature.
+        logits_per_text: its transpose.
+        text_embeds: (texts, projection_dim), L2-normalised.
+        image_embeds: (images, projection_dim), L2-normalised.
+        last_hidden_state, hidden_states, attentions: those of the only pass, when one modality was given.
+        router_logits: per layer, a dict from group to logits (batch, tokens, experts).
+        image_model_output, text_model_output: the passes one by one.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[dict[str, torch.Tensor], ...] | None = None
+    image_model_output: MomeFeatures | None = None
+    text_model_output: MomeFeatures | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def _by_group(**router_logits: tuple[torch.Tensor, ...] | None) -> tuple[dict[str, torch.Tensor], ...] | None:
+    """group=(logits of each layer), … → per layer, {group: logits}; `None` where no pass was routed."""
+    routed = {group: logits for group, logits in router_logits.items() if logits}
+    return tuple(dict(zip(routed, layer)) for layer in zip(*routed.values())) if routed else None
+
+
+class MomeModel(MomePreTrainedModel):
+    """Embeds images and texts in one space, alone or fused."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: MomeConfig):
+        super().__init__(config)
+        self.image_embedding = MomeImageEmbedding(config)
+        self.text_embedding = MomeTextEmbedding(config)
+        self.encoder = MomeEncoder(config)
+        self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, MomeModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_embedding.word_embeddings = value
+
+    # The passes.
+
+    def image_pass(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
+        """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
+        self._check_pixel_values(pixel_values)
+        position_bias = None
+        if self.encoder.position_bias is not None:
+            position_bias = self.encoder.position_bias.image(pixel_values.device)
+        hidden_states = self.image_embedding(pixel_values)
+        return self.encoder(hidden_states, (("image", hidden_states.shape[1]),), None, position_bias, **kwargs)
+
+    def text_pass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> MomeEncoderOutput:
+        """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        self._check_input_ids(input_ids)
+        position_ids = text_positions(input_ids, attention_mask)
+        hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
+        position_bias = None
+        if self.encoder.position_bias is not None:
+            position_bias = self.encoder.position_bias.text(position_ids, position_ids)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        return self.encoder(hidden_states, (("text", hidden_states.shape[1]),), mask, position_bias, **kwargs)
+
+    def fused_pass(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MomeEncoderOutput:
+        """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
+        self._check_pixel_values(pixel_values)
+        self._check_input_ids(input_ids)
+        _check_pairs(pixel_values, input_ids)
+        position_ids = text_positions(input_ids, attention_mask)
+        image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
+        hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
+        spans = (("image", image.shape[1]), ("text", text.shape[1]))
+        position_bias = None
+        if self.encoder.position_bias is not None:
+            position_bias = self.encoder.position_bias.fused(position_ids)
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (image.shape[1], 0), value=1)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        return self.encoder(hidden_states, spans, mask, position_bias, joint=True, **kwargs)
+
+    # The public features.
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Image embeddings.
+
+        Args:
+            pixel_values: (images, channels, image_size, image_size) float.
+
+        Returns:
+            `pooler_output` (images, projection_dim), L2-normalised; `last_hidden_state` (images, tokens, width).
+
+        Raises:
+            ValueError: wrong number of dimensions, channels or pixels.
+        """
+        return self._image_features(self.image_pass(pixel_values, **kwargs))
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Text embeddings.
+
+        Args:
+            input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
+            attention_mask: (texts, tokens), 0 where padding.
+
+        Returns:
+            `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width).
+
+        Raises:
+            ValueError: no text, an id beyond the vocabulary, or a text longer than the position table.
+        """
+        return self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask)
+
+    @can_return_tuple
+    def get_multimodal_features(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Fused features of pairs: `last_hidden_state` (batch, image tokens + text tokens, width), image first.
+
+        From `fusion_start_layer` up, all tokens use the `joint` experts. `pooler_output` (batch, width) is the
+        state of the image's `[CLS]`. Raises ValueError as the other two, and when there is not one text per image.
+        """
+        outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
+        return self._features(outputs, outputs.last_hidden_state[:, 0])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MomeOutput:
+        """Embeds what is given: texts, images, or both and their similarities.
+
+        Args:
+            input_ids: (texts, tokens) int64.
+            pixel_values: (images, channels, image_size, image_size) float.
+            attention_mask: (texts, tokens), 0 where padding.
+            return_loss: contrastive loss with image i and text i a pair, plus the router losses.
+
+        Raises:
+            ValueError: as `get_image_features` and `get_text_features`; neither modality given; `return_loss`
+                without both or with unequal numbers.
+        """
+        if pixel_values is None and input_ids is None:
+            raise ValueError("MomeModel got neither pixel_values nor input_ids: pass at least one")
+        if return_loss:
+            _check_pairs(pixel_values, input_ids)
+        wants_router = self._wants_router_logits(kwargs)
+        if return_loss:
+            kwargs["output_router_logits"] = True
+        if input_ids is not None:
+            self._check_input_ids(input_ids)  # before the image pass, which is the expensive one
+        image = text = image_embeds = text_embeds = logits_per_image = loss = None
+        if pixel_values is not None:
+            image = self._image_features(self.image_pass(pixel_values, **kwargs))
+            image_embeds = image.pooler_output
+        if input_ids is not None:
+            text = self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask)
+            text_embeds = text.pooler_output
+        if image is not None and text is not None:
+            logits_per_image = self.similarity(image_embeds, text_embeds)
+        if return_loss:
+            loss = contrastive_loss(logits_per_image, same_caption(input_ids, attention_mask))
+            loss = loss + self.router_loss((image.router_logits, None), (text.router_logits, attention_mask))
+        only = image if text is None else text if image is None else None
+        return MomeOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=None if logits_per_image is None else logits_per_image.T,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            last_hidden_state=only and only.last_hidden_state,
+            hidden_states=only and only.hidden_states,
+            attentions=only and only.attentions,
+            router_logits=_by_group(image=image and image.router_logits, text=text and text.router_logits)
+            if wants_router
+            else None,
+            image_model_output=image,
+            text_model_output=text,
+        )
+
+    def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature."""
+        return image_embeds @ text_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+
+    def router_loss(
+        self, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
+    ) -> torch.Tensor | float:
+        """Weighted balance and z-losses, mean over layers and sum over groups.
+
+        Args:
+            passes: of one group each: router logits per layer (batch, tokens, experts), and the tokens' mask.
+
+        Returns:
+            A scalar, 0 for a model without routers.
+        """
+        config, total = self.config, 0.0
+        for router_logits, token_mask in passes:
+            for logits in router_logits or ():
+                balance, z_loss = router_losses(logits, config.experts_per_token, token_mask)
+                weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
+                total = total + weighted / config.num_hidden_layers
+        return total
+
+    # Parts of the passes.
+
+    def _embed_text(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
+        hidden_states = self.text_embedding(self.text_embedding.word_embeddings(input_ids), position_ids)
+        if attention_mask is not None:
+            hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
+        return hidden_states
+
+    def _image_features(self, outputs: MomeEncoderOutput) -> MomeFeatures:
+        return self._features(outputs, F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1))
+
+    def _text_features(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> MomeFeatures:
+        states = outputs.last_hidden_state
+        if attention_mask is None:
+            first = states[:, 0]
+        else:  # [BOS] is the first token that is no padding
+            first = states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
+        return self._features(outputs, F.normalize(self.text_projection(first), dim=-1))
+
+    @staticmethod
+    def _features(outputs: MomeEncoderOutput, pooler_output: torch.Tensor) -> MomeFeatures:
+        return MomeFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def _wants_router_logits(self, kwargs) -> bool:
+        wanted = kwargs.get("output_router_logits")
+        return self.config.output_router_logits if wanted is None else wanted
+
+    # Bad input, refused before any heavy work.
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor):
+        config = self.config
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (images, channels, height, width) = "
+                f"(images, {', '.join(map(str, expected))}): prepare images with the checkpoint's processor"
+            )
+
+    def _check_input_ids(self, input_ids: torch.Tensor):
+        config = self.config
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1"
+            )
+        if input_ids.shape[1] > config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
+                f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
+            )
+        self._check_vocabulary(input_ids)
+
+    def _check_vocabulary(self, input_ids: torch.Tensor):
+        if torch.compiler.is_compiling() or input_ids.device.type == "meta":
+            return
+        rows = self.get_input_embeddings().weight.shape[0]
+        lowest, highest = (int(bound) for bound in input_ids.aminmax())
+        if lowest < 0 or highest >= rows:
+            bad = lowest if lowest < 0 else highest
+            raise ValueError(f"input_ids holds {bad}, vocab_size is {rows}: use the checkpoint's own tokenizer")
+
+
+def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(texts, tokens) → position of each token in its text, padding on either side not counted."""
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None):
+    images, texts = (0 if given is None else given.shape[0] for given in (pixel_values, input_ids))
+    if images != texts or not images:
+        raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
+
+
+# ------------------------------------------------------------------------------------------------- captioner
+
+
+class MomeCaptionHead(nn.Module):
+    """States (batch, tokens, width) → logits (batch, tokens, vocabulary)."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.transform = None
+        if config.lm_head_transform:
+            self.transform = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                ACT2FN[config.hidden_act],
+                nn.LayerNorm(config.hidden_size, eps=1e-12),
+            )
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.transform is not None:
+            hidden_states = self.transform(hidden_states)
+        return self.decoder(hidden_states)
+
+
+@dataclass
+class MomeCaptionOutput(ModelOutput):
+    """Captions of images.
+
+    Attributes:
+        loss: weighted sum of contrastive, caption and router losses, with `labels`.
+        logits: (batch, tokens, vocabulary), next-token logits in line with `input_ids`.
+        past_key_values: cache of the image's and the caption's keys and values.
+        hidden_states: (batch, tokens, width) before each layer and at the end, image tokens first.
+        attentions: per layer, (batch, heads, tokens, keys).
+        router_logits: per layer, a dict from group to logits (batch, tokens, experts).
+        contrastive_loss, caption_loss: the parts of `loss`, unweighted.
+        image_embeds: (images, projection_dim), L2-normalised, where images went through this call.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[dict[str, torch.Tensor], ...] | None = None
+    contrastive_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+
+
+class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
+    """Captions images, and trains embeddings and captions together.
+
+    `input_ids` may hold the image as `num_image_tokens` ids `image_token_id` (as `generate()` does) or only the
+    text; either way logits line up with `input_ids`.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.text_embedding.word_embeddings.weight"}
+
+    def __init__(self, config: MomeConfig):
+        super().__init__(config)
+        self.model = MomeModel(config)
+        self.lm_head = MomeCaptionHead(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head.decoder = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See `MomeModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See `MomeModel.get_text_features`."""
+        return self.model.get_text_features(input_ids, attention_mask, **kwargs)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MomeCaptionOutput:
+        """Next-token logits of captions, and with `labels` the joint loss of the pairs.
+
+        Args:
+            input_ids: (batch, tokens) int64. When compiled, without image tokens if `pixel_values` is given.
+            pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
+            attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
+            position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
+            past_key_values: what earlier calls have seen, the image included.
+            inputs_embeds: (batch, tokens, width), in place of `input_ids`.
+            labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
+                predicted from the positions before it.
+            logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
+
+        Raises:
+            ValueError: labels without images or of another shape, a text longer than the position table, an id
+                beyond the vocabulary, images of a wrong size, image tokens that are too few or behind text.
+        """
+        loss_kwargs = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
+        wants_router = self.model._wants_router_logits(kwargs)
+        if labels is not None:
+            self._check_labels(labels, input_ids, pixel_values)
+            kwargs["output_router_logits"], use_cache = True, False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if pixel_values is not None and getattr(past_key_values, "num_image_tokens", 0):
+            pixel_values = None  # the cache has seen it
+
+        if pixel_values is not None:
+            self.model._check_pixel_values(pixel_values)
+        image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
+        context = CaptionContext(
+            self.config,
+            image_embedding,
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            past_key_values,
+        )
+        if input_ids is not None:
+            self.model._check_vocabulary(input_ids)
+        image = prefix = None
+        if pixel_values is not None:
+            image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
+        text = self._caption_pass(context, prefix, past_key_values, logits_to_keep, **kwargs)
+        logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
+
+        loss = caption_loss = contrastive = image_embeds = None
+        if image is not None:
+            image_embeds = self.model._image_features(image).pooler_output
+        if labels is not None:
+            text_logits = logits if not context.placed else logits[:, -context.text_tokens :]
+            caption_loss = self._caption_loss(context, text_logits, labels, **loss_kwargs)
+            contrastive, router_loss = self._contrastive_loss(context, image, image_embeds, text, **kwargs)
+            loss = self.config.caption_loss_weight * caption_loss + router_loss
+            loss = loss + self.config.contrastive_loss_weight * contrastive
+
+        rows = context.text_tokens
+        caption_routing = text.router_logits and tuple(each[:, :rows] for each in text.router_logits)
+        return MomeCaptionOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=self._join_states(context, image, text),
+            attentions=self._join_attentions(context, image, text),
+            router_logits=_by_group(image=image and image.router_logits, text=caption_routing)
+            if wants_router
+            else None,
+            contrastive_loss=contrastive,
+            caption_loss=caption_loss,
+            image_embeds=image_embeds,
+        )
+
+    # Parts of forward, in its order.
+
+    @staticmethod
+    def _check_labels(labels, input_ids, pixel_values):
+        if pixel_values is None:
+            raise ValueError(f"labels of shape {tuple(labels.shape)} without images: pass pixel_values as well")
+        if input_ids is None:
+            raise ValueError("labels without input_ids: the joint loss compares captions, pass input_ids")
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: they must be equal"
+            )
+        _check_pairs(pixel_values, input_ids)
+
+    def _caption_pass(self, context, prefix, past_key_values, logits_to_keep, **kwargs) -> MomeEncoderOutput:
+        """Text states (batch, text tokens, width), behind them those of the `[MASK]` tokens if there are any."""
+        config, words = self.config, self.get_input_embeddings()
+        masks = 0
+        if config.caption_objective == "masked":
+            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            masks = min(keep, context.text_tokens) or context.text_tokens
+        embeds = words(context.text_ids) if context.text_embeds is None else context.text_embeds
+        position_ids = context.position_ids
+        if masks:  # a [MASK] stands where the next token will
+            mask_token = words.weight[config.mask_token_id].to(embeds.dtype)
+            embeds = torch.cat([embeds, mask_token.expand(context.batch, masks, -1)], dim=1)
+            behind = (position_ids[:, -masks:] + 1).clamp(max=config.max_position_embeddings - 1)
+            position_ids = torch.cat([position_ids, behind], dim=1)
+        hidden_states = self.model.text_embedding(embeds, position_ids)
+
+        bias_table = self.model.encoder.position_bias
+        mask = context.causal_mask(hidden_states, materialise=bool(masks) or bias_table is not None)
+        if masks:
+            mask = self._mask_for_mask_tokens(mask, masks)
+        position_bias = None
+        if bias_table is not None:
+            key_positions = context.key_positions(mask.shape[-1] - masks)
+            if masks:
+                key_positions = torch.cat([key_positions, position_ids[:, -masks:]], dim=1)
+            position_bias = bias_table.text(position_ids, key_positions)
+        outputs = self.model.encoder(
+            hidden_states,
+            (("text", hidden_states.shape[1]),),
+            mask,
+            position_bias,
+            prefix=prefix,
+            past_key_values=past_key_values,
+            key_order=context.key_order,
+            num_mask_tokens=masks,
+            causal=True,
+            **kwargs,
+        )
+        if past_key_values is not None and context.image_tokens:
+            past_key_values.num_image_tokens = context.image_tokens
+        return outputs
+
+    def _mask_for_mask_tokens(self, mask: torch.Tensor | None, masks: int) -> torch.Tensor | None:
+        if mask is not None and mask.ndim == 4:
+            return extend_mask(mask, masks)
+        if masks > 1:  # flash attention: no mask but padding, and causal from the bottom right
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} can't score {masks} tokens at once with "
+                "caption_objective='masked': pass logits_to_keep=1 or load the model with attn_implementation='sdpa'"
+            )
+        return None if mask is None else F.pad(mask, (0, masks), value=1)
+
+    def _logits(self, context, image, text_states, logits_to_keep) -> torch.Tensor:
+        """Head over the rows that are asked for; with masked captions the row of a token is that of its `[MASK]`."""
+        keep_rows = isinstance(logits_to_keep, int)
+        enough = keep_rows and 0 < logits_to_keep <= context.text_tokens
+        if not context.placed or (enough and context.order is None):
+            states = text_states[:, -min(logits_to_keep, context.text_tokens) :] if keep_rows and enough else None
+            if states is None:
+                states = text_states[:, -context.text_tokens :]
+                states = states if keep_rows else states[:, logits_to_keep]
+            return self.lm_head(states)
+        states = [context.per_row(image.last_hidden_state), text_states[:, -context.text_tokens :]]
+        states = context.in_input_order(torch.cat(states, dim=1))
+        return self.lm_head(states[:, -logits_to_keep:] if keep_rows else states[:, logits_to_keep])
+
+    def _caption_loss(self, context, logits, labels, shift_labels=None, **loss_kwargs) -> torch.Tensor:
+        return self.loss_function(
+            logits=logits,
+            labels=context.text_part(labels),
+            vocab_size=self.lm_head.decoder.weight.shape[0],
+            shift_labels=None if shift_labels is None else context.text_part(shift_labels),
+            **loss_kwargs,
+        )
+
+    def _contrastive_loss(self, context, image, image_embeds, caption, **kwargs):
+        """Contrastive loss of the batch, and the router losses of all three passes."""
+        text_ids, text_mask = context.text_ids, context.text_mask()
+        text = self.model.text_pass(text_ids, text_mask, **kwargs)
+        text_embeds = self.model._text_features(text, text_mask).pooler_output
+        logits_per_image = self.model.similarity(image_embeds, text_embeds)
+        loss = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
+        if self.config.experts_per_group == 1:
+            return loss, 0.0
+        # The text group serves the text pass and the caption pass: its tokens are those of both.
+        rows = context.text_tokens
+        text_logits = tuple(
+            torch.cat([each, captioned[:, :rows]], dim=1)
+            for each, captioned in zip(text.router_logits, caption.router_logits)
+        )
+        both_masks = None if text_mask is None else torch.cat([text_mask, text_mask], dim=1)
+        return loss, self.model.router_loss((image.router_logits, None), (text_logits, both_masks))
+
+    @staticmethod
+    def _join_states(context, image, text) -> tuple[torch.Tensor, ...] | None:
+        if text.hidden_states is None:
+            return None
+        states = [None if each is None else each[:, : context.text_tokens] for each in text.hidden_states]
+        if image is not None:
+            pairs = zip(image.hidden_states, states)
+            states = [None if t is None else torch.cat([context.per_row(i), t], dim=1) for i, t in pairs]
+        return tuple(states)
+
+    @staticmethod
+    def _join_attentions(context, image, text) -> tuple[torch.Tensor, ...] | None:
+        """Image rows above text rows; an image row has weight 0 for what is behind the image."""
+        if text.attentions is None:
+            return None
+        masks = 0 if not text.attentions else text.attentions[0].shape[2] - context.text_tokens
+        weights = [each[:, :, : context.text_tokens, : each.shape[3] - masks] for each in text.attentions]
+        if image is not None:
+            pairs = zip(image.attentions, weights)
+            weights = [
+                torch.cat([F.pad(context.per_row(i), (0, t.shape[3] - i.shape[3])), t], dim=2) for i, t in pairs
+            ]
+        return tuple(weights)
+
+    # Generation.
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        """Captions, through `GenerationMixin.generate` with all its options.
+
+        Without a prompt a caption starts from `[BOS]`. A prompt may be what the tokenizer returns: `[EOS]` at its end
+        is dropped, padding moves to the left. The image is encoded once for all beams and candidates.
+
+        Args:
+            inputs: (batch, tokens) prompt; the same as `input_ids`.
+            generation_config: as in transformers.
+            kwargs: model inputs (`pixel_values`, `input_ids`, `attention_mask`) and generation options. Lengths
+                count text tokens, unless `input_ids` already holds the image tokens.
+
+        Returns:
+            (batch · num_return_sequences, tokens) ids, prompt included, or a `ModelOutput` that has them as
+            `sequences`, as transformers does.
+
+        Raises:
+            ValueError: another number of prompts than images, or more tokens than the position table has.
+        """
+        config, cache, prompt_name = self.config, kwargs.get("past_key_values"), "input_ids"
+        pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
+        has_image = pixel_values is not None or getattr(cache, "num_image_tokens", 0) > 0
+        if pixel_values is not None:
+            self.model._check_pixel_values(pixel_values)
+            if input_ids is None and kwargs.get("inputs_embeds") is None:
+                input_ids = torch.full((pixel_values.shape[0], 1), config.bos_token_id, device=pixel_values.device)
+        if input_ids is None:
+            return super().generate(None, generation_config, **kwargs)
+
+        added = 0
+        if has_image and not (input_ids == config.image_token_id).any():
+            if pixel_values is not None and input_ids.shape[0] != pixel_values.shape[0]:
+                raise ValueError(
+                    f"{pixel_values.shape[0]} images and {input_ids.shape[0]} prompts: pass one prompt for each image"
+                )
+            added, mask = config.num_image_tokens, kwargs.get("attention_mask")
+            if cache is None:
+                eos = (generation_config or self.generation_config).eos_token_id
+                eos = config.eos_token_id if eos is None else eos
+                input_ids, mask = prepare_prompt(config, input_ids, mask, eos if isinstance(eos, list) else [eos])
+            elif mask is None:
+                mask = torch.ones_like(input_ids)
+            input_ids = F.pad(input_ids, (added, 0), value=config.image_token_id)
+            kwargs["attention_mask"] = F.pad(mask, (added, 0), value=1)
+        lengths = self._lengths(input_ids, has_image, added, generation_config, kwargs)
+        outputs = super().generate(None, generation_config, **{prompt_name: input_ids, **kwargs, **lengths})
+        if isinstance(outputs, torch.Tensor):
+            return outputs[:, added:]
+        outputs.sequences = outputs.sequences[:, added:]
+        return outputs
+
+    def _lengths(self, input_ids, has_image, added, generation_config, kwargs) -> dict[str, int]:
+        """Length options that count the added image tokens and stay within the position table."""
+        config = self.config
+        options = generation_config or self.generation_config
+
+        def option(name):
+            return kwargs.get(name) if kwargs.get(name) is not None else getattr(options, name, None)
+
+        prompt = input_ids.shape[1] - (config.num_image_tokens if has_image else 0)
+        room = config.max_position_embeddings - prompt
+        new_tokens, max_length = option("max_new_tokens"), option("max_length")
+        lengths = {}
+        if new_tokens is None and max_length is None:
+            lengths["max_new_tokens"] = max(min(20, room), 1)  # transformers' default, if there is room for it
+        elif new_tokens is None:
+            lengths["max_length"] = max_length + added
+            new_tokens = lengths["max_length"] - input_ids.shape[1]
+        if option("min_length"):
+            lengths["min_length"] = option("min_length") + added
+        if new_tokens is not None and new_tokens > room:
+            raise ValueError(
+                f"{new_tokens} new tokens after a prompt of {prompt}: max_position_embeddings="
+                f"{config.max_position_embeddings} leaves room for {room}, set max_new_tokens to that or less"
+            )
+        return lengths
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
+        """Beams and candidates share their image: its pixels are not repeated."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+__all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]

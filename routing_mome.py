@@ -1,0 +1,150 @@
+"""Learned routing inside a modality: which expert takes which token, and what keeps the experts in use.
+
+- `MomeRouter`: softmax over the experts of one group, top-k, in fp32;
+- `grouped_linear`: one matrix per expert over rows sorted by expert, without dropping a token;
+- `router_losses`: balance loss and z-loss of each group (`image`, `text`, `joint`) over its own tokens.
+
+    hidden (tokens, width) ─ router ─ (tokens, k) experts and weights ─ sort by expert ─ grouped_linear ─ act
+                                                     (tokens, width) ─ weighted sum ─ unsort ─ grouped_linear
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class MomeRouter(nn.Linear):
+    """Chooses `experts_per_token` of the experts of one group for each of its tokens.
+
+    A router only knows the experts of its own group, so that the softmax over its logits is the group-masked
+    softmax over all experts: p = softmax(logits), top-k, renormalised if k > 1. With k = 1 the raw p is kept, or
+    the router would get no gradient (Switch, 2101.03961).
+    """
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.experts_per_group, bias=False)
+        self.experts_per_token = config.experts_per_token
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_states (tokens, width) → logits (tokens, experts) fp32, weights and expert ids (tokens, k)."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())
+        top_k_weights, top_k_index = logits.softmax(dim=-1).topk(self.experts_per_token, dim=-1)
+        if self.experts_per_token > 1:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+
+def _windows(tokens_per_expert: torch.Tensor, rows: int):
+    """For each expert in use (expert, its first row, its end, first row and end of a window of a standard size).
+
+    The window holds the expert's rows and some of its neighbours'. A library such as oneDNN builds a kernel per
+    matrix shape: row counts that change with every batch would cost more than the rows computed in vain.
+    """
+    average = max(rows // len(tokens_per_expert), 1)
+    step = max(16, 2 ** (average.bit_length() - 4))
+    start = 0
+    for expert, count in enumerate(tokens_per_expert.tolist()):
+        if count:
+            size = min(-(-count // step) * step, rows)
+            window = min(start, rows - size)
+            yield expert, start, start + count, window, window + size
+        start += count
+
+
+# A custom operator, because its loop bounds are data: torch.compile then needs no graph break here.
+@torch.library.custom_op("mome::grouped_linear", mutates_args=())
+def grouped_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
+) -> torch.Tensor:
+    """Linear layer with one matrix per expert over rows that are sorted by expert.
+
+    Args:
+        inputs: (rows, in), the first `tokens_per_expert[0]` rows for expert 0, and so on.
+        weight: (experts, out, in).
+        bias: (experts, out).
+        tokens_per_expert: (experts,) int64, sums to `rows`.
+
+    Returns:
+        (rows, out)
+    """
+    outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
+        window = F.linear(inputs[first:last], weight[expert], bias[expert])
+        outputs[start:end] = window[start - first : end - first]
+    return outputs
+
+
+@torch.library.custom_op("mome::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(
+    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `grouped_linear`: of inputs (rows, in), weight (experts, out, in) and bias (experts, out)."""
+    grad = grad.contiguous()
+    grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    grad_weight, grad_bias = torch.zeros_like(weight), grad.new_zeros(weight.shape[:2])
+    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
+        window = grad[first:last].clone()
+        window[: start - first] = 0  # the neighbours' rows count for their own experts only
+        window[end - first :] = 0
+        grad_inputs[start:end] = (window @ weight[expert])[start - first : end - first]
+        torch.mm(window.T, inputs[first:last], out=grad_weight[expert])
+        grad_bias[expert] = window.sum(dim=0)
+    return grad_inputs, grad_weight, grad_bias
+
+
+@grouped_linear.register_fake
+def _(inputs, weight, bias, tokens_per_expert):
+    return inputs.new_empty(inputs.shape[0], weight.shape[1])
+
+
+@grouped_linear_backward.register_fake
+def _(grad, inputs, weight, tokens_per_expert):
+    return (
+        torch.empty_like(inputs, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
+        grad.new_empty(weight.shape[:2]),
+    )
+
+
+def _keep_for_backward(ctx, inputs, output):
+    rows, weight, _, tokens_per_expert = inputs
+    ctx.save_for_backward(rows, weight, tokens_per_expert)
+
+
+def _backward(ctx, grad):
+    return *grouped_linear_backward(grad, *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def router_losses(
+    logits: torch.Tensor, experts_per_token: int, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance loss and z-loss of one group in one layer.
+
+    The balance loss is E Σ_e f_e P_e (Switch, 2101.03961, eq. 4; per modality: LIMoE, 2206.02770) with f_e the share
+    of the group's assignments that expert e got on all ranks and P_e its mean probability: 1 when balanced. The
+    z-loss is the mean of logsumexp(logits)² (ST-MoE, 2202.08906, eq. 5).
+
+    Args:
+        logits: (batch, tokens, experts) fp32, over the experts of the group.
+        experts_per_token: assignments per token.
+        token_mask: (batch, tokens), 0 where padding; `None`: no padding.
+
+    Returns:
+        Two scalars.
+    """
+    experts = logits.shape[-1]
+    logits = logits.reshape(-1, experts)
+    mask = logits.new_ones(logits.shape[0]) if token_mask is None else token_mask.reshape(-1).to(logits.dtype)
+    tokens = mask.sum().clamp(min=1)
+    chosen = F.one_hot(logits.topk(experts_per_token, dim=-1).indices, experts).sum(dim=1)
+    assignments = (chosen * mask[:, None]).sum(dim=0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(assignments)
+    share = assignments / assignments.sum().clamp(min=1)
+    probability = (logits.softmax(dim=-1) * mask[:, None]).sum(dim=0) / tokens
+    z_loss = (logits.logsumexp(dim=-1).square() * mask).sum() / tokens
+    return experts * (share * probability).sum(), z_loss

@@ -1,0 +1,590 @@
+"""The trunk: transformer layers in which every token meets the experts of its modality.
+
+- `MomeImageEmbedding`, `MomeTextEmbedding`, `MomeRelativePositionBias`: what goes in;
+- `MomeLayer`: attention over all tokens of a pass, then the experts of each token's group;
+- `MomeEncoder`: N layers and the final norm; one call is one pass.
+
+                        ┌ image tokens ─ experts of `image` ┐
+    tokens ─ attention ─┤                                   ├─ tokens          × N, then the final norm
+                        └ text tokens ── experts of `text` ─┘
+
+Shapes are in the glossary of `modeling_mome.py`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_mome import MomeConfig
+from .routing_mome import MomeRouter, grouped_linear
+
+# Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
+Spans = tuple[tuple[str, int], ...]
+
+
+# ---------------------------------------------------------------------------------------------------- embeddings
+
+
+class MomeImageEmbedding(nn.Module):
+    """Pixels (batch, channels, height, width) → (batch, 1 + patches, width): `[CLS]`, then patches row by row."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.config = config
+        if config.patch_embedding_type == "conv_stem":
+            self.patch_embedding = self._conv_stem(config)
+        else:
+            self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        if config.position_embedding_type == "absolute":
+            self.position_embedding = nn.Parameter(torch.empty(1, config.num_image_tokens, config.hidden_size))
+        if config.modality_embedding:
+            self.modality_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    @staticmethod
+    def _conv_stem(config: MomeConfig) -> nn.Sequential:
+        """Halves the side and doubles the channels at every stage until a patch is one position (2106.14881)."""
+        stages = config.patch_size.bit_length() - 1
+        widths = [config.num_channels] + [config.hidden_size // 2 ** (stages - 1 - i) for i in range(stages)]
+        modules: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:]):
+            modules += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
+            modules += [nn.GroupNorm(math.gcd(after, 8), after), nn.GELU()]
+        return nn.Sequential(*modules[:-2])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        batch, side, patch = pixel_values.shape[0], config.grid_size, config.patch_size
+        if config.patch_embedding_type == "conv_stem":
+            pixel_values = pixel_values.to(self.patch_embedding[0].weight.dtype)
+            patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        else:
+            pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+            # (batch, channels, rows, patch, columns, patch) → (batch, rows · columns, channels · patch · patch)
+            patches = pixel_values.reshape(batch, config.num_channels, side, patch, side, patch)
+            patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
+            patches = self.patch_embedding(patches)
+        hidden_states = torch.cat([self.cls_token.to(patches.dtype).expand(batch, -1, -1), patches], dim=1)
+        if config.position_embedding_type == "absolute":
+            hidden_states = hidden_states + self.position_embedding
+        if config.modality_embedding:
+            hidden_states = hidden_states + self.modality_embedding
+        return self.dropout(hidden_states)
+
+
+class MomeTextEmbedding(nn.Module):
+    """Token ids and their positions in the text (batch, tokens) → (batch, tokens, width)."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding, self.modality_embedding, self.norm = None, None, None
+        if config.position_embedding_type == "absolute":
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.modality_embedding:
+            self.modality_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        if config.text_embedding_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=1e-12)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden_states = inputs_embeds
+        if self.position_embedding is not None:
+            hidden_states = hidden_states + self.position_embedding(position_ids)
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        if self.modality_embedding is not None:
+            hidden_states = hidden_states + self.modality_embedding
+        return self.dropout(hidden_states)
+
+
+class MomeRelativePositionBias(nn.Module):
+    """VLMo's table of attention biases: a row per distance, a column per layer and head.
+
+    Rows, in order: the (2·side − 1)² offsets between two patches; `[CLS]` to patch, patch to `[CLS]`, `[CLS]` to
+    itself; text to image, image to text; the offsets between two words; `[BOS]` to word, word to `[BOS]`, `[BOS]`
+    to itself (`VLMo.build_relative_position_embed` in unilm `vlmo/modules/vlmo_module.py`).
+    """
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.config = config
+        self.image_distances = (2 * config.grid_size - 1) ** 2 + 3
+        distances = self.image_distances + 2 + 2 * config.max_position_embeddings
+        self.table = nn.Parameter(torch.empty(distances, config.num_hidden_layers * config.num_attention_heads))
+
+    def _image_index(self, device) -> torch.Tensor:
+        """(image tokens, image tokens): the row of the table for each pair."""
+        side = self.config.grid_size
+        cell = torch.arange(side * side, device=device)
+        row, column = cell // side, cell % side
+        index = (
+            (row[:, None] - row[None, :] + side - 1) * (2 * side - 1) + column[:, None] - column[None, :] + side - 1
+        )
+        index = F.pad(index, (1, 0, 1, 0), value=self.image_distances - 3)
+        index[1:, 0] = self.image_distances - 2
+        index[0, 0] = self.image_distances - 1
+        return index
+
+    def _text_index(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """(batch, queries, keys) for text positions (batch, queries) and (batch, keys); a key below 0 is an image."""
+        longest = self.config.max_position_embeddings
+        query, key = query_positions[:, :, None], key_positions[:, None, :].clamp(max=longest - 1)
+        last = self.image_distances + 2 + 2 * longest
+        index = self.image_distances + 2 + key - query + longest - 2
+        index = torch.where(query == 0, last - 3, index)
+        index = torch.where(key == 0, torch.where(query == 0, last - 1, last - 2), index)
+        return torch.where(key < 0, self.image_distances, index)
+
+    def _biases(self, index: torch.Tensor) -> torch.Tensor:
+        """(batch, queries, keys) rows → (layers, batch, heads, queries, keys)."""
+        config = self.config
+        biases = F.embedding(index, self.table).unflatten(-1, (config.num_hidden_layers, config.num_attention_heads))
+        return biases.permute(3, 0, 4, 1, 2)
+
+    def image(self, device) -> torch.Tensor:
+        return self._biases(self._image_index(device)[None])
+
+    def text(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        return self._biases(self._text_index(query_positions, key_positions))
+
+    def fused(self, position_ids: torch.Tensor) -> torch.Tensor:
+        image = self._image_index(position_ids.device).expand(position_ids.shape[0], -1, -1)
+        text = self._text_index(position_ids, position_ids)
+        across = (image.shape[0], image.shape[1], text.shape[1])
+        image_to_text = text.new_full(across, self.image_distances + 1)
+        text_to_image = text.new_full(across, self.image_distances).transpose(1, 2)
+        rows = [torch.cat([image, image_to_text], dim=2), torch.cat([text_to_image, text], dim=2)]
+        return self._biases(torch.cat(rows, dim=1))
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim) and the weights."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MomePerGroup(nn.ModuleDict):
+    """One module for each group of tokens, or one under the name `shared` for all.
+
+    Its input (batch, tokens, width) holds the groups one after the other, as `spans` tells.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, spans: Spans) -> torch.Tensor:
+        if "shared" in self:
+            return self["shared"](hidden_states)
+        if len(spans) == 1:
+            return self[spans[0][0]](hidden_states)
+        parts = hidden_states.split([length for _, length in spans], dim=1)
+        return torch.cat([self[group](part) for (group, _), part in zip(spans, parts)], dim=1)
+
+
+def _attention_groups(config: MomeConfig) -> tuple[str, ...]:
+    return ("shared",) if config.share_attention else ("image", "text")
+
+
+def _layer_norms(config: MomeConfig, groups: tuple[str, ...]) -> MomePerGroup:
+    return MomePerGroup({group: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for group in groups})
+
+
+class MomeAttention(nn.Module):
+    """Self-attention over the tokens of a pass and, in the caption pass, over the image's keys and values."""
+
+    def __init__(self, config: MomeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        groups, width = _attention_groups(config), config.hidden_size
+        self.query_key_value = MomePerGroup({group: nn.Linear(width, 3 * width) for group in groups})
+        self.output = MomePerGroup({group: nn.Linear(width, width) for group in groups})
+        self.output_norm = _layer_norms(config, groups) if config.sub_layernorm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        spans: Spans,
+        attention_mask: torch.Tensor | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        key_order: torch.Tensor | None = None,
+        num_mask_tokens: int = 0,
+        causal: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[FlashAttentionKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """See `MomeEncoder.forward`. Returns states, attention weights, and keys and values of these tokens."""
+        batch, tokens, _ = hidden_states.shape
+        # (batch, tokens, 3 · width) → 3 × (batch, heads, tokens, head_dim)
+        query, key, value = (
+            self.query_key_value(hidden_states, spans)
+            .view(batch, tokens, 3, self.config.num_attention_heads, self.head_dim)
+            .permute(2, 0, 3, 1, 4)
+        )
+        keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, past_key_values)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        states, weights = attention(
+            self,
+            query,
+            keys,
+            values,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            is_causal=causal,
+            **kwargs,
+        )
+        states = states.reshape(batch, tokens, -1)
+        if self.output_norm is not None:
+            states = self.output_norm(states, spans)
+        return self.output(states, spans), weights, key, value
+
+    def _gather_context(self, key, value, prefix, key_order, num_mask_tokens, past_key_values):
+        """Image, cache and tokens one after the other; `[MASK]` tokens come last and are never cached."""
+        if prefix is None and past_key_values is None:
+            return key, value
+        kept = key.shape[2] - num_mask_tokens
+        pairs = []
+        for index, states in enumerate((key, value)):
+            context, masks = states[:, :, :kept], states[:, :, kept:]
+            if prefix is not None:
+                context = torch.cat([prefix[index], context], dim=2)
+            if key_order is not None:
+                order = key_order[:, None, :, None].expand(-1, context.shape[1], -1, context.shape[3])
+                context = context.gather(2, order)
+            pairs.append((context, masks))
+        (keys, mask_keys), (values, mask_values) = pairs
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if num_mask_tokens:
+            keys, values = torch.cat([keys, mask_keys], dim=2), torch.cat([values, mask_values], dim=2)
+        return keys, values
+
+
+# --------------------------------------------------------------------------------------------------- experts
+
+
+class MomeFeedForward(nn.Module):
+    """The dense expert: a feed-forward."""
+
+    def __init__(self, config: MomeConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(intermediate_size, eps=config.layer_norm_eps) if config.sub_layernorm else None
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.act_fn(self.up_proj(hidden_states))
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return self.down_proj(hidden_states)
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class MomeExperts(nn.Module):
+    """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.num_experts = config.experts_per_group
+        inner, width = config.expert_intermediate_size or config.intermediate_size, config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, inner, width))
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, inner))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+        if config.sub_layernorm:
+            self.act_fn = nn.Sequential(self.act_fn, nn.LayerNorm(inner, eps=config.layer_norm_eps))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states (tokens, width), expert ids and weights (tokens, k) → (tokens, width)."""
+        device, dtype = hidden_states.device.type, hidden_states.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        k = top_k_index.shape[1]
+        expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
+        tokens_per_expert = F.one_hot(expert_ids, self.num_experts).sum(dim=0)
+        sorted_states = hidden_states[order // k].to(dtype)
+        inner = grouped_linear(sorted_states, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), tokens_per_expert)
+        inner = self.act_fn(inner).to(dtype)
+        outputs = grouped_linear(inner, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), tokens_per_expert)
+        # (tokens · k, width), sorted by expert → (tokens, k, width), weighted and summed over k
+        outputs = outputs[order.argsort()].unflatten(0, (-1, k))
+        return (outputs * top_k_weights[..., None].to(dtype)).sum(dim=1).to(hidden_states.dtype)
+
+
+class MomeRoutedFeedForward(nn.Module):
+    """A group's router, its experts and, where the config asks for it, an expert that every token uses."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__()
+        self.router = MomeRouter(config)
+        self.experts = MomeExperts(config)
+        inner = config.expert_intermediate_size or config.intermediate_size
+        self.shared_expert = MomeFeedForward(config, inner) if config.shared_expert else None
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, tokens, width) → the same, and router logits (batch, tokens, experts)."""
+        batch, tokens, width = hidden_states.shape
+        flat = hidden_states.reshape(-1, width)
+        logits, top_k_weights, top_k_index = self.router(flat)
+        outputs = self.experts(flat, top_k_index, top_k_weights)
+        if self.shared_expert is not None:
+            outputs = outputs + self.shared_expert(flat)
+        return outputs.view(batch, tokens, width), logits.view(batch, tokens, -1)
+
+
+# ----------------------------------------------------------------------------------------------------- trunk
+
+
+class MomeLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + expert(norm(x)) with the experts of each token's group."""
+
+    def __init__(self, config: MomeConfig, layer_idx: int):
+        super().__init__()
+        groups = ("image", "text")
+        if config.fusion_start_layer is not None and layer_idx >= config.fusion_start_layer:
+            groups += ("joint",)
+        self.routed = config.experts_per_group > 1
+        self.attention_norm = _layer_norms(config, _attention_groups(config))
+        self.attention = MomeAttention(config, layer_idx)
+        self.feed_forward_norm = _layer_norms(config, groups)
+        if self.routed:
+            experts = {group: MomeRoutedFeedForward(config) for group in groups}
+        else:
+            experts = {group: MomeFeedForward(config, config.intermediate_size) for group in groups}
+        self.feed_forward = MomePerGroup(experts)
+        self.attention_scale, self.feed_forward_scale = None, None
+        if config.layer_scale_init_value is not None:
+            self.attention_scale = nn.Parameter(torch.empty(config.hidden_size))
+            self.feed_forward_scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix_key: torch.Tensor | None,
+        prefix_value: torch.Tensor | None,
+        modality_spans: Spans,
+        expert_spans: Spans,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, width) → the same; keys and values of these tokens; router logits if routed."""
+        residual = hidden_states
+        hidden_states, _, key, value = self.attention(
+            self.attention_norm(hidden_states, modality_spans),
+            modality_spans,
+            prefix=None if prefix_key is None else (prefix_key, prefix_value),
+            **kwargs,
+        )
+        hidden_states = residual + self._scale(hidden_states, self.attention_scale)
+
+        residual = hidden_states
+        hidden_states = self.feed_forward_norm(hidden_states, expert_spans)
+        router_logits = None
+        if self.routed:
+            hidden_states, router_logits = self._route(hidden_states, expert_spans)
+        else:
+            hidden_states = self.feed_forward(hidden_states, expert_spans)
+        hidden_states = residual + self._scale(hidden_states, self.feed_forward_scale)
+        return hidden_states, key, value, router_logits
+
+    def _scale(self, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return self.dropout(hidden_states if scale is None else hidden_states * scale)
+
+    def _route(self, hidden_states: torch.Tensor, spans: Spans) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = hidden_states.split([length for _, length in spans], dim=1)
+        routed = [self.feed_forward[group](part) for (group, _), part in zip(spans, parts)]
+        if len(routed) == 1:
+            return routed[0]
+        states, logits = zip(*routed)
+        return torch.cat(states, dim=1), torch.cat(logits, dim=1)
+
+
+@dataclass
+class MomeEncoderOutput(ModelOutput):
+    """States of one pass through the trunk.
+
+    Attributes:
+        last_hidden_state: (batch, tokens, width), after the final norm.
+        key_values: per layer, keys and values (batch, heads, tokens, head_dim) of these tokens.
+        hidden_states: (batch, tokens, width) before each layer and at the end.
+        attentions: per layer, (batch, heads, tokens, keys).
+        router_logits: per layer, (batch, tokens, experts) over the experts of each token's own group.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    key_values: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class MomePreTrainedModel(PreTrainedModel):
+    config: MomeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MomeLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit is an error.
+
+        Raises:
+            ValueError: weights are missing from the checkpoint or unknown to the model. A caller who asks for
+                `output_loading_info=True` gets the model and the report instead.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        for problem in ("missing", "unexpected"):
+            if keys := sorted(info[f"{problem}_keys"]):
+                some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {problem} weights {some}. Load it "
+                    "with the class in its config.json, or pass output_loading_info=True to take what fits."
+                )
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Every weight that does not start as a linear layer, an embedding or a norm does."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (MomeImageEmbedding, MomeTextEmbedding)):
+            for name in ("cls_token", "position_embedding", "modality_embedding"):
+                if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+                    init.normal_(parameter, std=std)
+        elif isinstance(module, MomeRelativePositionBias):
+            init.zeros_(module.table)
+        elif isinstance(module, MomeExperts):
+            for matrix, bias in ((module.up_proj, module.up_proj_bias), (module.down_proj, module.down_proj_bias)):
+                init.normal_(matrix, std=std)
+                init.zeros_(bias)
+        elif isinstance(module, MomeRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, MomeLayer) and module.attention_scale is not None:
+            init.constant_(module.attention_scale, self.config.layer_scale_init_value)
+            init.constant_(module.feed_forward_scale, self.config.layer_scale_init_value)
+
+
+class MomeEncoder(MomePreTrainedModel):
+    """The trunk: N layers and the final norm."""
+
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(MomeLayer, index=0),
+        "attentions": OutputRecorder(MomeAttention, index=1),
+        "router_logits": OutputRecorder(MomeLayer, index=3),
+    }
+
+    def __init__(self, config: MomeConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([MomeLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = _layer_norms(config, _attention_groups(config))
+        self.position_bias = MomeRelativePositionBias(config) if config.position_embedding_type == "relative" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        spans: Spans,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        joint: bool = False,
+        prefix: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
+        past_key_values: Cache | None = None,
+        return_key_values: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MomeEncoderOutput:
+        """One pass.
+
+        Args:
+            hidden_states: (batch, tokens, width).
+            spans: modality of each run of tokens, image first.
+            attention_mask: as the attention implementation wants it.
+            position_bias: (layers, 1 or batch, heads, tokens, keys), added to the attention scores.
+            joint: from `fusion_start_layer` up, every token uses the joint experts.
+            prefix: per layer, keys and values that come before these tokens: the image of a caption.
+            past_key_values: cache that prefix and tokens are written to.
+            return_key_values: hand out the keys and values of these tokens, for the pass that they come before.
+            kwargs: for the attention: `causal` where `attention_mask` may be `None`, `key_order` (batch, keys) by which prefix and tokens are put in
+                the order of the caller's `input_ids`, `num_mask_tokens` at the end that are not cached.
+        """
+        if position_bias is not None and "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} has no attention bias, which "
+                "position_embedding_type='relative' needs: load the model with attn_implementation='sdpa'"
+            )
+        key_values = () if return_key_values else None
+        for index, layer in enumerate(self.layers):
+            fused = joint and self.config.fusion_start_layer is not None and index >= self.config.fusion_start_layer
+            expert_spans = (("joint", hidden_states.shape[1]),) if fused else spans
+            mask = attention_mask if position_bias is None else _add_bias(position_bias[index], attention_mask)
+            prefix_key, prefix_value = (None, None) if prefix is None else prefix[index]
+            hidden_states, key, value, _ = layer(
+                hidden_states,
+                prefix_key,
+                prefix_value,
+                spans,
+                expert_spans,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if return_key_values:
+                key_values += ((key, value),)
+        return MomeEncoderOutput(last_hidden_state=self.norm(hidden_states, spans), key_values=key_values)
+
+
+def _add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return bias + mask
