@@ -20,6 +20,14 @@ MOME_SIZES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
 
+# Where a folder without the installed package finds the code, all of it whatever class was saved.
+AUTO_MAP: dict[str, str] = {
+    "AutoConfig": "configuration_mome.MomeConfig",
+    "AutoModel": "modeling_mome.MomeModel",
+    "AutoModelForImageTextToText": "modeling_mome.MomeForConditionalGeneration",
+    "AutoModelForZeroShotImageClassification": "modeling_mome.MomeModel",
+}
+
 # Keys that transformers itself passes to or writes into any config, beside the dataclass fields.
 _TRANSFORMERS_KEYS = frozenset(
     {
@@ -105,6 +113,7 @@ class MomeConfig(PreTrainedConfig):
     """
 
     model_type = "mome"
+    _auto_class = "AutoConfig"
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -154,6 +163,8 @@ class MomeConfig(PreTrainedConfig):
         self._check_dimensions()
         self._check_experts()
         self._check_token_ids()
+        # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
+        kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -237,4 +248,4 @@ class MomeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["MOME_SIZES", "MomeConfig"]
+__all__ = ["AUTO_MAP", "MOME_SIZES", "MomeConfig"]

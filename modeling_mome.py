@@ -5,10 +5,10 @@
 - `MomeModel`: image, text and fused features, one embedding space, multi-positive contrastive loss;
 - `MomeForConditionalGeneration`: captions through the stock `generate()`, the image encoded once.
 
-    pixel_values ─ image embedding ─┐                        ┌─ first token ─ project ─ image_embeds ─┐
-                                    ├─ N × (attention,       │                                        ├─ logits_per_image
-    input_ids ──── text embedding ──┘   routed experts) ─────┼─ first token ─ project ─ text_embeds ──┘
-                                                             └─ lm_head ─ caption logits
+    pixel_values ─ image embedding ─┐                     ┌─ first token ─ project ─ image_embeds ─┐
+                                    ├─ N × (attention,    │                                        ├─ logits_per_image
+    input_ids ──── text embedding ──┘   routed experts) ──┼─ first token ─ project ─ text_embeds ──┘
+                                                          └─ lm_head ─ caption logits
 
 Four passes go through the trunk:
 
@@ -33,20 +33,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .captioning_mome import CaptionContext, extend_mask, prepare_prompt
 from .configuration_mome import MomeConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
+
+logger = logging.get_logger(__name__)
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
@@ -83,7 +85,10 @@ def contrastive_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) ->
 
 @dataclass
 class MomeFeatures(BaseModelOutputWithPooling):
-    """Features of one pass: as `BaseModelOutputWithPooling`, and `router_logits` per layer (batch, tokens, experts)."""
+    """Features of one pass.
+
+    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts).
+    """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
 
@@ -128,6 +133,7 @@ def _by_group(**router_logits: tuple[torch.Tensor, ...] | None) -> tuple[dict[st
 class MomeModel(MomePreTrainedModel):
     """Embeds images and texts in one space, alone or fused."""
 
+    _auto_class = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: MomeConfig):
@@ -473,6 +479,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
     text; either way logits line up with `input_ids`.
     """
 
+    _auto_class = "AutoModelForImageTextToText"
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_embedding.word_embeddings.weight"}
 
     def __init__(self, config: MomeConfig):
@@ -745,9 +752,10 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             `sequences`, as transformers does.
 
         Raises:
-            ValueError: another number of prompts than images, or more tokens than the position table has.
+            ValueError: another number of prompts than images, or a prompt that fills the position table. A caption
+                that reaches the table's end stops there.
         """
-        config, cache, prompt_name = self.config, kwargs.get("past_key_values"), "input_ids"
+        config, cache = self.config, kwargs.get("past_key_values")
         pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
         has_image = pixel_values is not None or getattr(cache, "num_image_tokens", 0) > 0
         if pixel_values is not None:
@@ -772,38 +780,47 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
                 mask = torch.ones_like(input_ids)
             input_ids = F.pad(input_ids, (added, 0), value=config.image_token_id)
             kwargs["attention_mask"] = F.pad(mask, (added, 0), value=1)
-        lengths = self._lengths(input_ids, has_image, added, generation_config, kwargs)
-        outputs = super().generate(None, generation_config, **{prompt_name: input_ids, **kwargs, **lengths})
+        options, kwargs = self._bound_lengths(input_ids, has_image, added, generation_config, kwargs)
+        outputs = super().generate(None, options, input_ids=input_ids, **kwargs)
         if isinstance(outputs, torch.Tensor):
             return outputs[:, added:]
         outputs.sequences = outputs.sequences[:, added:]
         return outputs
 
-    def _lengths(self, input_ids, has_image, added, generation_config, kwargs) -> dict[str, int]:
-        """Length options that count the added image tokens and stay within the position table."""
-        config = self.config
-        options = generation_config or self.generation_config
-
-        def option(name):
-            return kwargs.get(name) if kwargs.get(name) is not None else getattr(options, name, None)
-
-        prompt = input_ids.shape[1] - (config.num_image_tokens if has_image else 0)
-        room = config.max_position_embeddings - prompt
-        new_tokens, max_length = option("max_new_tokens"), option("max_length")
-        lengths = {}
-        if new_tokens is None and max_length is None:
-            lengths["max_new_tokens"] = max(min(20, room), 1)  # transformers' default, if there is room for it
-        elif new_tokens is None:
-            lengths["max_length"] = max_length + added
-            new_tokens = lengths["max_length"] - input_ids.shape[1]
-        if option("min_length"):
-            lengths["min_length"] = option("min_length") + added
-        if new_tokens is not None and new_tokens > room:
+    def _bound_lengths(self, input_ids, has_image, added, generation_config, kwargs) -> tuple[GenerationConfig, dict]:
+        """Length options that count the added image tokens and end where the position table does."""
+        options, longest = (
+            copy.deepcopy(generation_config or self.generation_config),
+            self.config.max_position_embeddings,
+        )
+        kwargs = options.update(**kwargs)
+        prompt = input_ids.shape[1] - (self.config.num_image_tokens if has_image else 0)
+        room = longest - prompt
+        if room < 1:
             raise ValueError(
-                f"{new_tokens} new tokens after a prompt of {prompt}: max_position_embeddings="
-                f"{config.max_position_embeddings} leaves room for {room}, set max_new_tokens to that or less"
+                f"a prompt of {prompt} tokens leaves no room for a caption: max_position_embeddings is {longest}"
             )
-        return lengths
+        if options.max_new_tokens is None and options.max_length is None:
+            options.max_new_tokens = min(20, room)  # transformers' default
+        elif options.max_new_tokens is None:
+            options.max_new_tokens = options.max_length + added - input_ids.shape[1]
+        if options.max_new_tokens > room:
+            logger.warning_once(f"captions stop after {room} tokens: max_position_embeddings is {longest}")
+            options.max_new_tokens = room
+        options.max_length = None
+        if options.min_length:
+            options.min_length += added
+        if options.min_new_tokens:
+            options.min_new_tokens = min(options.min_new_tokens, room)
+        return options, kwargs
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        """transformers warns beyond `max_position_embeddings`, which here leaves out the image."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for each in criteria:
+            if getattr(each, "max_position_embeddings", None) is not None:
+                each.max_position_embeddings += self.config.num_image_tokens
+        return criteria
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
         """Beams and candidates share their image: its pixels are not repeated."""

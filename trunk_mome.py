@@ -553,8 +553,9 @@ class MomeEncoder(MomePreTrainedModel):
             prefix: per layer, keys and values that come before these tokens: the image of a caption.
             past_key_values: cache that prefix and tokens are written to.
             return_key_values: hand out the keys and values of these tokens, for the pass that they come before.
-            kwargs: for the attention: `causal` where `attention_mask` may be `None`, `key_order` (batch, keys) by which prefix and tokens are put in
-                the order of the caller's `input_ids`, `num_mask_tokens` at the end that are not cached.
+            kwargs: for the attention: `causal` where `attention_mask` may be `None`; `key_order` (batch, keys) by
+                which prefix and tokens are put in the order of the caller's `input_ids`; `num_mask_tokens` at the
+                end that are not cached.
         """
         if position_bias is not None and "flash" in self.config._attn_implementation:
             raise ValueError(

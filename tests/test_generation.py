@@ -1,0 +1,263 @@
+"""Captions through the stock `generate()`: cached = uncached, batched = single, left padding changes nothing."""
+
+import pytest
+import torch
+from models import VARIANTS, pad_left, random_batch, tiny_captioner
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import DynamicCache
+from transformers.utils import logging
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+def close(actual, expected, atol=1e-5):
+    assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@pytest.fixture
+def batch():
+    return random_batch(tiny_captioner().config, size=4)
+
+
+def logits_of(captioner, **kwargs):
+    outputs = captioner.generate(**kwargs, output_logits=True, return_dict_in_generate=True)
+    return outputs.sequences, torch.stack(outputs.logits, dim=1)
+
+
+@every_variant
+def test_cached_decoding_equals_uncached(variant, batch):
+    captioner = tiny_captioner(variant)
+    cached = logits_of(captioner, pixel_values=batch["pixel_values"], **GREEDY)
+    uncached = logits_of(captioner, pixel_values=batch["pixel_values"], **GREEDY, use_cache=False)
+    close(cached[1], uncached[1])
+    assert torch.equal(cached[0], uncached[0])
+    whole = captioner(pixel_values=batch["pixel_values"], input_ids=cached[0][:, :-1]).logits
+    close(cached[1], whole)
+
+
+@every_variant
+def test_step_by_step_calls_without_image_tokens_equal_one_call(variant, batch):
+    captioner = tiny_captioner(variant)
+    ids = batch["input_ids"][::2]
+    pixel_values = batch["pixel_values"][::2]
+    whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
+    start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
+    rest = [
+        captioner(input_ids=ids[:, step : step + 2], past_key_values=start.past_key_values).logits
+        for step in (3, 5)
+    ]
+    close(torch.cat([start.logits, *rest], dim=1), whole)
+
+
+@every_variant
+@pytest.mark.parametrize("layout", ["text", "image tokens behind the padding", "image tokens before the padding"])
+def test_left_padding_never_changes_captions(variant, layout, batch):
+    captioner = tiny_captioner(variant)
+    config, mask = captioner.config, batch["attention_mask"]
+    ids, left_mask = pad_left(batch["input_ids"], mask), pad_left(mask, mask)
+    images = config.num_image_tokens
+    if layout == "image tokens behind the padding":
+        ids = F.pad(batch["input_ids"], (images, 0), value=config.image_token_id)
+        mask = F.pad(mask, (images, 0), value=1)
+        ids, left_mask = pad_left(ids, mask), pad_left(mask, mask)
+    elif layout == "image tokens before the padding":
+        ids = F.pad(ids, (images, 0), value=config.image_token_id)
+        left_mask = F.pad(left_mask, (images, 0), value=1)
+    for use_cache in (True, False):
+        inputs = {"pixel_values": batch["pixel_values"], "input_ids": ids, "attention_mask": left_mask}
+        sequences, logits = logits_of(captioner, **inputs, **GREEDY, use_cache=use_cache)
+        assert sequences.shape[1] == ids.shape[1] + 6
+        for row in range(4):
+            prompt = batch["input_ids"][row : row + 1, : int(batch["attention_mask"][row].sum())]
+            alone = logits_of(captioner, pixel_values=batch["pixel_values"][row : row + 1], input_ids=prompt, **GREEDY)
+            assert torch.equal(sequences[row, -6:], alone[0][0, -6:])
+            close(logits[row], alone[1][0])
+
+
+@every_variant
+def test_logits_of_left_padded_rows_equal_those_of_unpadded_rows(variant, batch):
+    captioner = tiny_captioner(variant)
+    images, config = captioner.config.num_image_tokens, captioner.config
+    ids, pixel_values = batch["input_ids"][::2], batch["pixel_values"][::2]
+    placed = F.pad(ids, (images, 0), value=config.image_token_id)
+    expected = captioner(pixel_values=pixel_values, input_ids=placed).logits
+    padded = F.pad(placed, (9, 0), value=config.pad_token_id)
+    mask = F.pad(torch.ones_like(placed), (9, 0))
+    for position_ids in (None, (mask.cumsum(dim=1) - 1).clamp(min=0)):
+        actual = captioner(
+            pixel_values=pixel_values, input_ids=padded, attention_mask=mask, position_ids=position_ids
+        ).logits
+        close(actual[:, 9:], expected)
+
+
+@every_variant
+def test_the_image_is_encoded_once_for_all_beams_and_steps(variant, batch):
+    captioner, images = tiny_captioner(variant), []
+    captioner.model.image_embedding.register_forward_hook(lambda module, args, _: images.append(len(args[0])))
+    sequences = captioner.generate(
+        pixel_values=batch["pixel_values"], num_beams=3, num_return_sequences=2, **GREEDY
+    )
+    assert sequences.shape == (8, 7) and images == [4]
+
+
+@every_variant
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "do_sample": False, "num_return_sequences": 3},
+        {"num_beams": 2, "do_sample": True},
+    ],
+    ids=["greedy", "sample", "beams", "beam sample"],
+)
+def test_every_strategy_gives_the_same_with_and_without_cache(variant, options, batch):
+    captioner = tiny_captioner(variant)
+    captions = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        captions.append(
+            captioner.generate(pixel_values=batch["pixel_values"], max_new_tokens=6, use_cache=use_cache, **options)
+        )
+    assert torch.equal(*captions)
+    assert captions[0].shape[0] == 4 * options.get("num_return_sequences", 1)
+
+
+@every_variant
+def test_a_batch_equals_single_calls(variant, batch):
+    captioner = tiny_captioner(variant)
+    for options in ({}, {"num_beams": 3}):
+        together = captioner.generate(pixel_values=batch["pixel_values"], **GREEDY, **options)
+        for row, image in enumerate(batch["pixel_values"]):
+            assert torch.equal(captioner.generate(pixel_values=image[None], **GREEDY, **options)[0], together[row])
+
+
+@every_variant
+def test_a_static_cache_gives_the_same(variant, batch):
+    captioner = tiny_captioner(variant)
+    mask = batch["attention_mask"]
+    inputs = {
+        "pixel_values": batch["pixel_values"],
+        "input_ids": pad_left(batch["input_ids"], mask),
+        "attention_mask": pad_left(mask, mask),
+    }
+    expected = logits_of(captioner, **inputs, **GREEDY)
+    actual = logits_of(captioner, **inputs, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(actual[0], expected[0])
+    close(actual[1], expected[1])
+
+
+@every_variant
+def test_assisted_decoding_gives_the_greedy_caption(variant, batch):
+    captioner, assistant = tiny_captioner(variant), tiny_captioner(variant, seed=1, num_hidden_layers=1)
+    images = captioner.config.num_image_tokens
+    for row in range(2):
+        placed = F.pad(batch["input_ids"][row : row + 1, :4], (images, 0), value=captioner.config.image_token_id)
+        inputs = {"pixel_values": batch["pixel_values"][row : row + 1], "input_ids": placed}
+        expected = captioner.generate(**inputs, **GREEDY)
+        assert torch.equal(captioner.generate(**inputs, **GREEDY, assistant_model=assistant), expected)
+        assert torch.equal(captioner.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), expected)
+
+
+@every_variant
+@pytest.mark.parametrize("placed", [True, False])
+def test_generation_goes_on_from_a_cache(variant, placed, batch):
+    captioner = tiny_captioner(variant)
+    inputs = {"pixel_values": batch["pixel_values"], "input_ids": batch["input_ids"][:, :3]}
+    if placed:
+        images = captioner.config.num_image_tokens
+        inputs["input_ids"] = F.pad(inputs["input_ids"], (images, 0), value=captioner.config.image_token_id)
+    expected = captioner.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    first = captioner.generate(
+        **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True
+    )
+    inputs["input_ids"] = first.sequences
+    for with_image in (True, False):
+        if not with_image:
+            del inputs["pixel_values"]
+            first = captioner.generate(
+                pixel_values=batch["pixel_values"],
+                input_ids=expected[:, : first.sequences.shape[1] - 2],
+                max_new_tokens=2,
+                min_new_tokens=2,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        rest = captioner.generate(
+            **inputs,
+            past_key_values=first.past_key_values,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+        )
+        assert torch.equal(rest, expected)
+
+
+@every_variant
+def test_text_alone_is_a_language_model(variant, batch):
+    captioner = tiny_captioner(variant)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    inputs = {"input_ids": pad_left(ids, mask), "attention_mask": pad_left(mask, mask)}
+    cached = logits_of(captioner, **inputs, **GREEDY)
+    close(cached[1], logits_of(captioner, **inputs, **GREEDY, use_cache=False)[1])
+    with_image = logits_of(captioner, pixel_values=batch["pixel_values"], **inputs, **GREEDY)
+    assert (cached[1] - with_image[1]).abs().max() > 1e-2
+
+
+@every_variant
+def test_a_prompt_may_end_in_eos_and_be_padded_on_the_right(variant, batch):
+    captioner = tiny_captioner(variant)
+    pixel_values, config = batch["pixel_values"][:2], captioner.config
+    prompts = torch.tensor([[1, 20, 21, 2], [1, 22, 2, 0]])
+    together = captioner.generate(pixel_values=pixel_values, input_ids=prompts, **GREEDY)
+    assert together[:, :3].tolist() == [[1, 20, 21], [0, 1, 22]]
+    for row, words in enumerate(([1, 20, 21], [1, 22])):
+        alone = captioner.generate(pixel_values=pixel_values[row : row + 1], input_ids=torch.tensor([words]), **GREEDY)
+        assert torch.equal(alone[0, -6:], together[row, -6:])
+    empty = captioner.generate(pixel_values=pixel_values, input_ids=torch.tensor([[2], [2]]), **GREEDY)
+    assert torch.equal(empty, captioner.generate(pixel_values=pixel_values, **GREEDY))
+    assert (empty[:, 0] == config.bos_token_id).all()
+
+
+def test_lengths_count_text_and_end_with_the_position_table(batch, caplog):
+    captioner, image = tiny_captioner(), batch["pixel_values"][:1]
+    captioner.generation_config.eos_token_id = None
+    assert captioner.generate(pixel_values=image).shape == (1, 21)
+    assert captioner.generate(pixel_values=image, max_length=9).shape == (1, 9)
+    assert captioner.generate(pixel_values=image, max_new_tokens=9).shape == (1, 10)
+    logging.get_logger("transformers").propagate = True
+    assert captioner.generate(pixel_values=image, max_new_tokens=500).shape == (1, 24)
+    captioner.generation_config.eos_token_id = 2
+    suppressed = captioner.generate(pixel_values=image, min_length=8, max_length=8)
+    assert suppressed.shape == (1, 8)
+    with pytest.raises(ValueError, match="24 tokens leaves no room"):
+        captioner.generate(pixel_values=image, input_ids=torch.full((1, 24), 9))
+    with pytest.raises(ValueError, match="4 images and 2 prompts"):
+        captioner.generate(pixel_values=batch["pixel_values"], input_ids=torch.full((2, 3), 9))
+
+
+def test_a_text_that_outgrows_the_position_table_is_refused_in_decoding(batch):
+    captioner, cache = tiny_captioner(), DynamicCache()
+    captioner(pixel_values=batch["pixel_values"], input_ids=torch.full((4, 23), 9), past_key_values=cache)
+    captioner(input_ids=torch.full((4, 1), 9), past_key_values=cache)
+    with pytest.raises(ValueError, match="25 tokens, max_position_embeddings is 24"):
+        captioner(input_ids=torch.full((4, 1), 9), past_key_values=cache)
+
+
+@every_variant
+def test_logits_to_keep_keeps_the_last_ones(variant, batch):
+    captioner = tiny_captioner(variant)
+    images = captioner.config.num_image_tokens
+    placed = F.pad(batch["input_ids"], (images, 0), value=captioner.config.image_token_id)
+    mask = F.pad(batch["attention_mask"], (images, 0), value=1)
+    inputs = {"pixel_values": batch["pixel_values"], "input_ids": placed, "attention_mask": mask}
+    whole = captioner(**inputs).logits
+    for keep in (1, 3, 7, 9):
+        close(captioner(**inputs, logits_to_keep=keep).logits, whole[:, -keep:])
+    some = torch.tensor([0, 6, 10])
+    close(captioner(**inputs, logits_to_keep=some).logits, whole[:, some])
+    for keep in (1, 3, 7):
+        close(captioner(**batch, logits_to_keep=keep).logits, whole[:, -keep:])
+    close(captioner(**batch, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [images, images + 3]])
