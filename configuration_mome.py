@@ -11,6 +11,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # The ViT family's widths and depths; base and large are also those of VLMo and BEiT-3.
 MOME_SIZES: dict[str, dict[str, int]] = {
@@ -222,6 +223,10 @@ class MomeConfig(PreTrainedConfig):
                 f"fusion_start_layer={self.fusion_start_layer} is not a layer of num_hidden_layers="
                 f"{self.num_hidden_layers}: use None for no joint experts"
             )
+        if self.hidden_act not in ACT2FN:
+            close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "choose a key of transformers.activations.ACT2FN"
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")

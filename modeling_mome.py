@@ -124,12 +124,6 @@ class MomeOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-def _by_group(**router_logits: tuple[torch.Tensor, ...] | None) -> tuple[dict[str, torch.Tensor], ...] | None:
-    """group=(logits of each layer), … → per layer, {group: logits}; `None` where no pass was routed."""
-    routed = {group: logits for group, logits in router_logits.items() if logits}
-    return tuple(dict(zip(routed, layer)) for layer in zip(*routed.values())) if routed else None
-
-
 class MomeModel(MomePreTrainedModel):
     """Embeds images and texts in one space, alone or fused."""
 
@@ -222,7 +216,7 @@ class MomeModel(MomePreTrainedModel):
         Raises:
             ValueError: wrong number of dimensions, channels or pixels.
         """
-        return self._image_features(self.image_pass(pixel_values, **kwargs))
+        return self._image_features(self.image_pass(pixel_values, **kwargs), kwargs)
 
     @can_return_tuple
     def get_text_features(
@@ -243,7 +237,7 @@ class MomeModel(MomePreTrainedModel):
         Raises:
             ValueError: no text, an id beyond the vocabulary, or a text longer than the position table.
         """
-        return self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask)
+        return self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask, kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
@@ -259,7 +253,7 @@ class MomeModel(MomePreTrainedModel):
         state of the image's `[CLS]`. Raises ValueError as the other two, and when there is not one text per image.
         """
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
-        return self._features(outputs, outputs.last_hidden_state[:, 0])
+        return self._features(outputs, outputs.last_hidden_state[:, 0], kwargs)
 
     @can_return_tuple
     def forward(
@@ -286,23 +280,24 @@ class MomeModel(MomePreTrainedModel):
             raise ValueError("MomeModel got neither pixel_values nor input_ids: pass at least one")
         if return_loss:
             _check_pairs(pixel_values, input_ids)
-        wants_router = self._wants_router_logits(kwargs)
-        if return_loss:
-            kwargs["output_router_logits"] = True
         if input_ids is not None:
             self._check_input_ids(input_ids)  # before the image pass, which is the expensive one
         image = text = image_embeds = text_embeds = logits_per_image = loss = None
         if pixel_values is not None:
-            image = self._image_features(self.image_pass(pixel_values, **kwargs))
+            image_outputs = self.image_pass(pixel_values, **kwargs)
+            image = self._image_features(image_outputs, kwargs)
             image_embeds = image.pooler_output
         if input_ids is not None:
-            text = self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask)
+            text_outputs = self.text_pass(input_ids, attention_mask, **kwargs)
+            text = self._text_features(text_outputs, attention_mask, kwargs)
             text_embeds = text.pooler_output
         if image is not None and text is not None:
             logits_per_image = self.similarity(image_embeds, text_embeds)
         if return_loss:
             loss = contrastive_loss(logits_per_image, same_caption(input_ids, attention_mask))
-            loss = loss + self.router_loss((image.router_logits, None), (text.router_logits, attention_mask))
+            loss = loss + self.router_loss(
+                (image_outputs.router_logits, None), (text_outputs.router_logits, attention_mask)
+            )
         only = image if text is None else text if image is None else None
         return MomeOutput(
             loss=loss,
@@ -313,9 +308,7 @@ class MomeModel(MomePreTrainedModel):
             last_hidden_state=only and only.last_hidden_state,
             hidden_states=only and only.hidden_states,
             attentions=only and only.attentions,
-            router_logits=_by_group(image=image and image.router_logits, text=text and text.router_logits)
-            if wants_router
-            else None,
+            router_logits=self._by_group(kwargs, image=image, text=text),
             image_model_output=image,
             text_model_output=text,
         )
@@ -351,30 +344,42 @@ class MomeModel(MomePreTrainedModel):
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
         return hidden_states
 
-    def _image_features(self, outputs: MomeEncoderOutput) -> MomeFeatures:
-        return self._features(outputs, F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1))
+    def _image_features(self, outputs: MomeEncoderOutput, options: dict) -> MomeFeatures:
+        return self._features(outputs, self._image_embeds(outputs), options)
 
-    def _text_features(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> MomeFeatures:
+    def _text_features(self, outputs: MomeEncoderOutput, mask: torch.Tensor | None, options: dict) -> MomeFeatures:
+        return self._features(outputs, self._text_embeds(outputs, mask), options)
+
+    def _image_embeds(self, outputs: MomeEncoderOutput) -> torch.Tensor:
+        return F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1)
+
+    def _text_embeds(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
         states = outputs.last_hidden_state
         if attention_mask is None:
             first = states[:, 0]
         else:  # [BOS] is the first token that is no padding
             first = states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
-        return self._features(outputs, F.normalize(self.text_projection(first), dim=-1))
+        return F.normalize(self.text_projection(first), dim=-1)
 
-    @staticmethod
-    def _features(outputs: MomeEncoderOutput, pooler_output: torch.Tensor) -> MomeFeatures:
+    def _features(self, outputs: MomeEncoderOutput, pooler_output: torch.Tensor, options: dict) -> MomeFeatures:
         return MomeFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooler_output,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if self._wants_router_logits(options) else None,
         )
 
-    def _wants_router_logits(self, kwargs) -> bool:
-        wanted = kwargs.get("output_router_logits")
+    def _wants_router_logits(self, options: dict) -> bool:
+        wanted = options.get("output_router_logits")
         return self.config.output_router_logits if wanted is None else wanted
+
+    def _by_group(self, options: dict, **passes) -> tuple[dict[str, torch.Tensor], ...] | None:
+        """group=pass, … → per layer, {group: router logits}; `None` if not asked for or not routed."""
+        routed = {group: each.router_logits for group, each in passes.items() if each and each.router_logits}
+        if not routed or not self._wants_router_logits(options):
+            return None
+        return tuple(dict(zip(routed, layer)) for layer in zip(*routed.values()))
 
     # Bad input, refused before any heavy work.
 
@@ -544,10 +549,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
                 beyond the vocabulary, images of a wrong size, image tokens that are too few or behind text.
         """
         loss_kwargs = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-        wants_router = self.model._wants_router_logits(kwargs)
         if labels is not None:
             self._check_labels(labels, input_ids, pixel_values)
-            kwargs["output_router_logits"], use_cache = True, False
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if pixel_values is not None and getattr(past_key_values, "num_image_tokens", 0):
@@ -577,7 +581,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
 
         loss = caption_loss = contrastive = image_embeds = None
         if image is not None:
-            image_embeds = self.model._image_features(image).pooler_output
+            image_embeds = self.model._image_embeds(image)
         if labels is not None:
             text_logits = logits if not context.placed else logits[:, -context.text_tokens :]
             caption_loss = self._caption_loss(context, text_logits, labels, **loss_kwargs)
@@ -585,17 +589,15 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             loss = self.config.caption_loss_weight * caption_loss + router_loss
             loss = loss + self.config.contrastive_loss_weight * contrastive
 
-        rows = context.text_tokens
-        caption_routing = text.router_logits and tuple(each[:, :rows] for each in text.router_logits)
+        if text.router_logits:  # not of [MASK] tokens
+            text.router_logits = tuple(each[:, : context.text_tokens] for each in text.router_logits)
         return MomeCaptionOutput(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=self._join_states(context, image, text),
             attentions=self._join_attentions(context, image, text),
-            router_logits=_by_group(image=image and image.router_logits, text=caption_routing)
-            if wants_router
-            else None,
+            router_logits=self.model._by_group(kwargs, image=image, text=text),
             contrastive_loss=contrastive,
             caption_loss=caption_loss,
             image_embeds=image_embeds,
@@ -694,7 +696,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         """Contrastive loss of the batch, and the router losses of all three passes."""
         text_ids, text_mask = context.text_ids, context.text_mask()
         text = self.model.text_pass(text_ids, text_mask, **kwargs)
-        text_embeds = self.model._text_features(text, text_mask).pooler_output
+        text_embeds = self.model._text_embeds(text, text_mask)
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
         loss = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
         if self.config.experts_per_group == 1:

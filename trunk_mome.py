@@ -403,15 +403,20 @@ class MomeLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         prefix_key: torch.Tensor | None,
         prefix_value: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         modality_spans: Spans,
         expert_spans: Spans,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens, width) → the same; keys and values of these tokens; router logits if routed."""
+        """(batch, tokens, width) → the same; keys and values of these tokens; router logits if routed.
+
+        What needs a gradient comes by position: checkpointing with `use_reentrant=True` sees no other.
+        """
         residual = hidden_states
         hidden_states, _, key, value = self.attention(
             self.attention_norm(hidden_states, modality_spans),
             modality_spans,
+            attention_mask,
             prefix=None if prefix_key is None else (prefix_key, prefix_value),
             **kwargs,
         )
@@ -448,7 +453,8 @@ class MomeEncoderOutput(ModelOutput):
         key_values: per layer, keys and values (batch, heads, tokens, head_dim) of these tokens.
         hidden_states: (batch, tokens, width) before each layer and at the end.
         attentions: per layer, (batch, heads, tokens, keys).
-        router_logits: per layer, (batch, tokens, experts) over the experts of each token's own group.
+        router_logits: per layer, (batch, tokens, experts) over the experts of each token's own group; `None` for a
+            model without routers.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -557,30 +563,34 @@ class MomeEncoder(MomePreTrainedModel):
                 which prefix and tokens are put in the order of the caller's `input_ids`; `num_mask_tokens` at the
                 end that are not cached.
         """
-        if position_bias is not None and "flash" in self.config._attn_implementation:
+        if position_bias is not None and self.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} has no attention bias, which "
                 "position_embedding_type='relative' needs: load the model with attn_implementation='sdpa'"
             )
-        key_values = () if return_key_values else None
+        key_values, router_logits = (), ()
         for index, layer in enumerate(self.layers):
             fused = joint and self.config.fusion_start_layer is not None and index >= self.config.fusion_start_layer
             expert_spans = (("joint", hidden_states.shape[1]),) if fused else spans
             mask = attention_mask if position_bias is None else _add_bias(position_bias[index], attention_mask)
             prefix_key, prefix_value = (None, None) if prefix is None else prefix[index]
-            hidden_states, key, value, _ = layer(
+            hidden_states, key, value, logits = layer(
                 hidden_states,
                 prefix_key,
                 prefix_value,
+                mask,
                 spans,
                 expert_spans,
-                attention_mask=mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            if return_key_values:
-                key_values += ((key, value),)
-        return MomeEncoderOutput(last_hidden_state=self.norm(hidden_states, spans), key_values=key_values)
+            key_values += ((key, value),) if return_key_values else ()
+            router_logits += (logits,) if logits is not None else ()
+        return MomeEncoderOutput(
+            last_hidden_state=self.norm(hidden_states, spans),
+            key_values=key_values or None,
+            router_logits=router_logits or None,
+        )
 
 
 def _add_bias(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import DynamicCache
 from transformers.utils import logging
+
+from models import VARIANTS, pad_left, random_batch, tiny_captioner
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -45,8 +46,7 @@ def test_step_by_step_calls_without_image_tokens_equal_one_call(variant, batch):
     whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
     start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
     rest = [
-        captioner(input_ids=ids[:, step : step + 2], past_key_values=start.past_key_values).logits
-        for step in (3, 5)
+        captioner(input_ids=ids[:, step : step + 2], past_key_values=start.past_key_values).logits for step in (3, 5)
     ]
     close(torch.cat([start.logits, *rest], dim=1), whole)
 
@@ -96,9 +96,7 @@ def test_logits_of_left_padded_rows_equal_those_of_unpadded_rows(variant, batch)
 def test_the_image_is_encoded_once_for_all_beams_and_steps(variant, batch):
     captioner, images = tiny_captioner(variant), []
     captioner.model.image_embedding.register_forward_hook(lambda module, args, _: images.append(len(args[0])))
-    sequences = captioner.generate(
-        pixel_values=batch["pixel_values"], num_beams=3, num_return_sequences=2, **GREEDY
-    )
+    sequences = captioner.generate(pixel_values=batch["pixel_values"], num_beams=3, num_return_sequences=2, **GREEDY)
     assert sequences.shape == (8, 7) and images == [4]
 
 
@@ -151,7 +149,7 @@ def test_a_static_cache_gives_the_same(variant, batch):
 
 @every_variant
 def test_assisted_decoding_gives_the_greedy_caption(variant, batch):
-    captioner, assistant = tiny_captioner(variant), tiny_captioner(variant, seed=1, num_hidden_layers=1)
+    captioner, assistant = tiny_captioner(variant), tiny_captioner(variant, seed=1)
     images = captioner.config.num_image_tokens
     for row in range(2):
         placed = F.pad(batch["input_ids"][row : row + 1, :4], (images, 0), value=captioner.config.image_token_id)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import VARIANTS, pad_left, random_batch, tiny_captioner, tiny_config
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from models import VARIANTS, pad_left, random_batch, tiny_captioner, tiny_config
 from mome import MomeConfig, MomeForConditionalGeneration, MomeModel
 from mome.modeling_mome import contrastive_loss, same_caption
 from mome.routing_mome import grouped_linear, router_losses
@@ -22,7 +22,9 @@ def test_padding_never_changes_embeddings(variant):
     model = tiny_captioner(variant).model
     batch = random_batch(model.config, size=4)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    expected = torch.cat([model.get_text_features(row[None, keep.bool()]).pooler_output for row, keep in zip(ids, mask)])
+    expected = torch.cat(
+        [model.get_text_features(row[None, keep.bool()]).pooler_output for row, keep in zip(ids, mask)]
+    )
     close(model.get_text_features(ids, mask).pooler_output, expected)
     left = model.get_text_features(pad_left(ids, mask), pad_left(mask, mask)).pooler_output
     close(left, expected)

@@ -1,0 +1,269 @@
+"""Ways to run the same model: attention kernels, precision, compiled, checkpointed, adapted, spread over devices."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+import mome
+from builders import build_processor
+from models import VARIANTS, pad_left, random_batch, tiny_captioner
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def close(actual, expected, atol=1e-5):
+    assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@every_variant
+def test_eager_equals_sdpa(variant):
+    captioner = tiny_captioner(variant)
+    batch = random_batch(captioner.config)
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        captioner.set_attn_implementation(implementation)
+        fused = captioner.model.get_multimodal_features(**batch).last_hidden_state
+        keep = F.pad(batch["attention_mask"].bool(), (captioner.config.num_image_tokens, 0), value=True)
+        mask = pad_left(batch["attention_mask"], batch["attention_mask"])
+        ids = pad_left(batch["input_ids"], batch["attention_mask"])
+        caption = captioner.generate(
+            pixel_values=batch["pixel_values"], input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False
+        )
+        loss = captioner(**batch, labels=batch["input_ids"]).loss
+        outputs.append((captioner.model(**batch).logits_per_image, fused[keep], loss, caption))
+    for sdpa, eager in zip(*outputs):
+        close(eager, sdpa)
+
+
+def flash_like(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
+    """What flash attention's kernels do: padding is cut out by a 2D mask, causal is aligned at the bottom right."""
+    assert attention_mask is None or attention_mask.ndim == 2
+    rows, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    if is_causal if is_causal is not None else module.is_causal:
+        seen = seen.tril(keys - rows)
+    seen = seen.expand(query.shape[0], 1, rows, keys)
+    if attention_mask is not None:
+        assert attention_mask.shape[1] == keys
+        seen = seen & attention_mask[:, None, None, :].bool()
+    states = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, dropout_p=dropout)
+    return states.transpose(1, 2).nan_to_num(), None
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "unshared", "masked", "vlmo"])
+def test_flash_attention_sees_what_sdpa_sees(variant):
+    AttentionInterface.register("no_bias_kernel", flash_like)
+    AttentionMaskInterface.register("no_bias_kernel", flash_attention_mask)
+    captioner = tiny_captioner(variant)
+    batch, images = random_batch(captioner.config, size=4), captioner.config.num_image_tokens
+    left_mask = pad_left(batch["attention_mask"], batch["attention_mask"])
+    left_ids = pad_left(batch["input_ids"], batch["attention_mask"])
+    placed = F.pad(batch["input_ids"], (images, 0), value=captioner.config.image_token_id)
+    placed_mask = F.pad(batch["attention_mask"], (images, 0), value=1)
+    results = []
+    for implementation in ("sdpa", "no_bias_kernel"):
+        captioner.set_attn_implementation(implementation)
+        prompts = [
+            {"input_ids": left_ids, "attention_mask": left_mask},
+            {"input_ids": pad_left(placed, placed_mask), "attention_mask": pad_left(placed_mask, placed_mask)},
+            {},
+        ]
+        captions = [
+            captioner.generate(**prompt, pixel_values=batch["pixel_values"], max_new_tokens=5, do_sample=False)
+            for prompt in prompts
+        ]
+        embeds = captioner.model(**batch)
+        last = captioner(
+            pixel_values=batch["pixel_values"], input_ids=left_ids, attention_mask=left_mask, logits_to_keep=1
+        )
+        results.append([*captions, embeds.image_embeds, embeds.text_embeds, last.logits])
+        if variant != "masked":
+            valid = batch["attention_mask"].bool()
+            results[-1].append(captioner(**batch).logits[valid])
+    for flash, sdpa in zip(*results):
+        close(flash, sdpa)
+
+
+def test_flash_attention_refuses_what_it_cannot_do():
+    AttentionInterface.register("no_bias_kernel", flash_like)
+    AttentionMaskInterface.register("no_bias_kernel", flash_attention_mask)
+    relative, masked = tiny_captioner("relative"), tiny_captioner("masked")
+    for captioner in (relative, masked):
+        captioner.set_attn_implementation("no_bias_kernel")
+    batch = random_batch(relative.config)
+    with pytest.raises(ValueError, match="'no_bias_kernel' has no attention bias"):
+        relative.get_image_features(batch["pixel_values"])
+    with pytest.raises(ValueError, match="'no_bias_kernel' can't score 7 tokens at once"):
+        masked(**batch)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(variant, dtype):
+    captioner = tiny_captioner(variant, initializer_range=0.05)
+    batch = random_batch(captioner.config)
+    expected = captioner(**batch, labels=batch["input_ids"])
+    captioner = captioner.to(dtype)
+    actual = captioner(**batch, labels=batch["input_ids"])
+    assert actual.logits.dtype == dtype and actual.image_embeds.dtype == dtype
+    assert F.cosine_similarity(actual.image_embeds.float(), expected.image_embeds).min() > 0.99
+    assert abs(actual.loss.float() / expected.loss - 1) < 0.03
+    actual.loss.backward()
+    captions = captioner.generate(pixel_values=batch["pixel_values"], max_new_tokens=4, min_new_tokens=4)
+    assert captions.shape == (3, 5)
+
+
+@every_variant
+def test_autocast_keeps_weights_and_gradients_in_fp32(variant):
+    captioner = tiny_captioner(variant, initializer_range=0.05)
+    batch = random_batch(captioner.config)
+    expected = captioner(**batch, labels=batch["input_ids"]).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = captioner(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert abs(loss / expected - 1) < 0.03
+    assert all(each.grad is None or each.grad.dtype == torch.float32 for each in captioner.parameters())
+
+
+@every_variant
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(variant, use_reentrant):
+    captioner = tiny_captioner(variant).train()
+    batch = random_batch(captioner.config)
+
+    def gradients():
+        captioner.zero_grad(set_to_none=True)
+        captioner(**batch, labels=batch["input_ids"]).loss.backward()
+        return {name: each.grad for name, each in captioner.named_parameters() if each.grad is not None}
+
+    expected = gradients()
+    captioner.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    actual = gradients()
+    assert actual.keys() == expected.keys() and any("router" in name for name in actual) == (
+        captioner.config.experts_per_group > 1
+    )
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "relative"])
+@pytest.mark.parametrize("tower", ["image", "text", "training"])
+def test_towers_and_training_compile_without_graph_breaks(variant, tower):
+    captioner = tiny_captioner(variant)
+    batch = random_batch(captioner.config)
+
+    def run(model):
+        if tower == "image":
+            return model.model.get_image_features(batch["pixel_values"]).pooler_output
+        if tower == "text":
+            return model.model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    torch.compiler.reset()
+    explanation = torch._dynamo.explain(lambda: run(captioner))()
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+    expected = run(captioner)
+    compiled = torch.compile(lambda: run(captioner), fullgraph=True, backend="aot_eager")()
+    close(compiled, expected)
+    if tower == "training":
+        compiled.backward()
+        assert all(each.grad is not None for name, each in captioner.named_parameters() if "joint" not in name)
+
+
+def test_inductor_gives_the_same_embeddings():
+    model = tiny_captioner("routed").model
+    batch = random_batch(model.config)
+    with torch.no_grad():
+        expected = model.get_image_features(batch["pixel_values"]).pooler_output
+        model.get_image_features = torch.compile(model.get_image_features, fullgraph=True)
+        close(model.get_image_features(batch["pixel_values"]).pooler_output, expected)
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed"])
+def test_lora_on_attention_and_experts_trains_and_reloads(variant, tmp_path):
+    peft = pytest.importorskip("peft")
+    captioner = tiny_captioner(variant)
+    batch = random_batch(captioner.config)
+    layers = range(captioner.config.num_hidden_layers)
+    experts = [
+        f"model.encoder.layers.{layer}.feed_forward.{group}.experts.{matrix}"
+        for layer in layers
+        for group in ("image", "text")
+        for matrix in ("up_proj", "down_proj")
+    ]
+    linear = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.(image|text)\.(up|down)_proj"
+    lora = peft.LoraConfig(
+        r=2, target_modules=linear, target_parameters=experts if variant == "routed" else None, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(captioner, lora)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [name for name, each in adapted.named_parameters() if each.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+    touched = [name for name, each in adapted.named_parameters() if each.grad is not None and each.grad.abs().max()]
+    assert any("query_key_value" in name for name in touched) and any("feed_forward" in name for name in touched)
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+    adapted.save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(tiny_captioner(variant), tmp_path).eval()
+    close(reloaded(**batch).logits, expected)
+    assert (expected - tiny_captioner(variant)(**batch).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "unshared", "relative"])
+def test_device_map_with_offloading_gives_the_same(variant, tmp_path):
+    pytest.importorskip("accelerate")
+    captioner = tiny_captioner(variant)
+    captioner.save_pretrained(tmp_path / "checkpoint")
+    batch = random_batch(captioner.config)
+    expected = captioner(**batch).logits
+    names = [f"model.{name}" for name, _ in captioner.model.named_children() if name != "encoder"]
+    device_map = dict.fromkeys([*names, "model.logit_scale", "lm_head"], "cpu")
+    device_map |= {f"model.encoder.{name}": "cpu" for name, _ in captioner.model.encoder.named_children()}
+    del device_map["model.encoder.layers"]
+    device_map |= {"model.encoder.layers.0": "cpu", "model.encoder.layers.1": "disk"}
+    spread = mome.MomeForConditionalGeneration.from_pretrained(
+        tmp_path / "checkpoint", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    close(spread(**batch).logits, expected)
+    captions = spread.generate(pixel_values=batch["pixel_values"], max_new_tokens=3, do_sample=False)
+    assert torch.equal(
+        captions, captioner.generate(pixel_values=batch["pixel_values"], max_new_tokens=3, do_sample=False)
+    )
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "masked"])
+def test_a_tiny_batch_is_learnt_word_for_word_and_found(variant):
+    """Six pictures: loss falls until every caption is reproduced and every picture is the first hit of its text."""
+    processor = build_processor(image_size=16)
+    captions = [f"a {colour} {shape}" for colour in ("red", "blue", "white") for shape in ("circle", "line")]
+    config = tiny_captioner(
+        variant, vocab_size=len(processor.tokenizer), initializer_range=0.05, max_position_embeddings=12
+    ).config
+    torch.manual_seed(0)
+    captioner = mome.MomeForConditionalGeneration(config).train()
+    batch = processor(text=captions, images=[draw(caption) for caption in captions], return_tensors="pt")
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(200):
+        losses.append(captioner(**batch, labels=batch["input_ids"]).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+    captioner.eval()
+    generated = captioner.generate(pixel_values=batch["pixel_values"], max_new_tokens=8, do_sample=False)
+    assert processor.batch_decode(generated, skip_special_tokens=True) == captions
+    logits = captioner.model(**batch).logits_per_image
+    assert logits.argmax(dim=1).tolist() == logits.argmax(dim=0).tolist() == list(range(len(captions)))
+
+
+def draw(caption: str):
+    from PIL import Image, ImageDraw
+
+    _, colour, shape = caption.split()
+    image = Image.new("RGB", (16, 16), "black")
+    getattr(ImageDraw.Draw(image), {"circle": "ellipse", "line": "line"}[shape])((2, 2, 13, 13), fill=colour)
+    return image
