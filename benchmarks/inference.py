@@ -139,8 +139,9 @@ class Race:
 
     def compiled(self, competitors: list[Competitor]) -> list[Competitor]:
         """A compiled copy of each; none of them without compilation."""
-        chosen = competitors if self.compile_models else []
-        return [replace(c, name=f"{c.name} compiled", run=torch.compile(c.run)) for c in chosen]
+        return [
+            replace(c, name=f"{c.name} compiled", run=torch.compile(c.run)) for c in competitors * self.compile_models
+        ]
 
     def pixels(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(batch, 3, self.shape["image_size"], self.shape["image_size"], dtype=dtype)
@@ -280,6 +281,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
+    if options.results:  # fails now rather than after an hour
+        options.results.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.inference", *argv])}

@@ -6,7 +6,7 @@ from mome.benchmarks.inference import COLUMNS, main
 
 def test_the_benchmark_holds_mome_against_each_installed_peer_and_names_a_missing_one(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torchscale", None)
-    results = tmp_path / "results.csv"
+    results = tmp_path / "evaluation" / "results.csv"
     smoke = ["--quick", "--no-compile", "--rounds", "2", "--results", str(results), "--only"]
     rows = main([*smoke, "image,text,caption,routed"])
     assert "BEiT-3 is left out" in capsys.readouterr().out
