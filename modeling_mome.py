@@ -161,7 +161,8 @@ class MomeModel(MomePreTrainedModel):
         if self.encoder.position_bias is not None:
             position_bias = self.encoder.position_bias.image(pixel_values.device)
         hidden_states = self.image_embedding(pixel_values)
-        return self.encoder(hidden_states, (("image", hidden_states.shape[1]),), None, position_bias, **kwargs)
+        spans = (("image", hidden_states.shape[1]),)
+        return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
 
     def text_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -174,7 +175,8 @@ class MomeModel(MomePreTrainedModel):
         if self.encoder.position_bias is not None:
             position_bias = self.encoder.position_bias.text(position_ids, position_ids)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        return self.encoder(hidden_states, (("text", hidden_states.shape[1]),), mask, position_bias, **kwargs)
+        spans = (("text", hidden_states.shape[1]),)
+        return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)
 
     def fused_pass(
         self,
@@ -197,7 +199,7 @@ class MomeModel(MomePreTrainedModel):
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (image.shape[1], 0), value=1)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        return self.encoder(hidden_states, spans, mask, position_bias, joint=True, **kwargs)
+        return self.encoder(hidden_states, spans, mask, position_bias, joint=True, return_dict=True, **kwargs)
 
     # The public features.
 
@@ -653,6 +655,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             key_order=context.key_order,
             num_mask_tokens=masks,
             causal=True,
+            return_dict=True,
             **kwargs,
         )
         if past_key_values is not None and context.image_tokens:
@@ -685,10 +688,10 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
 
     def _caption_loss(self, context, logits, labels, shift_labels=None, **loss_kwargs) -> torch.Tensor:
         return self.loss_function(
-            logits=logits,
+            logits=logits.contiguous(),
             labels=context.text_part(labels),
             vocab_size=self.lm_head.decoder.weight.shape[0],
-            shift_labels=None if shift_labels is None else context.text_part(shift_labels),
+            shift_labels=None if shift_labels is None else context.text_part(shift_labels).contiguous(),
             **loss_kwargs,
         )
 

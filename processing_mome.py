@@ -186,7 +186,9 @@ class MomeProcessor(ProcessorMixin):
         if self.tokenizer.is_fast:
             self.tokenizer.backend_tokenizer.no_padding()
             self.tokenizer.backend_tokenizer.no_truncation()
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        vars(self).pop("auto_map", None)  # written to the file; left here, the saved processor would differ from it
+        return files
 
     def _drop_end_of_text(self, inputs):
         """Cuts the last column: left padding has put every row's `[EOS]` there, if the tokenizer writes one."""

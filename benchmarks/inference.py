@@ -138,10 +138,8 @@ class Race:
         self.rows: list[dict] = []
 
     def compiled(self, competitors: list[Competitor]) -> list[Competitor]:
-        """A compiled copy of each; none of them without compilation."""
-        return [
-            replace(c, name=f"{c.name} compiled", run=torch.compile(c.run)) for c in competitors * self.compile_models
-        ]
+        chosen = competitors * self.compile_models
+        return [replace(c, name=f"{c.name} compiled", run=torch.compile(c.run)) for c in chosen]
 
     def pixels(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(batch, 3, self.shape["image_size"], self.shape["image_size"], dtype=dtype)
@@ -281,8 +279,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    if options.results:  # fails now rather than after an hour
-        options.results.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.inference", *argv])}
@@ -291,6 +287,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for section in sections:
         SECTIONS[section](race)
     if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
         with options.results.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if not file.tell():
