@@ -1,5 +1,6 @@
 """The caption pass: where image and caption are, who sees whom, and what `generate()` starts from.
 
+- `MomeCache`: keys and values of an image and its caption, with room to grow;
 - `CaptionContext`: one call's tokens as the trunk wants them (image first, then text) and the way back;
 - `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
 - `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
@@ -13,10 +14,66 @@
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
+
+
+class MomeCacheLayer(DynamicLayer):
+    """A growing layer whose buffers have room for the next tokens.
+
+    `DynamicLayer` copies the whole cache for every token, which at 200 image tokens costs more than the attention.
+    `keys` and `values` are views of the buffers, so that cropping and the like work as inherited: what such a method
+    leaves behind is either still such a view or is taken as a new start.
+    """
+
+    room = 64
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (batch, heads, tokens, head_dim) and return all keys and values so far."""
+        if key_states.requires_grad:  # a buffer that is written to again has no gradient
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        length = past + key_states.shape[2]
+        if not self._has_room_for(length):
+            shape = (*key_states.shape[:2], length + self.room, key_states.shape[3])
+            self.buffers = key_states.new_empty(shape), value_states.new_empty(shape)
+            if past:
+                self.buffers[0][:, :, :past], self.buffers[1][:, :, :past] = self.keys, self.values
+        self.buffers[0][:, :, past:length], self.buffers[1][:, :, past:length] = key_states, value_states
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        """Give each beam the cache of the beam that it goes on from, room included."""
+        length = self.get_seq_length()
+        if not self._has_room_for(length):
+            return super().reorder_cache(beam_idx)
+        self.buffers = tuple(buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def _has_room_for(self, length: int) -> bool:
+        """Whether `keys` still is a view of the buffer's start, and the buffer is long enough."""
+        if self.buffers is None or not self.get_seq_length():
+            return False
+        buffer = self.buffers[0]
+        is_view = self.keys.data_ptr() == buffer.data_ptr() and self.keys.shape[0] == buffer.shape[0]
+        return is_view and length <= buffer.shape[2]
+
+
+class MomeCache(DynamicCache):
+    """Keys and values of an image and its caption; `num_image_tokens` of them are the image's."""
+
+    def __init__(self, config: MomeConfig):
+        super().__init__(config=config)
+        self.layers = [MomeCacheLayer() for _ in range(config.num_hidden_layers)]
+        self.num_image_tokens = 0
 
 
 class CaptionContext:
@@ -44,6 +101,7 @@ class CaptionContext:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        image_tokens_in_input: bool | None,
     ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
@@ -56,8 +114,11 @@ class CaptionContext:
             self.image_tokens, self.images = config.num_image_tokens, pixel_values.shape[0]
             if not self.images or self.batch % self.images:
                 raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
-            is_image = _is_image_token(config, image_embedding, input_ids, inputs_embeds)
-            self.placed, self.order = _locate_image(config, is_image, attention_mask)
+            if torch.compiler.is_compiling():  # a graph can't branch on ids
+                self.placed = bool(image_tokens_in_input)
+            elif image_tokens_in_input is not False:
+                is_image = _is_image_token(config, image_embedding, input_ids, inputs_embeds)
+                self.placed, self.order = _locate_image(config, is_image, attention_mask)
         self.text_tokens = tokens.shape[1] - (self.image_tokens if self.placed else 0)
         self.tokens = self.text_tokens + self.image_tokens
         if not self.text_tokens:
@@ -177,10 +238,8 @@ def _is_image_token(
     image_embedding: torch.Tensor,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """(batch, tokens) bool; `None` when compiled: a graph can't branch on ids, so the text must come alone."""
-    if torch.compiler.is_compiling():
-        return None
+) -> torch.Tensor:
+    """(batch, tokens) bool: the tokens of `input_ids` that stand for the image."""
     if input_ids is None:
         is_image = (inputs_embeds == image_embedding.to(inputs_embeds)).all(dim=-1)
     else:
@@ -190,10 +249,10 @@ def _is_image_token(
 
 
 def _locate_image(
-    config: MomeConfig, is_image: torch.Tensor | None, attention_mask: torch.Tensor | None
+    config: MomeConfig, is_image: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[bool, torch.Tensor | None]:
     """Whether `input_ids` holds image tokens, and the order that brings them to the front if they aren't there."""
-    if is_image is None or not is_image.any():
+    if not is_image.any():
         return False, None
     counts, expected = is_image.sum(dim=1), config.num_image_tokens
     if (counts != expected).any():

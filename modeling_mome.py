@@ -43,7 +43,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .captioning_mome import CaptionContext, extend_mask, prepare_prompt
+from .captioning_mome import CaptionContext, MomeCache, extend_mask, prepare_prompt
 from .configuration_mome import MomeConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
@@ -531,12 +531,13 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_tokens_in_input: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeCaptionOutput:
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
 
         Args:
-            input_ids: (batch, tokens) int64. When compiled, without image tokens if `pixel_values` is given.
+            input_ids: (batch, tokens) int64.
             pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
             attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
             position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
@@ -545,6 +546,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
                 predicted from the positions before it.
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
+            image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
+                look, `None` is `False`, and image tokens must come first, before any padding.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -555,7 +558,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             self._check_labels(labels, input_ids, pixel_values)
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = MomeCache(self.config)
         if pixel_values is not None and getattr(past_key_values, "num_image_tokens", 0):
             pixel_values = None  # the cache has seen it
 
@@ -571,6 +574,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             attention_mask,
             position_ids,
             past_key_values,
+            image_tokens_in_input,
         )
         if input_ids is not None:
             self.model._check_vocabulary(input_ids)
@@ -785,6 +789,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
                 mask = torch.ones_like(input_ids)
             input_ids = F.pad(input_ids, (added, 0), value=config.image_token_id)
             kwargs["attention_mask"] = F.pad(mask, (added, 0), value=1)
+        if has_image:
+            kwargs["image_tokens_in_input"] = True
         options, kwargs = self._bound_lengths(input_ids, has_image, added, generation_config, kwargs)
         outputs = super().generate(None, options, input_ids=input_ids, **kwargs)
         if isinstance(outputs, torch.Tensor):
@@ -826,6 +832,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             if getattr(each, "max_position_embeddings", None) is not None:
                 each.max_position_embeddings += self.config.num_image_tokens
         return criteria
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """In place of the default cache, one that isn't copied for every token."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if made is not given and type(made) is DynamicCache and not made.offloading:
+            model_kwargs["past_key_values"] = MomeCache(self.config)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
         """Beams and candidates share their image: its pixels are not repeated."""
