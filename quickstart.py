@@ -74,7 +74,7 @@ def build_processor() -> MomeProcessor:
     return MomeProcessor(image_processor, fast)
 
 
-def train(captioner: MomeForConditionalGeneration, processor: MomeProcessor, seen: list, steps: int = 300):
+def train(captioner: MomeForConditionalGeneration, processor: MomeProcessor, seen: list, steps: int):
     """Joint contrastive and caption loss, 64 pictures a step."""
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=1.5e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
@@ -97,7 +97,7 @@ def train(captioner: MomeForConditionalGeneration, processor: MomeProcessor, see
         )
 
 
-def main():
+def main(folder: Path = FOLDER, steps: int = 300):
     torch.manual_seed(0)
     combinations = [(colour, shape, place) for colour in COLOURS for shape in SHAPES for place in PLACES]
     random.Random(1).shuffle(combinations)
@@ -118,25 +118,25 @@ def main():
     captioner = MomeForConditionalGeneration(config)
     print(f"MoME with {captioner.num_parameters():,} parameters; {len(seen)} combinations seen, {len(held_out)} not")
     start = time.perf_counter()
-    train(captioner.train(), processor, seen)
+    train(captioner.train(), processor, seen, steps)
     print(f"trained in {time.perf_counter() - start:.0f} s")
-    captioner.eval().save_pretrained(FOLDER)
-    processor.save_pretrained(FOLDER)
+    captioner.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
     show(held_out)
     print(
-        f"\nThe checkpoint is in {FOLDER}: AutoModel.from_pretrained, pipeline(…) and the README's snippets take it."
+        f"\nThe checkpoint is in {folder}: AutoModel.from_pretrained, pipeline(…) and the README's snippets take it."
     )
 
 
-def show(held_out: list):
+def show(held_out: list, folder: Path):
     """Captions, labels and search hits for pictures of combinations that training never saw."""
     jitter = random.Random(2)
     images, texts = [draw(*each, jitter) for each in held_out], [caption_of(*each) for each in held_out]
     for number, image in enumerate(images):
-        image.save(FOLDER / f"unseen-{number}.png")
-    describe = pipeline("image-text-to-text", model=str(FOLDER))
+        image.save(folder / f"unseen-{number}.png")
+    describe = pipeline("image-text-to-text", model=str(folder))
     captions = [each["generated_text"] for each in describe(images, text=[""] * len(images), max_new_tokens=8)]
-    classify = pipeline("zero-shot-image-classification", model=str(FOLDER))
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
     labels = [
         classify(image, candidate_labels=list(SHAPES), hypothesis_template=caption_of(colour, "{}", place))[0]
         for image, (colour, _, place) in zip(images, held_out)
@@ -145,7 +145,7 @@ def show(held_out: list):
     for truth, caption, label in zip(texts, captions, labels):
         mark = "=" if truth == caption else "≠"
         print(f"  {truth:32s} {mark} {caption:32s}  {label['label']:9s} {label['score']:.2f}")
-    model, processor = MomeModel.from_pretrained(FOLDER), MomeProcessor.from_pretrained(FOLDER)
+    model, processor = MomeModel.from_pretrained(folder), MomeProcessor.from_pretrained(folder)
     with torch.no_grad():
         logits = model(**processor(text=texts, images=images, return_tensors="pt")).logits_per_text
     right = sum(truth == caption for truth, caption in zip(texts, captions))

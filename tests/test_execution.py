@@ -10,6 +10,7 @@ from transformers.masking_utils import flash_attention_mask
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
+from mome.trunk_mome import matmul_attention_forward
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -171,6 +172,29 @@ def test_towers_and_training_compile_without_graph_breaks(variant, tower):
     if tower == "training":
         compiled.backward()
         assert all(each.grad is not None for name, each in captioner.named_parameters() if "joint" not in name)
+
+
+def test_a_compiled_captioner_is_told_of_image_tokens():
+    captioner = tiny_captioner()
+    batch, images = random_batch(captioner.config), captioner.config.num_image_tokens
+    placed = F.pad(batch["input_ids"], (images, 0), value=captioner.config.image_token_id)
+    inputs = {"pixel_values": batch["pixel_values"], "input_ids": placed}
+    compiled = torch.compile(captioner, fullgraph=True, backend="aot_eager")
+    close(compiled(**inputs, image_tokens_in_input=True).logits, captioner(**inputs).logits)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "float"])
+def test_attention_as_matrix_products_equals_sdpa(mask):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 9, 4, 8).permute(0, 1, 3, 2, 4)
+    query = query[:, :, -5:]
+    seen = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    masks = {"none": None, "causal": None, "bool": seen, "float": torch.randn(5, 9)}
+    actual, _ = matmul_attention_forward(
+        torch.nn.Module().eval(), query, key, value, masks[mask], scaling=0.3, is_causal=mask == "causal"
+    )
+    given = seen if mask == "causal" else masks[mask]
+    close(actual, F.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.3).transpose(1, 2))
 
 
 def test_inductor_gives_the_same_embeddings():

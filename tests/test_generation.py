@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
+from mome.captioning_mome import MomeCache, MomeCacheLayer
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -259,3 +260,48 @@ def test_logits_to_keep_keeps_the_last_ones(variant, batch):
     for keep in (1, 3, 7):
         close(captioner(**batch, logits_to_keep=keep).logits, whole[:, -keep:])
     close(captioner(**batch, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [images, images + 3]])
+
+
+@every_variant
+def test_a_cache_that_runs_out_of_room_changes_no_caption(variant, batch, monkeypatch):
+    captioner = tiny_captioner(variant)
+    expected = logits_of(captioner, pixel_values=batch["pixel_values"], **GREEDY)
+    monkeypatch.setattr(MomeCacheLayer, "room", 2)
+    actual = logits_of(captioner, pixel_values=batch["pixel_values"], **GREEDY)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_a_token_is_written_into_the_cache_without_a_copy_of_it(batch):
+    captioner = tiny_captioner()
+    cache = captioner(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], use_cache=True).past_key_values
+    before = cache.layers[0].keys
+    captioner(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
+    after = cache.layers[0].keys
+    assert after.data_ptr() == before.data_ptr() and after.shape[2] == before.shape[2] + 1
+    assert torch.equal(after[:, :, :-1], before)
+
+
+def test_the_cache_does_what_a_dynamic_cache_does():
+    torch.manual_seed(0)
+    config = tiny_captioner().config
+    caches = MomeCache(config), DynamicCache(config=config)
+    steps = [torch.randn(2, 2, 4, tokens, 8) for tokens in (5, 1, 1, 3)]
+
+    def update(states):
+        for keys, values in [[each.update(*states, 0) for each in caches]]:
+            for one, other in zip(keys, values):
+                assert torch.equal(one, other)
+
+    update(steps[0])
+    for operation in (
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    ):
+        for cache in caches:
+            operation(cache)
+        for step in steps[1:]:
+            update(step)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()

@@ -1,0 +1,42 @@
+"""The README keeps its word: its snippets run, the paths it names exist, the quickstart quickstarts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch._inductor.config
+
+import mome.quickstart
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    mome.quickstart.main(folder, steps=2)
+    return folder
+
+
+def test_the_snippets_run_one_after_the_other(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # the last snippet sets it, this takes it back
+    namespace = {}
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        exec(snippet.replace(".cache/quickstart", str(checkpoint)), namespace)
+    assert namespace["outputs"].router_logits and namespace["experts"].shape[-1] == 2
+
+
+def test_every_path_it_names_exists():
+    tree = README.split("## The files")[1]
+    named = re.findall(r"^(\S+(?:\.\w+|/))\s", tree, flags=re.MULTILINE) + re.findall(r"\]\(([\w./]+)\)", README)
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_make_target_it_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)):
+        assert f"\n{target}:" in makefile, target
