@@ -76,6 +76,14 @@ class MomeCache(DynamicCache):
         self.num_image_tokens = 0
 
 
+def cached_image_tokens(cache: Cache | None) -> int:
+    """Image tokens that a cache holds: none if it was reset for another call, whatever it says."""
+    tokens = getattr(cache, "num_image_tokens", 0)
+    if not tokens or torch.compiler.is_compiling():
+        return tokens
+    return tokens if int(cache.get_seq_length()) else 0
+
+
 class CaptionContext:
     """The tokens of one call of the captioner, split into image and text.
 
@@ -125,7 +133,7 @@ class CaptionContext:
             raise ValueError(f"input_ids of shape {tuple(tokens.shape[:2])} holds no text: start it with [BOS]")
 
         self.past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self.num_image_tokens = self.image_tokens or getattr(past_key_values, "num_image_tokens", 0)
+        self.num_image_tokens = self.image_tokens or cached_image_tokens(past_key_values)
         self.attention_mask = self._widen(attention_mask)
         self.text_ids = None if input_ids is None else self.text_part(input_ids)
         self.text_embeds = None if inputs_embeds is None else self.text_part(inputs_embeds)

@@ -43,7 +43,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .captioning_mome import CaptionContext, MomeCache, extend_mask, prepare_prompt
+from .captioning_mome import CaptionContext, MomeCache, cached_image_tokens, extend_mask, prepare_prompt
 from .configuration_mome import MomeConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
@@ -559,7 +559,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = MomeCache(self.config)
-        if pixel_values is not None and getattr(past_key_values, "num_image_tokens", 0):
+        if pixel_values is not None and cached_image_tokens(past_key_values):
             pixel_values = None  # the cache has seen it
 
         if pixel_values is not None:
@@ -662,8 +662,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        if past_key_values is not None and context.image_tokens:
-            past_key_values.num_image_tokens = context.image_tokens
+        if past_key_values is not None:
+            past_key_values.num_image_tokens = context.num_image_tokens
         return outputs
 
     def _mask_for_mask_tokens(self, mask: torch.Tensor | None, masks: int) -> torch.Tensor | None:
@@ -766,7 +766,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         """
         config, cache = self.config, kwargs.get("past_key_values")
         pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
-        has_image = pixel_values is not None or getattr(cache, "num_image_tokens", 0) > 0
+        has_image = pixel_values is not None or cached_image_tokens(cache) > 0
         if pixel_values is not None:
             self.model._check_pixel_values(pixel_values)
             if input_ids is None and kwargs.get("inputs_embeds") is None:

@@ -148,6 +148,15 @@ def test_a_static_cache_gives_the_same(variant, batch):
     close(actual[1], expected[1])
 
 
+def test_a_static_cache_that_is_used_again_sees_the_new_image(batch):
+    captioner = tiny_captioner()
+    options = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
+    text = {"input_ids": batch["input_ids"][:1, :3]}
+    for inputs in ({"pixel_values": image[None]} for image in batch["pixel_values"]):
+        assert torch.equal(captioner.generate(**inputs, **options), captioner.generate(**inputs, **GREEDY))
+        assert torch.equal(captioner.generate(**text, **options), captioner.generate(**text, **GREEDY))
+
+
 @every_variant
 def test_assisted_decoding_gives_the_greedy_caption(variant, batch):
     captioner, assistant = tiny_captioner(variant), tiny_captioner(variant, seed=1)
