@@ -133,8 +133,8 @@ class Competitor:
 class Race:
     """Lets competitors take turns, prints the comparison and keeps its rows."""
 
-    def __init__(self, shape: dict, rounds: int, compile_models: bool):
-        self.shape, self.rounds, self.compile_models = shape, rounds, compile_models
+    def __init__(self, shape: dict, rounds: int, compile_models: bool, dtypes: tuple[torch.dtype, ...] = (BF16, FP32)):
+        self.shape, self.rounds, self.compile_models, self.dtypes = shape, rounds, compile_models, dtypes
         self.rows: list[dict] = []
 
     def compiled(self, competitors: list[Competitor]) -> list[Competitor]:
@@ -197,7 +197,7 @@ def _spread(values: list[float]) -> str:
 
 @torch.no_grad()
 def embed(race: Race, modality: str = "image", compiled: bool = False):
-    for dtype in (BF16, FP32):
+    for dtype in race.dtypes:
         competitors = []
         for name, (model, embed_images, embed_texts) in available(ENCODERS, race.shape):
             model.to(dtype).eval()
@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rounds", type=int, default=5, help="how often every competitor is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="of the sections image, text and compiled")
     parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled competitors")
     parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
@@ -283,7 +284,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.manual_seed(0)
     common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.inference", *argv])}
     print(common["hardware"])
-    race = Race(QUICK if options.quick else BASE, options.rounds, not options.no_compile)
+    dtypes = tuple(getattr(torch, name) for name in options.dtypes.split(","))
+    race = Race(QUICK if options.quick else BASE, options.rounds, not options.no_compile, dtypes)
     for section in sections:
         SECTIONS[section](race)
     if options.results:
