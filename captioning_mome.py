@@ -125,7 +125,7 @@ class CaptionContext:
             if torch.compiler.is_compiling():  # a graph can't branch on ids
                 self.placed = bool(image_tokens_in_input)
             elif image_tokens_in_input is not False:
-                is_image = _is_image_token(config, image_embedding, input_ids, inputs_embeds)
+                is_image = is_image_token(config, image_embedding, input_ids, inputs_embeds)
                 self.placed, self.order = _locate_image(config, is_image, attention_mask)
         self.text_tokens = tokens.shape[1] - (self.image_tokens if self.placed else 0)
         self.tokens = self.text_tokens + self.image_tokens
@@ -241,7 +241,7 @@ class CaptionContext:
             )
 
 
-def _is_image_token(
+def is_image_token(
     config: MomeConfig,
     image_embedding: torch.Tensor,
     input_ids: torch.Tensor | None,

@@ -43,7 +43,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .captioning_mome import CaptionContext, MomeCache, cached_image_tokens, extend_mask, prepare_prompt
+from .captioning_mome import (
+    CaptionContext,
+    MomeCache,
+    cached_image_tokens,
+    extend_mask,
+    is_image_token,
+    prepare_prompt,
+)
 from .configuration_mome import MomeConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
@@ -771,41 +778,55 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             self.model._check_pixel_values(pixel_values)
             if input_ids is None and kwargs.get("inputs_embeds") is None:
                 input_ids = torch.full((pixel_values.shape[0], 1), config.bos_token_id, device=pixel_values.device)
-        if input_ids is None:
-            return super().generate(None, generation_config, **kwargs)
-
         added = 0
-        if has_image and not (input_ids == config.image_token_id).any():
-            if pixel_values is not None and input_ids.shape[0] != pixel_values.shape[0]:
-                raise ValueError(
-                    f"{pixel_values.shape[0]} images and {input_ids.shape[0]} prompts: pass one prompt for each image"
-                )
-            added, mask = config.num_image_tokens, kwargs.get("attention_mask")
-            if cache is None:
-                eos = (generation_config or self.generation_config).eos_token_id
-                eos = config.eos_token_id if eos is None else eos
-                input_ids, mask = prepare_prompt(config, input_ids, mask, eos if isinstance(eos, list) else [eos])
-            elif mask is None:
-                mask = torch.ones_like(input_ids)
-            input_ids = F.pad(input_ids, (added, 0), value=config.image_token_id)
-            kwargs["attention_mask"] = F.pad(mask, (added, 0), value=1)
         if has_image:
+            input_ids, added = self._place_image(input_ids, generation_config, kwargs)
             kwargs["image_tokens_in_input"] = True
-        options, kwargs = self._bound_lengths(input_ids, has_image, added, generation_config, kwargs)
-        outputs = super().generate(None, options, input_ids=input_ids, **kwargs)
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        options, kwargs = self._bound_lengths(has_image, added, generation_config, kwargs)
+        outputs = super().generate(None, options, **kwargs)
         if isinstance(outputs, torch.Tensor):
             return outputs[:, added:]
         outputs.sequences = outputs.sequences[:, added:]
         return outputs
 
-    def _bound_lengths(self, input_ids, has_image, added, generation_config, kwargs) -> tuple[GenerationConfig, dict]:
-        """Length options that count the added image tokens and end where the position table does."""
-        options, longest = (
-            copy.deepcopy(generation_config or self.generation_config),
-            self.config.max_position_embeddings,
+    def _place_image(self, input_ids, generation_config, kwargs) -> tuple[torch.Tensor | None, int]:
+        """Put the image tokens in front of a prompt without them; returns it and how many ids were added."""
+        config, embeds, mask = self.config, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        pixel_values, cache, tokens = (
+            kwargs.get("pixel_values"),
+            kwargs.get("past_key_values"),
+            config.num_image_tokens,
         )
-        kwargs = options.update(**kwargs)
-        prompt = input_ids.shape[1] - (self.config.num_image_tokens if has_image else 0)
+        prompt = input_ids if embeds is None else embeds
+        if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                f"{pixel_values.shape[0]} images and {prompt.shape[0]} prompts: pass one prompt for each image"
+            )
+        image_embedding = self.get_input_embeddings().weight[config.image_token_id]
+        if is_image_token(config, image_embedding, input_ids if embeds is None else None, embeds).any():
+            return input_ids, 0
+        if embeds is None and (cache is None or not int(cache.get_seq_length())):
+            eos = (generation_config or self.generation_config).eos_token_id
+            eos = config.eos_token_id if eos is None else eos
+            input_ids, mask = prepare_prompt(config, input_ids, mask, eos if isinstance(eos, list) else [eos])
+        if embeds is not None:
+            image = image_embedding.to(embeds).expand(embeds.shape[0], tokens, -1)
+            kwargs["inputs_embeds"] = torch.cat([image, embeds], dim=1)
+        mask = torch.ones_like(prompt[..., 0] if embeds is not None else input_ids).long() if mask is None else mask
+        kwargs["attention_mask"] = F.pad(mask, (tokens, 0), value=1)
+        if input_ids is None:  # the ids of generated tokens alone come back
+            return None, 0
+        return F.pad(input_ids, (tokens, 0), value=config.image_token_id), tokens
+
+    def _bound_lengths(self, has_image, added, generation_config, kwargs) -> tuple[GenerationConfig, dict]:
+        """Length options that count the added image tokens and end where the position table does."""
+        options = copy.deepcopy(generation_config or self.generation_config)
+        longest, kwargs = self.config.max_position_embeddings, options.update(**kwargs)
+        ids = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
+        embeds = kwargs.get("inputs_embeds")
+        prompt = (ids if embeds is None else embeds.shape[1]) - (self.config.num_image_tokens if has_image else 0)
         room = longest - prompt
         if room < 1:
             raise ValueError(
@@ -814,7 +835,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         if options.max_new_tokens is None and options.max_length is None:
             options.max_new_tokens = min(20, room)  # transformers' default
         elif options.max_new_tokens is None:
-            options.max_new_tokens = options.max_length + added - input_ids.shape[1]
+            options.max_new_tokens = options.max_length + added - ids
         if options.max_new_tokens > room:
             logger.warning_once(f"captions stop after {room} tokens: max_position_embeddings is {longest}")
             options.max_new_tokens = room

@@ -122,7 +122,7 @@ def main(folder: Path = FOLDER, steps: int = 300):
     print(f"trained in {time.perf_counter() - start:.0f} s")
     captioner.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
-    show(held_out)
+    show(held_out, folder)
     print(
         f"\nThe checkpoint is in {folder}: AutoModel.from_pretrained, pipeline(…) and the README's snippets take it."
     )

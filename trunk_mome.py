@@ -537,6 +537,12 @@ class MomePreTrainedModel(PreTrainedModel):
                 )
         return model
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The default is `eager` without a GPU: `grouped_mm` is made for one."""
+        if requested_experts is None and not torch.cuda.is_available():
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Every weight that does not start as a linear layer, an embedding or a norm does."""

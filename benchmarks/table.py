@@ -1,6 +1,6 @@
 """Writes the results table of the README from `evaluation/results.csv`: the last row of every comparison.
 
-    python -m mome.benchmarks.table
+python -m mome.benchmarks.table
 """
 
 import csv

@@ -229,6 +229,20 @@ def test_a_prompt_may_end_in_eos_and_be_padded_on_the_right(variant, batch):
     assert (empty[:, 0] == config.bos_token_id).all()
 
 
+@every_variant
+@pytest.mark.parametrize("placed", [True, False])
+def test_embeddings_of_a_prompt_give_the_caption_of_its_ids(variant, placed, batch):
+    captioner = tiny_captioner(variant)
+    prompt, pixel_values = batch["input_ids"][:, :3], batch["pixel_values"]
+    expected = captioner.generate(pixel_values=pixel_values, input_ids=prompt, **GREEDY)[:, -6:]
+    if placed:
+        prompt = F.pad(prompt, (captioner.config.num_image_tokens, 0), value=captioner.config.image_token_id)
+    embeds = captioner.get_input_embeddings()(prompt)
+    assert torch.equal(captioner.generate(pixel_values=pixel_values, inputs_embeds=embeds, **GREEDY), expected)
+    both = captioner.generate(pixel_values=pixel_values, input_ids=prompt, inputs_embeds=embeds, **GREEDY)
+    assert torch.equal(both[:, -6:], expected)
+
+
 def test_lengths_count_text_and_end_with_the_position_table(batch, caplog):
     captioner, image = tiny_captioner(), batch["pixel_values"][:1]
     captioner.generation_config.eos_token_id = None
@@ -280,6 +294,7 @@ def test_a_cache_that_runs_out_of_room_changes_no_caption(variant, batch, monkey
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
+@torch.no_grad()
 def test_a_token_is_written_into_the_cache_without_a_copy_of_it(batch):
     captioner = tiny_captioner()
     cache = captioner(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], use_cache=True).past_key_values
@@ -297,9 +312,9 @@ def test_the_cache_does_what_a_dynamic_cache_does():
     steps = [torch.randn(2, 2, 4, tokens, 8) for tokens in (5, 1, 1, 3)]
 
     def update(states):
-        for keys, values in [[each.update(*states, 0) for each in caches]]:
-            for one, other in zip(keys, values):
-                assert torch.equal(one, other)
+        states = states[:, : caches[0].layers[0].keys.shape[0]] if caches[0].get_seq_length() else states
+        (keys, values), expected = (cache.update(*states, 0) for cache in caches)
+        assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
     update(steps[0])
     for operation in (
