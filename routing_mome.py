@@ -52,8 +52,65 @@ def _windows(tokens_per_expert: torch.Tensor, rows: int):
         start += count
 
 
-# A custom operator, because its loop bounds are data: torch.compile then needs no graph break here.
-@torch.library.custom_op("mome::grouped_linear", mutates_args=())
+def _grouped_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
+) -> torch.Tensor:
+    outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
+        window = F.linear(inputs[first:last], weight[expert], bias[expert])
+        outputs[start:end] = window[start - first : end - first]
+    return outputs
+
+
+def _grouped_linear_backward(
+    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of inputs (rows, in), weight (experts, out, in) and bias (experts, out)."""
+    grad = grad.contiguous()
+    grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    grad_weight, grad_bias = torch.zeros_like(weight), grad.new_zeros(weight.shape[:2])
+    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
+        window = grad[first:last].clone()
+        window[: start - first] = 0  # the neighbours' rows count for their own experts only
+        window[end - first :] = 0
+        grad_inputs[start:end] = (window @ weight[expert])[start - first : end - first]
+        torch.mm(window.T, inputs[first:last], out=grad_weight[expert])
+        grad_bias[expert] = window.sum(dim=0)
+    return grad_inputs, grad_weight, grad_bias
+
+
+def _register_operators():
+    """Make both custom operators, because their loop bounds are data: torch.compile then needs no graph break.
+
+    A process may load this file more than once, from the package and from beside a checkpoint's weights. To register
+    an operator again would pull it from under the modules that hold it. Whoever changes what it does renames it.
+    """
+    forward = torch.library.custom_op("mome::grouped_linear", _grouped_linear, mutates_args=())
+    backward = torch.library.custom_op("mome::grouped_linear_backward", _grouped_linear_backward, mutates_args=())
+
+    @forward.register_fake
+    def _(inputs, weight, bias, tokens_per_expert):
+        return inputs.new_empty(inputs.shape[0], weight.shape[1])
+
+    @backward.register_fake
+    def _(grad, inputs, weight, tokens_per_expert):
+        grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        return grad_inputs, torch.empty_like(weight), grad.new_empty(weight.shape[:2])
+
+    def keep_for_backward(ctx, inputs, output):
+        rows, weight, _, tokens_per_expert = inputs
+        ctx.save_for_backward(rows, weight, tokens_per_expert)
+
+    def run_backward(ctx, grad):
+        return *backward(grad, *ctx.saved_tensors), None
+
+    forward.register_autograd(run_backward, setup_context=keep_for_backward)
+
+
+if not hasattr(torch.ops.mome, "grouped_linear"):
+    _register_operators()
+
+
 def grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:
@@ -68,55 +125,7 @@ def grouped_linear(
     Returns:
         (rows, out)
     """
-    outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
-        window = F.linear(inputs[first:last], weight[expert], bias[expert])
-        outputs[start:end] = window[start - first : end - first]
-    return outputs
-
-
-@torch.library.custom_op("mome::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(
-    grad: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `grouped_linear`: of inputs (rows, in), weight (experts, out, in) and bias (experts, out)."""
-    grad = grad.contiguous()
-    grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    grad_weight, grad_bias = torch.zeros_like(weight), grad.new_zeros(weight.shape[:2])
-    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
-        window = grad[first:last].clone()
-        window[: start - first] = 0  # the neighbours' rows count for their own experts only
-        window[end - first :] = 0
-        grad_inputs[start:end] = (window @ weight[expert])[start - first : end - first]
-        torch.mm(window.T, inputs[first:last], out=grad_weight[expert])
-        grad_bias[expert] = window.sum(dim=0)
-    return grad_inputs, grad_weight, grad_bias
-
-
-@grouped_linear.register_fake
-def _(inputs, weight, bias, tokens_per_expert):
-    return inputs.new_empty(inputs.shape[0], weight.shape[1])
-
-
-@grouped_linear_backward.register_fake
-def _(grad, inputs, weight, tokens_per_expert):
-    return (
-        torch.empty_like(inputs, memory_format=torch.contiguous_format),
-        torch.empty_like(weight),
-        grad.new_empty(weight.shape[:2]),
-    )
-
-
-def _keep_for_backward(ctx, inputs, output):
-    rows, weight, _, tokens_per_expert = inputs
-    ctx.save_for_backward(rows, weight, tokens_per_expert)
-
-
-def _backward(ctx, grad):
-    return *grouped_linear_backward(grad, *ctx.saved_tensors), None
-
-
-grouped_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+    return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
 
 
 def router_losses(

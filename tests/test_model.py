@@ -1,12 +1,14 @@
 """What never changes the model's outputs, who gets a gradient, and which input is refused."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner, tiny_config
-from mome import MomeConfig, MomeForConditionalGeneration, MomeModel
+from mome import MomeConfig, MomeForConditionalGeneration, MomeModel, routing_mome
 from mome.modeling_mome import contrastive_loss, same_caption
 from mome.routing_mome import grouped_linear, router_losses
 
@@ -162,7 +164,16 @@ def test_grouped_linear_equals_one_matrix_after_the_other():
         torch.autograd.grad(expected, (rows, weight, bias), upstream),
     ):
         assert_close(one, other)
-    torch.library.opcheck(grouped_linear, (rows, weight, bias, counts))
+    torch.library.opcheck(torch.ops.mome.grouped_linear, (rows, weight, bias, counts))
+
+
+def test_loading_the_file_again_leaves_the_operator_alone():
+    before = torch.ops.mome.grouped_linear.default
+    specification = importlib.util.spec_from_file_location("another_copy", routing_mome.__file__)
+    specification.loader.exec_module(importlib.util.module_from_spec(specification))
+    assert torch.ops.mome.grouped_linear.default is before
+    batch = random_batch(tiny_config("routed"))
+    tiny_captioner("routed")(**batch, labels=batch["input_ids"]).loss.backward()
 
 
 @pytest.mark.parametrize("variant", ["routed", "top1"])
