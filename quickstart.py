@@ -25,7 +25,7 @@ COLOURS = {"red": "#e03131", "green": "#2f9e44", "blue": "#1971c2", "yellow": "#
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"top": (16, 8), "bottom": (16, 24), "left": (8, 16), "right": (24, 16)}
 SIDE, RADIUS = 32, 6
-FOLDER = Path(__file__).parent / ".cache" / "quickstart"
+FOLDER = Path(".cache") / "quickstart"
 
 
 def caption_of(colour: str, shape: str, place: str) -> str:
