@@ -79,8 +79,13 @@ def _grouped_linear_backward(
     return grad_inputs, grad_weight, grad_bias
 
 
+def _permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return rows.index_select(0, order)
+
+
 def _register_operators():
-    """Make both custom operators, because their loop bounds are data: torch.compile then needs no graph break.
+    """Make the custom operators. The loop bounds of one are data, so that torch.compile would have to break its graph;
+    the gradient of the other is a permutation too, where autograd would add up row by row.
 
     A process may load this file more than once, from the package and from beside a checkpoint's weights. To register
     an operator again would pull it from under the modules that hold it. Whoever changes what it does renames it.
@@ -106,6 +111,21 @@ def _register_operators():
 
     forward.register_autograd(run_backward, setup_context=keep_for_backward)
 
+    permute = torch.library.custom_op("mome::permute_rows", _permute_rows, mutates_args=())
+
+    @permute.register_fake
+    def _(rows, order, inverse):
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+    def keep_order(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    def permute_back(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return permute(grad, inverse, order), None, None
+
+    permute.register_autograd(permute_back, setup_context=keep_order)
+
 
 if not hasattr(torch.ops.mome, "grouped_linear"):
     _register_operators()
@@ -126,6 +146,11 @@ def grouped_linear(
         (rows, out)
     """
     return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
+
+
+def permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`rows[order]` for a permutation of the rows (rows, width) and its inverse."""
+    return torch.ops.mome.permute_rows(rows, order, inverse)
 
 
 def router_losses(

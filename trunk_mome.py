@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mome import MomeConfig
-from .routing_mome import MomeRouter, grouped_linear
+from .routing_mome import MomeRouter, grouped_linear, permute_rows
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
@@ -380,15 +380,18 @@ class MomeExperts(nn.Module):
         device, dtype = hidden_states.device.type, hidden_states.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        k = top_k_index.shape[1]
+        tokens, k = top_k_index.shape
         expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
+        inverse = order.argsort()
         tokens_per_expert = F.one_hot(expert_ids, self.num_experts).sum(dim=0)
-        sorted_states = hidden_states[order // k].to(dtype)
-        inner = grouped_linear(sorted_states, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), tokens_per_expert)
+        # (tokens, width) → (tokens · k, width), sorted by expert
+        rows = hidden_states.to(dtype)[:, None].expand(-1, k, -1).reshape(tokens * k, -1)
+        rows = permute_rows(rows, order, inverse)
+        inner = grouped_linear(rows, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), tokens_per_expert)
         inner = self.act_fn(inner).to(dtype)
         outputs = grouped_linear(inner, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), tokens_per_expert)
-        # (tokens · k, width), sorted by expert → (tokens, k, width), weighted and summed over k
-        outputs = outputs[order.argsort()].unflatten(0, (-1, k))
+        # back in the order of the tokens: (tokens, k, width), weighted and summed over k
+        outputs = permute_rows(outputs, inverse, order).unflatten(0, (tokens, k))
         return (outputs * top_k_weights[..., None].to(dtype)).sum(dim=1).to(hidden_states.dtype)
 
 

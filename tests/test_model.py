@@ -164,6 +164,8 @@ def test_grouped_linear_equals_one_matrix_after_the_other():
         torch.autograd.grad(expected, (rows, weight, bias), upstream),
     ):
         assert_close(one, other)
+    order = torch.randperm(len(rows))
+    torch.library.opcheck(torch.ops.mome.permute_rows, (rows, order, order.argsort()))
     torch.library.opcheck(torch.ops.mome.grouped_linear, (rows, weight, bias, counts))
 
 
