@@ -685,17 +685,13 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
 
     def _logits(self, context, image, text_states, logits_to_keep) -> torch.Tensor:
         """Head over the rows that are asked for; with masked captions the row of a token is that of its `[MASK]`."""
-        keep_rows = isinstance(logits_to_keep, int)
-        enough = keep_rows and 0 < logits_to_keep <= context.text_tokens
-        if not context.placed or (enough and context.order is None):
-            states = text_states[:, -min(logits_to_keep, context.text_tokens) :] if keep_rows and enough else None
-            if states is None:
-                states = text_states[:, -context.text_tokens :]
-                states = states if keep_rows else states[:, logits_to_keep]
-            return self.lm_head(states)
-        states = [context.per_row(image.last_hidden_state), text_states[:, -context.text_tokens :]]
-        states = context.in_input_order(torch.cat(states, dim=1))
-        return self.lm_head(states[:, -logits_to_keep:] if keep_rows else states[:, logits_to_keep])
+        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        states = text_states[:, -context.text_tokens :]  # behind the tokens, and so last, are the [MASK] tokens
+        only_text = 0 < last <= context.text_tokens and context.order is None
+        if context.placed and not only_text:
+            states = torch.cat([context.per_row(image.last_hidden_state), states], dim=1)
+            states = context.in_input_order(states)
+        return self.lm_head(states[:, -last:] if isinstance(logits_to_keep, int) else states[:, logits_to_keep])
 
     def _caption_loss(self, context, logits, labels, shift_labels=None, **loss_kwargs) -> torch.Tensor:
         return self.loss_function(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 from transformers.utils import logging
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
@@ -329,3 +329,16 @@ def test_the_cache_does_what_a_dynamic_cache_does():
         for step in steps[1:]:
             update(step)
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "relative", "masked"])
+def test_decoding_compiles_without_graph_breaks(variant, batch):
+    captioner = tiny_captioner(variant)
+    expected = captioner.generate(pixel_values=batch["pixel_values"], **GREEDY)
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager")
+    compile_config._compile_all_devices = True  # transformers compiles decoding on GPUs only, unless told so
+    compiled = captioner.generate(
+        pixel_values=batch["pixel_values"], **GREEDY, cache_implementation="static", compile_config=compile_config
+    )
+    assert hasattr(captioner, "_compiled_call")
+    assert torch.equal(compiled, expected)
