@@ -318,7 +318,7 @@ def test_the_cache_does_what_a_dynamic_cache_does():
 
     update(steps[0])
     for operation in (
-        lambda cache: cache.crop(-2),
+        lambda cache: cache.layers[0].crop(-2),
         lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
         lambda cache: cache.batch_select_indices(torch.tensor([1])),
         lambda cache: cache.batch_repeat_interleave(2),
