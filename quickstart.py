@@ -97,7 +97,7 @@ def train(captioner: MomeForConditionalGeneration, processor: MomeProcessor, see
         )
 
 
-def main(folder: Path = FOLDER, steps: int = 300):
+def main(folder: Path = FOLDER, steps: int = 500):
     torch.manual_seed(0)
     combinations = [(colour, shape, place) for colour in COLOURS for shape in SHAPES for place in PLACES]
     random.Random(1).shuffle(combinations)
