@@ -1,5 +1,6 @@
 """Ways to run the same model: attention kernels, precision, compiled, checkpointed, adapted, spread over devices."""
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -208,7 +209,6 @@ def test_inductor_gives_the_same_embeddings():
 
 @pytest.mark.parametrize("variant", ["dense", "routed"])
 def test_lora_on_attention_and_experts_trains_and_reloads(variant, tmp_path):
-    peft = pytest.importorskip("peft")
     captioner = tiny_captioner(variant)
     batch = random_batch(captioner.config)
     layers = range(captioner.config.num_hidden_layers)
@@ -238,7 +238,6 @@ def test_lora_on_attention_and_experts_trains_and_reloads(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", ["dense", "routed", "unshared", "relative"])
 def test_device_map_with_offloading_gives_the_same(variant, tmp_path):
-    pytest.importorskip("accelerate")
     captioner = tiny_captioner(variant)
     captioner.save_pretrained(tmp_path / "checkpoint")
     batch = random_batch(captioner.config)

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import CompileConfig, DynamicCache
-from transformers.utils import logging
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.captioning_mome import MomeCache, MomeCacheLayer
@@ -243,13 +242,12 @@ def test_embeddings_of_a_prompt_give_the_caption_of_its_ids(variant, placed, bat
     assert torch.equal(both[:, -6:], expected)
 
 
-def test_lengths_count_text_and_end_with_the_position_table(batch, caplog):
+def test_lengths_count_text_and_end_with_the_position_table(batch):
     captioner, image = tiny_captioner(), batch["pixel_values"][:1]
     captioner.generation_config.eos_token_id = None
     assert captioner.generate(pixel_values=image).shape == (1, 21)
     assert captioner.generate(pixel_values=image, max_length=9).shape == (1, 9)
     assert captioner.generate(pixel_values=image, max_new_tokens=9).shape == (1, 10)
-    logging.get_logger("transformers").propagate = True
     assert captioner.generate(pixel_values=image, max_new_tokens=500).shape == (1, 24)
     captioner.generation_config.eos_token_id = 2
     suppressed = captioner.generate(pixel_values=image, min_length=8, max_length=8)
