@@ -28,7 +28,7 @@ def test_queries_without_a_positive_are_left_out():
 
 
 def test_zero_shot_chooses_among_so_many_classes_with_the_own_one():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     labels = torch.arange(50)
     assert zero_shot_accuracy(torch.eye(50), labels, classes=10) == {1: 1.0, 5: 1.0}
     assert zero_shot_accuracy(1 - torch.eye(50), labels, classes=10) == {1: 0.0, 5: 0.0}

@@ -105,7 +105,7 @@ def load_rows(
         raise RecipeError(f"{dataset!r} has no rows in split {split!r}")
     try:
         return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
-    except (TypeError, ValueError, datasets.table.CastError) as error:
+    except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"column {image_column!r} of {dataset!r} holds no images: {reason}") from None
 
@@ -351,10 +351,13 @@ def epoch_of_batches(
     buffer_size: int = 10_000,
     num_workers: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """The batches of an epoch from number `start` on, made by `num_workers` processes (for a stream, one)."""
+    """The batches of an epoch from number `start` on, made by `num_workers` processes.
+
+    A stream has one, always: in a worker `datasets` shuffles it in another order than in the main process.
+    """
     if isinstance(rows, datasets.IterableDataset):
         batches = StreamedBatches(rows, collator, part, seed, epoch, start, buffer_size)
-        sampler, num_workers = None, min(num_workers, 1)
+        sampler, num_workers = None, 1
     else:
         batches = Batches(rows, collator, part, seed, epoch)
         sampler = range(start, len(batches))
