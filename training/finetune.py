@@ -61,7 +61,9 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
     else:
         captioner = MomeForConditionalGeneration(config_for(processor, dict(recipe.model)))
     if recipe.gradient_checkpointing:
-        captioner.gradient_checkpointing_enable()
+        # Its name from transformers 5.23 on.
+        enable = getattr(captioner, "activation_checkpointing_enable", captioner.gradient_checkpointing_enable)
+        enable()
     if recipe.lora is not None:
         import peft
 
