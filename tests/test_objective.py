@@ -30,7 +30,7 @@ def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
 def torchrun(script: str | Path, *arguments: str, processes: int = 2, module: bool = False, **options):
     """Runs a script with so many processes that talk over gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     command += [*["-m"] * module, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 

@@ -164,6 +164,25 @@ def test_two_processes_go_on_after_a_kill_too(fields):
     assert len(losses_of(folder / "whole")) == 12
 
 
+def test_sharded_processes_learn_the_same_and_go_on(fields):
+    """FSDP2: every parameter is cut in two, the scalar temperature included."""
+    fields = fields | {"steps": 4, "checkpoint_every": 2, "image_dropout": 0.0}
+    fields["model"] = fields["model"] | {"hidden_dropout": 0.0}
+
+    def two(name: str, *arguments: str, **changes):
+        recipe = write_recipe(Path(fields["output"]).parent / f"{name}.yaml", elsewhere(fields, name) | changes)
+        done = torchrun(TESTS / "training_runs.py", str(recipe), *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return losses_of(elsewhere(fields, name)["output"])
+
+    whole = two("sharded", "--fsdp", chunk_size=2)
+    assert whole == pytest.approx(two("replicated"), rel=1e-4)
+    folder = Path(fields["output"]).parent / "sharded"
+    (folder / "checkpoint-00000004" / "manifest.json").unlink()
+    assert two("sharded", "--fsdp", chunk_size=2, resume=True) == whole
+    assert MomeForConditionalGeneration.from_pretrained(folder).model.logit_scale.shape == ()
+
+
 def test_an_epoch_shows_every_row_once_also_across_a_stop(fields):
     fields["augmentations"] = []  # so that the first pixel tells which row it is
     trainer = finetune.Trainer(Recipe.from_dict(fields))
@@ -355,6 +374,21 @@ def test_a_stream_trains_and_goes_on(fields, tmp_path):
     with pytest.raises(SystemExit), _stop_at(8):
         run(stream)
     assert losses_of(run(stream, resume=True)) == whole
+
+
+def test_a_compiled_model_learns_the_same(fields, monkeypatch):
+    """With dropout it draws other random numbers, so without. Inductor would take a minute: a quick backend."""
+    graphs, compile_module = [], torch.nn.Module.compile
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counted))
+    plain = fields | {"model": fields["model"] | {"hidden_dropout": 0.0}, "steps": 4}
+    found = run(elsewhere(plain, "compiled"), compile=True)
+    assert losses_of(found) == pytest.approx(losses_of(run(plain)), rel=1e-4)
+    assert len(graphs) == 1, "the forward pass breaks into several graphs"
 
 
 def test_routing_is_logged_for_every_layer_and_group(fields):

@@ -1,6 +1,6 @@
 """A small training run, for the tests of the trainer: in this process, in another, or in two.
 
-python tests/training_runs.py RECIPE.yaml [--kill-at STEP]
+python tests/training_runs.py RECIPE.yaml [--kill-at STEP] [--fsdp]
 """
 
 import json
@@ -12,6 +12,7 @@ from unittest import mock
 
 import datasets
 import yaml
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from test_training_data import as_dataset
 
 from builders import build_processor
@@ -77,10 +78,22 @@ def kill_at(step: int):
     return mock.patch.object(finetune.Trainer, "train_step", deadly)
 
 
+def shard_on_the_cpu():
+    """FSDP2 with gloo: Accelerate offers it for accelerators only, PyTorch for the CPU too."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 if __name__ == "__main__":
     given = Recipe.from_yaml(sys.argv[1])
+    if "--fsdp" in sys.argv:
+        shard_on_the_cpu()
     if "--kill-at" in sys.argv:
         with kill_at(int(sys.argv[sys.argv.index("--kill-at") + 1])):
             finetune.main(given)
     else:
         finetune.main(given)
+    if "--fsdp" in sys.argv:
+        assert AcceleratorState().is_fsdp2

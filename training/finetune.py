@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import datetime
 import math
+import os
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, TorchDynamoPlugin, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoProcessor
@@ -142,12 +143,16 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe, self.output = recipe, Path(recipe.output)
         self.accelerator = Accelerator(
+            # Or torchrun without a GPU would start processes that don't know of each other.
+            cpu=not torch.accelerator.is_available(),
             project_dir=recipe.output,
             log_with=None if recipe.tracker == "none" else recipe.tracker,
-            dynamo_plugin=TorchDynamoPlugin(backend="inductor") if recipe.compile else None,
             # Other processes wait while the first one evaluates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],
         )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != self.accelerator.num_processes:
+            raise RecipeError(f"{started} processes were started, Accelerate sees {self.accelerator.num_processes}")
         self.output.mkdir(parents=True, exist_ok=True)
         self._load_data_and_model()
         self._prepare()
@@ -198,6 +203,8 @@ class Trainer:
             _give_scalars_a_dimension(model)
         optimizer = build_optimizer(model, recipe, config.num_hidden_layers, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if recipe.compile:  # Accelerate's own option is lost where a process has had another Accelerator before
+            self.model.compile()
         self.average = MovingAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.progress = Progress()
         accelerator.register_for_checkpointing(self.progress, *[self.average] * (self.average is not None))
