@@ -1,0 +1,232 @@
+"""Gives every icon its name, its further texts and its style; drops what has no readable or no usable name."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from .collect import Icon, IconSet
+from .naming import fused_words, strip_style, to_name, to_words
+from .texts import Emoji, clean_tag, emoji_key, load_emoji, load_tags, merge_texts, natural_label, shared_synonyms
+
+BRAND_LISTS = ("simple-icons", "logos", "fa7-brands", "bxl", "cib", "thesvg", "devicon")
+# Companies that named themselves after things which icons show.
+GENERIC_BRANDS = frozenset(
+    "abstract affinity android app astro audio backstage bar beats bentobox billboard bit blueprint bluetooth book "
+    "bookstack boots box brave buffer cash chart codeblocks coil coin comma composer contactless contactlesspayment "
+    "coop correct court crowdsource cube cursor delta dev discourse discover do drizzle drone eclipse edge element "
+    "engineering envelope eraser expo fax files fire flash flask flood flux foundation frigate ghost git glance "
+    "glitch grab graph greenhouse harbor helix helpdesk hexagon hive home house icon insomnia json knowledgebase "
+    "launchpad leaflet lens less letterbox lighthouse line linear list local location lock loom mail map mask matrix "
+    "medium meteor metro microphone midi mix mixer modal monster nest nfc node not note nova open oracle org origin "
+    "outline overcast package pandora pantheon payment peak pear periscope pinboard plume pocket podcast poetry "
+    "polygon progress protect protractor pulse qr quest question racket radar rainbow react read readme reason relay "
+    "ripple rss rtl ruby safari scan sensor serverless session shadow shell shortcut signal simple sketch slides snap "
+    "snowflake socket spaceship spectrum spine spotlight spring square stack stage star steam stripe stylus sun svg "
+    "swift switch tapas target task telegraph terminal thumbtack tide timescale title toggle toll track transmission "
+    "treehouse trend tv unity usb vault vector verified vine visa watchtower wave web wifi wire wish x xml yarn "
+    "zoom".split()
+)
+FLAG_SETS = frozenset({"circle-flags", "cif", "flag", "flagpack"})
+NATIONS = {"eng": "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f", "sct": "1f3f4-e0067-e0062-e0073-e0063-e0074-e007f",
+           "wls": "1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"}  # fmt: skip
+SET_STYLES = {
+    "fluent-emoji-3d": "3d",
+    "streamline-freehand-color": "hand-drawn",
+    "pixel": "pixel",
+    "pixelarticons": "pixel",
+    "streamline-pixel": "pixel",
+    "memory": "pixel",
+    "dinkie-icons": "pixel",
+    "openclipart": "clipart",
+}
+TONED_SHARE, PERSON_SHARE = 0.1, 0.5
+TONE = re.compile(r"[-_ ](medium-)?(light|dark|medium)?-?skin-tone(-\d)?|[-_]tone\d")
+
+
+@dataclass
+class Named:
+    """What an icon is called: `texts[0]` is `name`, the others are aliases and tags."""
+
+    source_id: str
+    set: str
+    licence: str
+    name: str
+    style: str
+    texts: list[str]
+
+
+def name_icons(sets: Sequence[IconSet], folders: Mapping[str, Path]) -> list[Named]:
+    """Names all icons of all sets; the rules look at the whole collection, so that they need it whole.
+
+    Args:
+        sets: icon sets in a fixed order.
+        folders: folder of each source by slug.
+    """
+    emoji = load_emoji(folders["emojibase-data"], folders["cldr-annotations-full"])
+    names = _Names(emoji, load_tags(folders), brand_slugs(folders, emoji))
+    drafts = [draft for icon_set in sets for draft in names.draft_set(icon_set)]
+    splits = fused_words(draft.words for draft in drafts)
+    vocabulary = Counter(word for draft in drafts if draft.icon.set != "openclipart" for word in draft.words)
+    vocabulary.update(word for entry in emoji.values() for word in " ".join((entry.label, *entry.tags)).split())
+    named = [(draft, _finish(draft, splits, vocabulary)) for draft in drafts]
+    named = [(draft, row) for draft, row in named if row is not None]
+    votes = ((row.set, row.name, text) for _, row in named for text in row.texts[1:])
+    shared = shared_synonyms((_vote_source(source), name, text) for source, name, text in votes)
+    for _, row in named:
+        row.texts = merge_texts(row.name, row.texts[1:], shared.get(row.name, ()))
+    return [row for _, row in named]
+
+
+@dataclass
+class _Draft:
+    icon: Icon
+    licence: str
+    words: list[str]
+    style: str
+    aliases: list[list[str]]
+    tags: list[str]
+
+
+class _Names:
+    """The tables that naming looks into."""
+
+    def __init__(self, emoji: dict[str, Emoji], tags: dict[str, dict[str, list[str]]], brands: set[str]):
+        self.emoji, self.tags, self.brands = emoji, tags, brands
+        self.codes = {entry.label: code for code, entry in emoji.items()}
+
+    def draft_set(self, icon_set: IconSet) -> list[_Draft]:
+        """Drafts of the icons of one set that have a usable name."""
+        siblings = {icon.raw for icon in icon_set.icons}
+        drafts = (self._draft(icon, icon_set, siblings) for icon in icon_set.icons)
+        return [draft for draft in drafts if draft is not None]
+
+    def _draft(self, icon: Icon, icon_set: IconSet, siblings: Collection[str]) -> _Draft | None:
+        if icon.set == "openclipart":
+            words = to_words(icon.aliases[0])
+            tags = [*icon.aliases[1:], *reversed(icon.raw.split("/")[:-1])]
+            return _Draft(icon, icon_set.licence, words, "clipart", [], tags)
+        plain = TONE.sub("", icon.raw)
+        if icon.set == "bx":  # this set holds its sisters bxl (logos) and bxs (solid) as well
+            plain = re.sub("^bx[ls]-", "brand-" if plain.startswith("bxl") else "", plain)
+        base, styles = strip_style(plain, siblings, icon_set.styles)
+        entry = self._emoji(icon, base, to_words(base))
+        if not keep_person(icon.source_id, entry, icon.raw):
+            return None
+        if entry is None and (icon.set in FLAG_SETS or icon.set == "fluent-emoji-3d"):
+            return None
+        words = entry.base_label.split() if entry else _without_topic(to_words(base), icon_set)
+        if icon.raw in icon_set.brands or self._is_brand(base, words):
+            return None
+        style = SET_STYLES.get(icon.set, "")
+        if not style and entry is None and "emoji" not in icon.set:
+            style = drawing_style(icon, base, styles, siblings, icon_set.styles)
+        aliases = [to_words(strip_style(alias, siblings, icon_set.styles)[0]) for alias in icon.aliases]
+        if entry and icon.set != "fluent-emoji-3d":
+            aliases.append(entry.label.split() if entry.toned else to_words(base))
+        tags = [*self.tags.get(icon.set, {}).get(base, ()), *(entry.tags if entry else ())]
+        return _Draft(icon, icon_set.licence, words, style, aliases, tags)
+
+    def _emoji(self, icon: Icon, base: str, words: list[str]) -> Emoji | None:
+        if icon.set in FLAG_SETS:
+            return self.emoji.get(flag_code(base))
+        if icon.emoji:
+            return self.emoji.get(emoji_key(icon.emoji))
+        if "emoji" in icon.set:
+            return self.emoji.get(self.codes.get(natural_label(" ".join(words)), ""))
+        return None
+
+    def _is_brand(self, base: str, words: list[str]) -> bool:
+        bare = words[1:] if words[0] == "social" and len(words) > 1 else words
+        marked = re.search(r"^(brand|logo)-|-(logo|brand)$", base)
+        return bool(marked or {"".join(bare), bare[0]} & self.brands)
+
+
+def _without_topic(words: list[str], icon_set: IconSet) -> list[str]:
+    """Words without the category that some sets put before the name: "nature fire" -> "fire"."""
+    if not icon_set.prefix.startswith(("streamline", "covid")):
+        return words
+    lengths = [n for n in range(1, len(words)) if tuple(words[:n]) in icon_set.topics]
+    return words[max(lengths, default=0) :]
+
+
+def flag_code(raw: str) -> str:
+    """Code points of the flag emoji of a country code: `ad` -> `1f1e6-1f1e9`."""
+    code = raw.split("-1x1")[0].split("-4x3")[0]
+    if re.fullmatch(r"[a-z]{2}", code):
+        return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in code)
+    return NATIONS.get(code.removeprefix("gb-"), "")
+
+
+def keep_person(source_id: str, entry: Emoji | None, raw: str) -> bool:
+    """Whether an emoji stays: of skin tones one in ten, of the other people one in two, by hash of the identifier."""
+    draw = int.from_bytes(sha256(f"keep:{source_id}".encode()).digest()[:4], "big") / 2**32
+    if TONE.search(raw) or (entry and entry.toned):
+        return draw < TONED_SHARE
+    return not (entry and entry.person) or draw < PERSON_SHARE
+
+
+def brand_slugs(folders: Mapping[str, Path], emoji: Mapping[str, Emoji]) -> set[str]:
+    """Names of brands, written together: those of two collections of logos, unless they are words for things."""
+    counts: Counter[str] = Counter()
+    for prefix in BRAND_LISTS:
+        path = folders["iconify-json"] / f"json/{prefix}.json"
+        names = json.loads(path.read_text())["icons"]
+        counts.update({re.sub(r"-(icon|logo|wordmark)$", "", name).replace("-", "") for name in names})
+    words = {word for entry in emoji.values() for text in (entry.label, *entry.tags) for word in (*text.split(), text)}
+    return {
+        slug for slug, count in counts.items() if count > 1 and slug not in words | GENERIC_BRANDS and len(slug) > 2
+    }
+
+
+def drawing_style(
+    icon: Icon, base: str, styles: Sequence[str], siblings: Collection[str], declared: Mapping[str, str]
+) -> str:
+    """The style of a drawing as far as its set says it: outline, filled, duotone, thin, bold, ... or nothing."""
+    named = list(dict.fromkeys(styles))
+    if "filled" in named or "duotone" in named or "two-tone" in named:
+        return next(style for style in named if style in ("duotone", "two-tone", "filled"))
+    if named:
+        return named[-1] if icon.stroked or named[-1] != "bold" else "bold"
+    default = declared.get("", "").lower()
+    for word, style in (("fill", "filled"), ("outline", "outline"), ("line", "outline"), ("stroke", "outline")):
+        if word in default:
+            return style
+    if icon.stroked or any(f"{base}-{word}" in siblings for word in ("fill", "filled", "solid")):
+        return "outline"
+    return "filled" if f"{base}-outline" in siblings or f"outline-{base}" in siblings else ""
+
+
+def _finish(draft: _Draft, splits: Mapping[str, str], vocabulary: Mapping[str, int]) -> Named | None:
+    icon = draft.icon
+    tags = list(filter(None, map(clean_tag, draft.tags)))
+    if icon.set == "openclipart":
+        draft.words, tags = _clipart_words(draft.words, tags, vocabulary)
+    name = to_name(draft.words, splits)
+    if not name:
+        return None
+    aliases = [to_name(words, splits) for words in draft.aliases]
+    own = [text for text in (*aliases, *tags) if text]
+    return Named(icon.source_id, icon.set, draft.licence, name, draft.style, merge_texts(name, own, ()))
+
+
+def _clipart_words(words: list[str], tags: list[str], vocabulary: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """The file name of a clipart if all of it is English, else its first keyword; nothing if there is neither."""
+
+    def known(text: str) -> bool:
+        return all(vocabulary.get(word, 0) > 2 for word in text.split())
+
+    tags = [tag for tag in tags if known(tag)]
+    if words and known(" ".join(words)) and any(len(word) > 2 for word in words):
+        return words, tags
+    return (tags[0].split() if tags else []), tags
+
+
+def _vote_source(prefix: str) -> str:
+    """Sets of one family are one voice: fa6-solid and fa7-regular, the emoji sets (all named by CLDR)."""
+    if "emoji" in prefix or prefix in FLAG_SETS or prefix in ("noto", "noto-v1", "fxemoji"):
+        return "emoji"
+    return re.split(r"[-\d]", prefix)[0]
