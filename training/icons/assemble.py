@@ -44,6 +44,7 @@ SET_STYLES = {
     "openclipart": "clipart",
 }
 TONED_SHARE, PERSON_SHARE = 0.1, 0.5
+MAX_VARIANTS = 4
 TONE = re.compile(r"[-_ ](medium-)?(light|dark|medium)?-?skin-tone(-\d)?|[-_]tone\d")
 
 
@@ -68,7 +69,7 @@ def name_icons(sets: Sequence[IconSet], folders: Mapping[str, Path]) -> list[Nam
     """
     emoji = load_emoji(folders["emojibase-data"], folders["cldr-annotations-full"])
     names = _Names(emoji, load_tags(folders), brand_slugs(folders, emoji))
-    drafts = [draft for icon_set in sets for draft in names.draft_set(icon_set)]
+    drafts = [draft for icon_set in sets for draft in limit_variants(names.draft_set(icon_set))]
     splits = fused_words(draft.words for draft in drafts)
     vocabulary = Counter(word for draft in drafts if draft.icon.set != "openclipart" for word in draft.words)
     vocabulary.update(word for entry in emoji.values() for word in " ".join((entry.label, *entry.tags)).split())
@@ -84,11 +85,25 @@ def name_icons(sets: Sequence[IconSet], folders: Mapping[str, Path]) -> list[Nam
 @dataclass
 class _Draft:
     icon: Icon
+    base: str
     licence: str
     words: list[str]
     style: str
     aliases: list[list[str]]
     tags: list[str]
+
+
+def limit_variants(drafts: Sequence[_Draft], limit: int = MAX_VARIANTS) -> list[_Draft]:
+    """At most a few of the weights, sizes and styles in which a set draws one thing, by hash of the identifier."""
+    groups: dict[str, list[_Draft]] = {}
+    for draft in drafts:
+        groups.setdefault(draft.base, []).append(draft)
+    chosen = {
+        draft.icon.source_id
+        for group in groups.values()
+        for draft in sorted(group, key=lambda draft: sha256(draft.icon.source_id.encode()).digest())[:limit]
+    }
+    return [draft for draft in drafts if draft.icon.source_id in chosen]
 
 
 class _Names:
@@ -106,9 +121,9 @@ class _Names:
 
     def _draft(self, icon: Icon, icon_set: IconSet, siblings: Collection[str]) -> _Draft | None:
         if icon.set == "openclipart":
-            words = to_words(icon.aliases[0])
+            base, words = icon.raw, to_words(icon.aliases[0])
             tags = [*icon.aliases[1:], *reversed(icon.raw.split("/")[:-1])]
-            return _Draft(icon, icon_set.licence, words, "clipart", [], tags)
+            return _Draft(icon, base, icon_set.licence, words, "clipart", [], tags)
         plain = TONE.sub("", icon.raw)
         if icon.set == "bx":  # this set holds its sisters bxl (logos) and bxs (solid) as well
             plain = re.sub("^bx[ls]-", "brand-" if plain.startswith("bxl") else "", plain)
@@ -119,7 +134,7 @@ class _Names:
         if entry is None and (icon.set in FLAG_SETS or icon.set == "fluent-emoji-3d"):
             return None
         words = entry.base_label.split() if entry else _without_topic(to_words(base), icon_set)
-        if icon.raw in icon_set.brands or self._is_brand(base, words):
+        if not words or icon.raw in icon_set.brands or self._is_brand(base, words):
             return None
         style = SET_STYLES.get(icon.set, "")
         if not style and entry is None and "emoji" not in icon.set:
@@ -128,7 +143,7 @@ class _Names:
         if entry and icon.set != "fluent-emoji-3d":
             aliases.append(entry.label.split() if entry.toned else to_words(base))
         tags = [*self.tags.get(icon.set, {}).get(base, ()), *(entry.tags if entry else ())]
-        return _Draft(icon, icon_set.licence, words, style, aliases, tags)
+        return _Draft(icon, base, icon_set.licence, words, style, aliases, tags)
 
     def _emoji(self, icon: Icon, base: str, words: list[str]) -> Emoji | None:
         if icon.set in FLAG_SETS:

@@ -76,10 +76,10 @@ def split_rows(named: Sequence[Named], pictures: dict[str, Rendered]) -> tuple[l
     splits = [assign_split(row.set, row.name) for row in rows]
     hashes = np.stack([np.frombuffer(pictures[row.source_id].hash, np.uint8) for row in rows])
 
-    def pixels(indices: np.ndarray) -> np.ndarray:
-        return np.stack([luminance(pictures[rows[index].source_id].png) for index in indices])
+    def ink(indices: np.ndarray) -> np.ndarray:
+        return np.stack([darkness(pictures[rows[index].source_id].png) for index in indices])
 
-    alike = look_alikes(splits, hashes, pixels)
+    alike = look_alikes(splits, hashes, ink)
     for row, split in zip(rows, splits):
         if split in ("train", "healthicons-train"):
             row.texts = [text for text in row.texts if not is_held_out(text)]
@@ -89,12 +89,12 @@ def split_rows(named: Sequence[Named], pictures: dict[str, Rendered]) -> tuple[l
     return [rows[index] for index in kept], [splits[index] for index in kept], dropped
 
 
-def luminance(png: bytes) -> np.ndarray:
-    """A picture on white as float32 in [0, 1], (16, 16): what look-alikes are compared by."""
+def darkness(png: bytes) -> np.ndarray:
+    """A picture on white, 0 for white to 1 for black, float32, (16, 16): what look-alikes are compared by."""
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
-    return np.asarray(white.convert("L").reduce(SIDE // 16), np.float32) / 255
+    return 1 - np.asarray(white.convert("L").reduce(SIDE // 16), np.float32) / 255
 
 
 def write_splits(

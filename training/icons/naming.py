@@ -110,7 +110,7 @@ def strip_style(raw: str, siblings: Collection[str], declared: Collection[str] =
     Returns:
         The identifier without them, and the styles that were named, in their order.
     """
-    words, styles = raw.split("-"), []
+    words, styles = raw.replace("two-tone", "twotone").split("-"), []
     single = {word for suffix in declared for word in suffix.split("-") if word}
     while len(words) > 1:
         last, first, rest = words[-1], words[0], "-".join(words[:-1])
