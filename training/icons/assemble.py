@@ -33,6 +33,13 @@ GENERIC_BRANDS = frozenset(
 FLAG_SETS = frozenset({"circle-flags", "cif", "flag", "flagpack"})
 NATIONS = {"eng": "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f", "sct": "1f3f4-e0067-e0062-e0073-e0063-e0074-e007f",
            "wls": "1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"}  # fmt: skip
+# What single sets do to their identifiers: bx holds its sisters bxl (logos) and bxs (solid) as well.
+SET_RULES = {
+    "bx": (("^bxl-", "brand-"), ("^bxs-", "")),
+    "ion": (("^(md|ios)-", ""),),
+    "jam": (("-f$", "-filled"),),
+    "osmic": ((r"-\d+$", ""),),
+}
 SET_STYLES = {
     "fluent-emoji-3d": "3d",
     "streamline-freehand-color": "hand-drawn",
@@ -125,8 +132,8 @@ class _Names:
             tags = [*icon.aliases[1:], *reversed(icon.raw.split("/")[:-1])]
             return _Draft(icon, base, icon_set.licence, words, "clipart", [], tags)
         plain = TONE.sub("", icon.raw)
-        if icon.set == "bx":  # this set holds its sisters bxl (logos) and bxs (solid) as well
-            plain = re.sub("^bx[ls]-", "brand-" if plain.startswith("bxl") else "", plain)
+        for pattern, replacement in SET_RULES.get(icon.set, ()):
+            plain = re.sub(pattern, replacement, plain)
         base, styles = strip_style(plain, siblings, icon_set.styles)
         entry = self._emoji(icon, base, to_words(base))
         if not keep_person(icon.source_id, entry, icon.raw):
@@ -210,7 +217,8 @@ def drawing_style(
     for word, style in (("fill", "filled"), ("outline", "outline"), ("line", "outline"), ("stroke", "outline")):
         if word in default:
             return style
-    if icon.stroked or any(f"{base}-{word}" in siblings for word in ("fill", "filled", "solid")):
+    regular = any(re.sub("-regular$", f"-{word}", icon.raw) in siblings for word in ("fill", "filled", "solid"))
+    if icon.stroked or regular or any(f"{base}-{word}" in siblings for word in ("fill", "filled", "solid")):
         return "outline"
     return "filled" if f"{base}-outline" in siblings or f"outline-{base}" in siblings else ""
 

@@ -8,9 +8,9 @@ from pathlib import Path
 NOUNS = frozenset((Path(__file__).parent / "nouns.txt").read_text().split())
 # At the end of a compound these are marks on a thing ("calendar heart"), not the thing itself.
 MARKS = frozenset(
-    "arrow arrows badge bars bell book box bug camera card circle clock cloud cross dollar dot dots eye filter flag folder gear "
-    "graph heart hexagon image key letter lock mark octagon page pen pencil person pin plug plus rectangle search "
-    "shield square star sun switch tag triangle user users wave x".split()
+    "arrow arrows badge bars bell book box bug camera card circle clock cloud cross dollar dot dots eye filter flag "
+    "folder gear graph heart hexagon image key letter lock mark octagon page pen pencil person pin plug plus "
+    "rectangle search shield square star sun switch tag triangle user users wave x".split()
 )
 DIRECTIONS = frozenset(
     "above back below bottom center down east first front forward horizontal in last left lower middle next north out "

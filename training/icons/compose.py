@@ -41,8 +41,8 @@ def compose_icons(
     what their name means, places are those drawn.
 
     Args:
-        examples: dicts with `image` (PIL image of mode LA or RGBA, or uint8 array of 2 or 4 channels, square, all of one
-            size), `text`, and where known `name`, `set` and `style`; not changed.
+        examples: dicts with `image` (PIL image of mode LA or RGBA, or uint8 array of 2 or 4 channels, square, all of
+            one size), `text`, and where known `name`, `set` and `style`; not changed.
         rng: source of randomness; the same state gives the same pictures and texts.
         side: height and width of the pictures.
         scene_share: share of the examples that become scenes.
@@ -73,7 +73,7 @@ def compose_icons(
 
 
 class _Icons:
-    """Icons of a batch: `alpha` (count, size, size) and `rgb` times alpha of the coloured ones, float32 in [0, 1]."""
+    """Icons of a batch, float32: `alpha` (count, size, size), and alpha * colour as `rgb` (coloured, 3, size, size)."""
 
     def __init__(self, images: Sequence[Any]):
         arrays = [np.asarray(image) for image in images]
@@ -87,9 +87,9 @@ class _Icons:
         self.coloured = np.array([array.shape[2] == 4 for array in arrays])
         self.alpha = np.stack([array[..., -1] for array in arrays]).astype(np.float32) / 255
         self.row = np.cumsum(self.coloured) - 1  # row of `rgb` of each coloured icon
-        colours = [array[..., :3] for array in arrays if array.shape[2] == 4]
-        self.rgb = np.stack(colours).astype(np.float32) if colours else np.zeros((0, size, size, 3), np.float32)
-        self.rgb *= self.alpha[self.coloured, :, :, None]
+        colours = [np.moveaxis(array[..., :3], -1, 0) for array in arrays if array.shape[2] == 4]
+        self.rgb = np.stack(colours).astype(np.float32) if colours else np.zeros((0, 3, size, size), np.float32)
+        self.rgb *= self.alpha[self.coloured, None]
 
     def turn(self, rng: np.random.Generator) -> None:
         """Turns some icons by a few degrees."""
@@ -97,22 +97,22 @@ class _Icons:
         for index, angle in zip(chosen, rng.uniform(-TURN_DEGREES, TURN_DEGREES, len(chosen))):
             planes = [self.alpha[index]]
             if self.coloured[index]:
-                planes += list(np.moveaxis(self.rgb[self.row[index]], -1, 0))
+                planes += list(self.rgb[self.row[index]])
             turned = [np.asarray(Image.fromarray(plane).rotate(angle, Image.Resampling.BILINEAR)) for plane in planes]
             self.alpha[index] = turned[0]
             if self.coloured[index]:
-                self.rgb[self.row[index]] = np.stack(turned[1:], axis=-1)
+                self.rgb[self.row[index]] = turned[1:]
 
     def mean_colours(self) -> np.ndarray:
         """Mean colour of what is visible of each coloured icon, (coloured, 3), in [0, 255]."""
         weight = self.alpha[self.coloured].sum(axis=(1, 2))[:, None]
-        return self.rgb.sum(axis=(1, 2)) / np.maximum(weight, 1e-6)
+        return self.rgb.sum(axis=(2, 3)) / np.maximum(weight, 1e-6)
 
     def main_colour(self, index: int) -> int:
         """Index of the colour that most of a coloured icon has, -1 if there is none."""
-        alpha = self.alpha[index]
+        alpha, rgb = self.alpha[index, ::2, ::2], self.rgb[self.row[index], :, ::2, ::2]
         visible = alpha > 0.5
-        names = name_colours(self.rgb[self.row[index]][visible] / alpha[visible][:, None])
+        names = name_colours((rgb[:, visible] / alpha[visible]).T)
         counts = np.bincount(names[names >= 0], minlength=len(NAMES))
         best = int(counts.argmax())
         return best if counts[best] >= COLOUR_SHARE * max(1, len(names)) else -1
@@ -152,7 +152,7 @@ def scene_name(example: dict[str, Any]) -> str:
 
 
 class _Colours:
-    """Colours of a batch: `ink` (placements, 3) with names, `ground` (pictures, 3) with names; -1 is without a name."""
+    """Colours of a batch: `ink` (placements, 3) and `ground` (pictures, 3), each with its names (-1: none)."""
 
     def __init__(self, icons: _Icons, scenes: _Scenes, rng: np.random.Generator):
         pictures = len(scenes.members)
@@ -169,7 +169,7 @@ class _Colours:
         self._make_visible(scenes, seen, rng)
 
     def _make_visible(self, scenes: _Scenes, seen: np.ndarray, rng: np.random.Generator) -> None:
-        """Where one icon of a picture would hardly be seen, the background becomes white or black, then the ink gives."""
+        """Where an icon would hardly be seen, the background becomes white or black, then so does the ink."""
         pale = contrast(seen, self.ground[scenes.picture]) < MIN_CONTRAST
         poor = np.zeros(len(self.ground), bool)
         poor[scenes.picture[pale]] = True
@@ -191,46 +191,36 @@ def _choose(rng: np.random.Generator, count: int, shares: Sequence[float], names
 
 def _paint(icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, rng: np.random.Generator) -> np.ndarray:
     """The pictures, uint8, (pictures, side, side, 3)."""
-    across, down = _placements(scenes, side, rng)
-    alpha = _resample(icons.alpha[scenes.icon], down, across, icons.size, side)[..., None]
-    canvas = np.broadcast_to(colours.ground[:, None, None, :], (len(scenes.members), side, side, 3)).copy()
-    for place in range(int(scenes.place.max()) + 1):  # the icons of a picture do not overlap: one after the other
-        mono = np.flatnonzero((scenes.place == place) & colours.mono)
-        target = scenes.picture[mono]
-        canvas[target] += alpha[mono] * (colours.ink[mono][:, None, None, :] - canvas[target])
-        full = np.flatnonzero((scenes.place == place) & ~colours.mono)
-        target = scenes.picture[full]
-        planes = np.moveaxis(icons.rgb[icons.row[scenes.icon[full]]], -1, 1)  # (icons, 3, size, size)
-        drawn = [_resample(planes[:, c], down[full], across[full], icons.size, side) for c in range(3)]
-        canvas[target] = canvas[target] * (1 - alpha[full]) + np.stack(drawn, axis=-1)
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    drawn = np.empty((len(scenes.members), side, side, 3), np.uint8)
+    drawn[:] = (colours.ground + 0.5)[:, None, None]
+    boxes = _placements(scenes, side, rng).tolist()
+    grounds, inks = colours.ground.tolist(), colours.ink.tolist()
+    for picture, icon, (left, top, length), ink in zip(scenes.picture.tolist(), scenes.icon.tolist(), boxes, inks):
+        kernel, ground = _kernel(icons.size, length), grounds[picture]
+        target = drawn[picture, top : top + length, left : left + length]
+        alpha = kernel @ icons.alpha[icon] @ kernel.T
+        for channel in range(3):  # plane by plane: numpy is slow where the last axis has three entries
+            if icons.coloured[icon]:
+                colour = kernel @ icons.rgb[icons.row[icon], channel] @ kernel.T
+                target[..., channel] = np.minimum(colour + (ground[channel] + 0.5) - alpha * ground[channel], 255)
+            else:
+                target[..., channel] = alpha * (ink[channel] - ground[channel]) + (ground[channel] + 0.5)
+    return drawn
 
 
-def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and length of each placement in pixels, across and down, int, (placements, 2) each."""
+def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Left edge, upper edge and length of each placement in pixels, int, (placements, 3)."""
     along = side / scenes.total  # width of a cell of the row
-    share = np.where(
-        scenes.total == 1, rng.uniform(0.58, 1.0, len(scenes.icon)), rng.uniform(0.8, 0.98, len(scenes.icon))
-    )
+    whole = scenes.total == 1
+    share = rng.uniform(np.where(whole, 0.58, 0.8), np.where(whole, 1.0, 0.98))
     length = np.maximum(4, np.floor(along * share)).astype(int)
-    free = rng.random((len(scenes.icon), 2))
-    start = np.floor(scenes.place * along + free[:, 0] * (along - length)).astype(int)
+    free = rng.random((2, len(scenes.icon)))
+    start = np.floor(scenes.place * along + free[0] * (along - length)).astype(int)
     # Beside each other they stand at about one height: left of means left of.
-    spread = np.where(scenes.total == 1, 1.0, 0.3)
-    other = np.floor((side - length) * (0.5 + spread * (free[:, 1] - 0.5))).astype(int)
-    row, column = np.stack([start, length], axis=1), np.stack([other, length], axis=1)
-    vertical = scenes.vertical[scenes.picture][:, None]
-    return np.where(vertical, column, row), np.where(vertical, row, column)
-
-
-def _resample(planes: np.ndarray, down: np.ndarray, across: np.ndarray, size: int, side: int) -> np.ndarray:
-    """Scales and shifts planes (count, size, size) to (count, side, side), nothing around them."""
-    left = np.zeros((len(planes), side, size), np.float32)
-    right = np.zeros((len(planes), size, side), np.float32)
-    for index, ((top, height), (start, width)) in enumerate(zip(down.tolist(), across.tolist())):
-        left[index, top : top + height] = _kernel(size, height)
-        right[index, :, start : start + width] = _kernel(size, width).T
-    return left @ planes @ right
+    spread = np.where(whole, 1.0, 0.3)
+    other = np.floor((side - length) * (0.5 + spread * (free[1] - 0.5))).astype(int)
+    vertical = scenes.vertical[scenes.picture]
+    return np.stack([np.where(vertical, other, start), np.where(vertical, start, other), length], axis=1)
 
 
 @lru_cache(maxsize=512)
@@ -244,21 +234,16 @@ def _kernel(size: int, length: int) -> np.ndarray:
 
 def _plain(icons: _Icons, side: int) -> np.ndarray:
     """Dark icons on white, coloured ones in their colours on white, uint8, (count, side, side, 3)."""
-    whole = np.tile(np.array([[0, side]]), (len(icons.alpha), 1))
-
-    def fit(planes: np.ndarray) -> np.ndarray:
-        return (
-            planes
-            if icons.size == side
-            else _resample(planes, whole[: len(planes)], whole[: len(planes)], icons.size, side)
-        )
-
-    alpha = fit(icons.alpha)[..., None]
-    canvas = 255 - alpha * (255 - PLAIN_INK) * np.ones(3, np.float32)
-    if len(icons.rgb):
-        drawn = np.stack([fit(icons.rgb[..., channel]) for channel in range(3)], axis=-1)
-        canvas[icons.coloured] = 255 * (1 - alpha[icons.coloured]) + drawn
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    alpha, rgb = icons.alpha, icons.rgb
+    if icons.size != side:
+        kernel = _kernel(icons.size, side)
+        alpha, rgb = kernel @ alpha @ kernel.T, kernel @ rgb @ kernel.T
+    drawn = np.empty((len(alpha), side, side, 3), np.uint8)
+    for channel in range(3):
+        plane = 255.5 - alpha * (255 - PLAIN_INK)
+        plane[icons.coloured] = 255.5 - 255 * alpha[icons.coloured] + rgb[:, channel]
+        drawn[..., channel] = np.clip(plane, 0, 255, out=plane)
+    return drawn
 
 
 def _captions(

@@ -4,7 +4,7 @@ import numpy as np
 
 # Name -> hue in degrees, saturation, value: lowest and highest. Between the ranges lie the colours without a name.
 RANGES = {
-    "black": ((0, 360), (0.0, 1.0), (0.0, 0.16)),
+    "black": ((0, 360), (0.0, 0.4), (0.0, 0.14)),
     "white": ((0, 360), (0.0, 0.06), (0.94, 1.0)),
     "gray": ((0, 360), (0.0, 0.1), (0.38, 0.72)),
     "red": ((348, 368), (0.68, 1.0), (0.6, 1.0)),
