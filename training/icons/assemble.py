@@ -10,46 +10,9 @@ from pathlib import Path
 
 from .collect import Icon, IconSet
 from .naming import fused_words, strip_style, to_name, to_words
+from .rules import BRAND_LISTS, BROAD, FLAG_SETS, GENERIC_BRANDS, NATIONS, SET_RULES, SET_STYLES
 from .texts import Emoji, clean_tag, emoji_key, load_emoji, load_tags, merge_texts, natural_label, shared_synonyms
 
-BRAND_LISTS = ("simple-icons", "logos", "fa7-brands", "bxl", "cib", "thesvg", "devicon")
-# Companies that named themselves after things which icons show.
-GENERIC_BRANDS = frozenset(
-    "abstract affinity android app astro audio backstage bar beats bentobox billboard bit blueprint bluetooth book "
-    "bookstack boots box brave buffer cash chart codeblocks coil coin comma composer contactless contactlesspayment "
-    "coop correct court crowdsource cube cursor delta dev discourse discover do drizzle drone eclipse edge element "
-    "engineering envelope eraser expo fax files fire flash flask flood flux foundation frigate ghost git glance "
-    "glitch grab graph greenhouse harbor helix helpdesk hexagon hive home house icon insomnia json knowledgebase "
-    "launchpad leaflet lens less letterbox lighthouse line linear list local location lock loom mail map mask matrix "
-    "medium meteor metro microphone midi mix mixer modal monster nest nfc node not note nova open oracle org origin "
-    "outline overcast package pandora pantheon payment peak pear periscope pinboard plume pocket podcast poetry "
-    "polygon progress protect protractor pulse qr quest question racket radar rainbow react read readme reason relay "
-    "ripple rss rtl ruby safari scan sensor serverless session shadow shell shortcut signal simple sketch slides snap "
-    "snowflake socket spaceship spectrum spine spotlight spring square stack stage star steam stripe stylus sun svg "
-    "swift switch tapas target task telegraph terminal thumbtack tide timescale title toggle toll track transmission "
-    "treehouse trend tv unity usb vault vector verified vine visa watchtower wave web wifi wire wish x xml yarn "
-    "zoom".split()
-)
-FLAG_SETS = frozenset({"circle-flags", "cif", "flag", "flagpack"})
-NATIONS = {"eng": "1f3f4-e0067-e0062-e0065-e006e-e0067-e007f", "sct": "1f3f4-e0067-e0062-e0073-e0063-e0074-e007f",
-           "wls": "1f3f4-e0067-e0062-e0077-e006c-e0073-e007f"}  # fmt: skip
-# What single sets do to their identifiers: bx holds its sisters bxl (logos) and bxs (solid) as well.
-SET_RULES = {
-    "bx": (("^bxl-", "brand-"), ("^bxs-", "")),
-    "ion": (("^(md|ios)-", ""),),
-    "jam": (("-f$", "-filled"),),
-    "osmic": ((r"-\d+$", ""),),
-}
-SET_STYLES = {
-    "fluent-emoji-3d": "3d",
-    "streamline-freehand-color": "hand-drawn",
-    "pixel": "pixel",
-    "pixelarticons": "pixel",
-    "streamline-pixel": "pixel",
-    "memory": "pixel",
-    "dinkie-icons": "pixel",
-    "openclipart": "clipart",
-}
 TONED_SHARE, PERSON_SHARE = 0.1, 0.5
 MAX_VARIANTS = 4
 TONE = re.compile(r"[-_ ](medium-)?(light|dark|medium)?-?skin-tone(-\d)?|[-_]tone\d")
@@ -141,6 +104,8 @@ class _Names:
         if entry is None and (icon.set in FLAG_SETS or icon.set == "fluent-emoji-3d"):
             return None
         words = entry.base_label.split() if entry else _without_topic(to_words(base), icon_set)
+        if icon.set.startswith("streamline") and len(words) > 5:  # lists of keywords rather than names
+            return None
         if not words or icon.raw in icon_set.brands or self._is_brand(base, words):
             return None
         style = SET_STYLES.get(icon.set, "")
@@ -243,9 +208,11 @@ def _clipart_words(words: list[str], tags: list[str], vocabulary: Mapping[str, i
         return all(vocabulary.get(word, 0) > 2 for word in text.split())
 
     tags = [tag for tag in tags if known(tag)]
-    if words and known(" ".join(words)) and any(len(word) > 2 for word in words):
+    text = " ".join(words)
+    if known(text) and text not in BROAD and all(len(word) > 1 or word == "a" for word in words) and len(text) > 2:
         return words, tags
-    return (tags[0].split() if tags else []), tags
+    narrow = [tag for tag in tags if tag not in BROAD]
+    return (narrow[0].split() if narrow else []), tags
 
 
 def _vote_source(prefix: str) -> str:

@@ -55,11 +55,14 @@ def build(output: Path, cache: Path, processes: int = 2, docs: Path | None = Non
         for picture in render_sets((icon for one in sets for icon in one.icons), cache / "rendered", processes)
     }
     named = [row for row in name_icons(sets, folders) if row.source_id in pictures]
+    for row in named:
+        row.style = row.style or ("colour" if pictures[row.source_id].mode == "RGBA" else "")
     print(f"{len(named):,} icons with a name and a picture", flush=True)
     rows, splits, dropped = split_rows(named, pictures)
     output.mkdir(parents=True, exist_ok=True)
     counts = write_splits(output, rows, splits, pictures)
-    write_card(output, docs, sets, rows, splits, skipped, dropped)
+    images = {source_id: picture.png for source_id, picture in pictures.items()}
+    write_card([output, *([docs] if docs else [])], sets, rows, splits, skipped, dropped, images)
     return counts
 
 
@@ -127,16 +130,12 @@ def _table(rows: Sequence[Named], pictures: dict[str, Rendered]) -> pa.Table:
         "texts": pa.array([row.texts for row in rows], pa.list_(pa.string())),
         "name": pa.array([row.name for row in rows], pa.string()),
         "set": pa.array([row.set for row in rows], pa.string()),
-        "style": pa.array([row.style or _colour(pictures[row.source_id]) for row in rows], pa.string()),
+        "style": pa.array([row.style for row in rows], pa.string()),
         "license": pa.array([row.licence for row in rows], pa.string()),
         "source_id": pa.array([row.source_id for row in rows], pa.string()),
     }
     metadata = {"huggingface": json.dumps({"info": {"features": FEATURES}})}  # what makes `image` decode to a picture
     return pa.table(columns).replace_schema_metadata(metadata)
-
-
-def _colour(picture: Rendered) -> str:
-    return "colour" if picture.mode == "RGBA" else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

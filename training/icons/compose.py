@@ -73,7 +73,7 @@ def compose_icons(
 
 
 class _Icons:
-    """Icons of a batch, float32: `alpha` (count, size, size), and alpha * colour as `rgb` (coloured, 3, size, size)."""
+    """Icons of a batch, float32: `alpha` (count, size, size), alpha * colour as `rgb` (coloured, 3, size, size)."""
 
     def __init__(self, images: Sequence[Any]):
         arrays = [np.asarray(image) for image in images]

@@ -145,6 +145,7 @@ def to_words(base: str) -> list[str]:
     base = re.sub(r"(?<=[a-z])(?=[A-Z])|[_\s./+]+", "-", base).lower()
     words = [word for word in re.split(r"-+", base) if word]
     words = [word if word in NUMBERED_TERMS else re.sub(r"^([a-z]{3,}?)0?\d{1,2}$", r"\1", word) for word in words]
+    words = [word for word in words if not re.fullmatch(r"0\d", word)] or words
     while len(words) > 1 and re.fullmatch(r"\d{1,3}x?", words[-1]) and words[-2] not in NUMBERED_WORDS:
         words.pop()
     kept = [word for word in words if word not in MEANINGLESS] or words

@@ -38,6 +38,7 @@ def natural_label(label: str) -> str:
     head, colon, tail = label.lower().replace("’", "'").partition(": ")
     tail = re.sub(r"\s*,\s*", " and ", tail)
     joint = {"flag": "of", "family": "of", "keycap": "", "kiss": "of", "couple with heart": "of"}.get(head, "with")
+    joint = "" if tail.startswith("facing") else joint
     return to_name(f"{head} {joint if colon else ''} {tail}".split())
 
 
