@@ -1,0 +1,294 @@
+"""Draws training pictures from stored icons: colours, background, size, place, a small turn, scenes of several icons.
+
+    icon (alpha, or colours and alpha) ─ turn ─ scale and shift ─ paint on a background ─ picture (side, side, 3)
+    text ─ as it is, or in a sentence with colour and style words, or in a scene's spatial caption ─ text
+
+All pictures of a batch are computed together: scaling and shifting is a product with two matrices, whose rows are the
+pixels of the picture and whose columns are those of the icon. Pictures are never mirrored, since arrows and letters
+mean something else then.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .captions import DIRECTIONS, STYLE_ADJECTIVES, kind_of_picture, scene_caption, sentence, split_noun, thing
+from .palette import CHROMATIC, NAMES, contrast, name_colours, sample_colours
+
+BLACK, WHITE = NAMES.index("black"), NAMES.index("white")
+MIN_CONTRAST = 2.2  # below it an icon is hard to see
+TURN_SHARE, TURN_DEGREES = 0.2, 8.0
+COLOUR_SHARE = 0.6  # of the visible pixels: from here on a picture is said to have that colour
+PLAIN_INK = 24.0
+
+
+def compose_icons(
+    examples: list[dict[str, Any]],
+    rng: np.random.Generator,
+    *,
+    side: int = 64,
+    scene_share: float = 0.15,
+    sentence_share: float = 0.3,
+    plain: bool = False,
+) -> list[dict[str, Any]]:
+    """Draws a picture for each example and puts its text into words.
+
+    A scene shows the icon beside one or two others of the same list; its caption is a text of its own, so that its
+    `name` becomes that caption. Every word of a caption is true of the picture: colours are drawn from the middle of
+    what their name means, places are those drawn.
+
+    Args:
+        examples: dicts with `image` (PIL image of mode LA or RGBA, or uint8 array of 2 or 4 channels, square, all of
+            one size), `text`, and where known `name`, `set` and `style`; not changed.
+        rng: source of randomness; the same state gives the same pictures and texts.
+        side: height and width of the pictures.
+        scene_share: share of the examples that become scenes.
+        sentence_share: share of the other examples whose text is put into a sentence.
+        plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
+
+    Returns:
+        As many dicts, with `image` as uint8 array (side, side, 3) and `text` final.
+
+    Raises:
+        ValueError: if a share is not in [0, 1], or an image has another mode or shape.
+    """
+    for name, share in (("scene_share", scene_share), ("sentence_share", sentence_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must be between 0 and 1")
+    if not examples:
+        return []
+    icons = _Icons([example["image"] for example in examples])
+    if plain:
+        pictures, texts = _plain(icons, side), [example["text"] for example in examples]
+        return [{**example, "image": pictures[i], "text": texts[i]} for i, example in enumerate(examples)]
+    scenes = _Scenes(examples, rng, scene_share)
+    colours = _Colours(icons, scenes, rng)
+    icons.turn(rng)
+    pictures = _paint(icons, scenes, colours, side, rng)
+    captions = _captions(examples, icons, scenes, colours, sentence_share, rng)
+    return [{**example, "image": picture, **words} for example, picture, words in zip(examples, pictures, captions)]
+
+
+class _Icons:
+    """Icons of a batch, float32: `alpha` (count, size, size), alpha * colour as `rgb` (coloured, 3, size, size)."""
+
+    def __init__(self, images: Sequence[Any]):
+        arrays = [np.asarray(image) for image in images]
+        size = arrays[0].shape[0]
+        for place, array in enumerate(arrays):
+            if array.ndim != 3 or array.shape[:2] != (size, size) or array.shape[2] not in (2, 4):
+                raise ValueError(
+                    f"image {place} has shape {array.shape}: expected ({size}, {size}, 2 or 4), mode LA or RGBA"
+                )
+        self.size = size
+        self.coloured = np.array([array.shape[2] == 4 for array in arrays])
+        self.alpha = np.stack([array[..., -1] for array in arrays]).astype(np.float32) / 255
+        self.row = np.cumsum(self.coloured) - 1  # row of `rgb` of each coloured icon
+        colours = [np.moveaxis(array[..., :3], -1, 0) for array in arrays if array.shape[2] == 4]
+        self.rgb = np.stack(colours).astype(np.float32) if colours else np.zeros((0, 3, size, size), np.float32)
+        self.rgb *= self.alpha[self.coloured, None]
+
+    def turn(self, rng: np.random.Generator) -> None:
+        """Turns some icons by a few degrees."""
+        chosen = np.flatnonzero(rng.random(len(self.alpha)) < TURN_SHARE)
+        for index, angle in zip(chosen, rng.uniform(-TURN_DEGREES, TURN_DEGREES, len(chosen))):
+            planes = [self.alpha[index]]
+            if self.coloured[index]:
+                planes += list(self.rgb[self.row[index]])
+            turned = [np.asarray(Image.fromarray(plane).rotate(angle, Image.Resampling.BILINEAR)) for plane in planes]
+            self.alpha[index] = turned[0]
+            if self.coloured[index]:
+                self.rgb[self.row[index]] = turned[1:]
+
+    def mean_colours(self) -> np.ndarray:
+        """Mean colour of what is visible of each coloured icon, (coloured, 3), in [0, 255]."""
+        weight = self.alpha[self.coloured].sum(axis=(1, 2))[:, None]
+        return self.rgb.sum(axis=(2, 3)) / np.maximum(weight, 1e-6)
+
+    def main_colour(self, index: int) -> int:
+        """Index of the colour that most of a coloured icon has, -1 if there is none."""
+        alpha, rgb = self.alpha[index, ::2, ::2], self.rgb[self.row[index], :, ::2, ::2]
+        visible = alpha > 0.5
+        names = name_colours((rgb[:, visible] / alpha[visible]).T)
+        counts = np.bincount(names[names >= 0], minlength=len(NAMES))
+        best = int(counts.argmax())
+        return best if counts[best] >= COLOUR_SHARE * max(1, len(names)) else -1
+
+
+class _Scenes:
+    """Which icons stand in which picture: `picture`, `icon`, `place` of each placement; `members` of each picture."""
+
+    def __init__(self, examples: Sequence[dict[str, Any]], rng: np.random.Generator, share: float):
+        names = [scene_name(example) for example in examples]
+        count = len(examples)
+        able = np.array([bool(name) for name in names])
+        pool = np.flatnonzero(able)
+        self.members: list[list[int]] = [[index] for index in range(count)]
+        self.vertical = rng.random(count) < 0.35
+        draws = rng.random((count, 3))
+        partners = pool[rng.integers(len(pool), size=(count, 2))] if len(pool) else np.zeros((count, 2), int)
+        for index in np.flatnonzero(able & (draws[:, 0] < share)):
+            members = [int(index)]
+            for partner in partners[index][: 2 if draws[index, 1] < 0.2 else 1]:
+                if names[partner] not in [names[member] for member in members]:
+                    members.append(int(partner))
+            rotation = int(draws[index, 2] * len(members))
+            self.members[index] = members[rotation:] + members[:rotation]
+        self.picture = np.array([index for index, group in enumerate(self.members) for _ in group])
+        self.icon = np.array([member for group in self.members for member in group])
+        self.place = np.array([place for group in self.members for place in range(len(group))])
+        self.total = np.array([len(group) for group in self.members])[self.picture]
+        self.first = np.flatnonzero(self.place == 0)  # first placement of each picture
+
+
+def scene_name(example: dict[str, Any]) -> str:
+    """The name under which an icon can stand in a scene; empty for names that speak of directions or are long."""
+    name = example.get("name") or example["text"]
+    words = name.split()
+    return name if len(words) <= 4 and not DIRECTIONS.intersection(words) else ""
+
+
+class _Colours:
+    """Colours of a batch: `ink` (placements, 3) and `ground` (pictures, 3), each with its names (-1: none)."""
+
+    def __init__(self, icons: _Icons, scenes: _Scenes, rng: np.random.Generator):
+        pictures = len(scenes.members)
+        self.ground_name = _choose(rng, pictures, (0.52, 0.13, 0.12), (WHITE, -1, BLACK))
+        self.ground = sample_colours(np.where(self.ground_name < 0, WHITE, self.ground_name), rng)
+        tint = rng.uniform(0.82, 1.0, (pictures, 3)).astype(np.float32)
+        self.ground = np.where((self.ground_name < 0)[:, None], self.ground * tint, self.ground)
+        self.ink_name = _choose(rng, len(scenes.icon), (0.45, 0.1), (BLACK, WHITE))
+        self.ink = sample_colours(self.ink_name, rng)
+        self.mono = ~icons.coloured[scenes.icon]
+        means = np.zeros((len(icons.alpha), 3), np.float32)
+        means[icons.coloured] = icons.mean_colours()
+        seen = np.where(self.mono[:, None], self.ink, means[scenes.icon])
+        self._make_visible(scenes, seen, rng)
+
+    def _make_visible(self, scenes: _Scenes, seen: np.ndarray, rng: np.random.Generator) -> None:
+        """Where an icon would hardly be seen, the background becomes white or black, then so does the ink."""
+        pale = contrast(seen, self.ground[scenes.picture]) < MIN_CONTRAST
+        poor = np.zeros(len(self.ground), bool)
+        poor[scenes.picture[pale]] = True
+        dark = contrast(seen, np.zeros(3, np.float32)) < contrast(seen, np.full(3, 255, np.float32))
+        self.ground_name[poor] = np.where(dark[scenes.first], WHITE, BLACK)[poor]
+        self.ground[poor] = sample_colours(self.ground_name, rng)[poor]
+        still = self.mono & (contrast(seen, self.ground[scenes.picture]) < MIN_CONTRAST)
+        bright = contrast(self.ground[scenes.picture], np.zeros(3, np.float32)) > 4.6
+        self.ink_name[still] = np.where(bright, BLACK, WHITE)[still]
+        self.ink[still] = sample_colours(self.ink_name, rng)[still]
+
+
+def _choose(rng: np.random.Generator, count: int, shares: Sequence[float], names: Sequence[int]) -> np.ndarray:
+    """Draws `names` with their shares, and any colour with a hue for the rest."""
+    draw = np.searchsorted(np.cumsum(shares), rng.random(count), side="right")
+    hues = np.array(CHROMATIC)[rng.integers(len(CHROMATIC), size=count)]
+    return np.where(draw < len(names), np.array([*names, 0])[draw], hues)
+
+
+def _paint(icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, rng: np.random.Generator) -> np.ndarray:
+    """The pictures, uint8, (pictures, side, side, 3)."""
+    drawn = np.empty((len(scenes.members), side, side, 3), np.uint8)
+    drawn[:] = (colours.ground + 0.5)[:, None, None]
+    boxes = _placements(scenes, side, rng).tolist()
+    grounds, inks = colours.ground.tolist(), colours.ink.tolist()
+    for picture, icon, (left, top, length), ink in zip(scenes.picture.tolist(), scenes.icon.tolist(), boxes, inks):
+        kernel, ground = _kernel(icons.size, length), grounds[picture]
+        target = drawn[picture, top : top + length, left : left + length]
+        alpha = kernel @ icons.alpha[icon] @ kernel.T
+        for channel in range(3):  # plane by plane: numpy is slow where the last axis has three entries
+            if icons.coloured[icon]:
+                colour = kernel @ icons.rgb[icons.row[icon], channel] @ kernel.T
+                target[..., channel] = np.minimum(colour + (ground[channel] + 0.5) - alpha * ground[channel], 255)
+            else:
+                target[..., channel] = alpha * (ink[channel] - ground[channel]) + (ground[channel] + 0.5)
+    return drawn
+
+
+def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Left edge, upper edge and length of each placement in pixels, int, (placements, 3)."""
+    along = side / scenes.total  # width of a cell of the row
+    whole = scenes.total == 1
+    share = rng.uniform(np.where(whole, 0.58, 0.8), np.where(whole, 1.0, 0.98))
+    length = np.maximum(4, np.floor(along * share)).astype(int)
+    free = rng.random((2, len(scenes.icon)))
+    start = np.floor(scenes.place * along + free[0] * (along - length)).astype(int)
+    # Beside each other they stand at about one height: left of means left of.
+    spread = np.where(whole, 1.0, 0.3)
+    other = np.floor((side - length) * (0.5 + spread * (free[1] - 0.5))).astype(int)
+    vertical = scenes.vertical[scenes.picture]
+    return np.stack([np.where(vertical, other, start), np.where(vertical, start, other), length], axis=1)
+
+
+@lru_cache(maxsize=512)
+def _kernel(size: int, length: int) -> np.ndarray:
+    """Weights that bring `size` pixels to `length` pixels, (length, size): a triangle as wide as a new pixel."""
+    scale = length / size
+    source = (np.arange(length)[:, None] + 0.5) / scale - 0.5
+    weights = np.clip(1 - np.abs(source - np.arange(size)) / max(1, 1 / scale), 0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _plain(icons: _Icons, side: int) -> np.ndarray:
+    """Dark icons on white, coloured ones in their colours on white, uint8, (count, side, side, 3)."""
+    alpha, rgb = icons.alpha, icons.rgb
+    if icons.size != side:
+        kernel = _kernel(icons.size, side)
+        alpha, rgb = kernel @ alpha @ kernel.T, kernel @ rgb @ kernel.T
+    drawn = np.empty((len(alpha), side, side, 3), np.uint8)
+    for channel in range(3):
+        plane = 255.5 - alpha * (255 - PLAIN_INK)
+        plane[icons.coloured] = 255.5 - 255 * alpha[icons.coloured] + rgb[:, channel]
+        drawn[..., channel] = np.clip(plane, 0, 255, out=plane)
+    return drawn
+
+
+def _captions(
+    examples: Sequence[dict[str, Any]],
+    icons: _Icons,
+    scenes: _Scenes,
+    colours: _Colours,
+    share: float,
+    rng: np.random.Generator,
+) -> list[dict[str, str]]:
+    """`text` of every example, and `name` of those that became scenes."""
+    draws = rng.random((len(examples), 6))
+    inks = rng.random(len(scenes.icon))
+    words = []
+    for index, members in enumerate(scenes.members):
+        first = int(scenes.first[index])
+        if len(members) > 1:
+            phrases = []
+            for step, member in enumerate(members):
+                said = colours.mono[first + step] and inks[first + step] < 0.4
+                colour = NAMES[colours.ink_name[first + step]] if said else ""
+                phrases.append(thing(scene_name(examples[member]), colour, _kind(examples[member])))
+            text = scene_caption(phrases, bool(scenes.vertical[index]), draws[index, 0])
+            words.append({"text": text, "name": text})
+        elif draws[index, 1] < share:
+            words.append({"text": _sentence(examples[index], index, icons, colours, first, draws[index])})
+        else:
+            words.append({"text": examples[index]["text"]})
+    return words
+
+
+def _sentence(
+    example: dict[str, Any], index: int, icons: _Icons, colours: _Colours, placement: int, draws: np.ndarray
+) -> str:
+    name = example["text"] if split_noun(example["text"]) else example.get("name") or example["text"]
+    ink = colours.ink_name[placement] if colours.mono[placement] else -1
+    if draws[2] < 0.6 and not colours.mono[placement]:
+        ink = icons.main_colour(index)
+    colour = NAMES[ink] if ink >= 0 and draws[2] < 0.6 else ""
+    style = example.get("style") or ""
+    style = style if style in STYLE_ADJECTIVES and draws[3] < 0.5 else ""
+    ground = colours.ground_name[index]
+    background = NAMES[ground] if ground >= 0 and draws[4] < 0.2 else ""
+    return sentence(name, _kind(example), colour, style, background, (draws[5], draws[0]))
+
+
+def _kind(example: dict[str, Any]) -> str:
+    return kind_of_picture(example.get("set") or "")

@@ -1,0 +1,220 @@
+"""Renders every drawing once to 64 x 64 pixels and keeps the result, so that new names never cost a new rendering.
+
+Two processes render chunks of a set with resvg and store each as a parquet file in the cache; a chunk that is there is
+not rendered again, and a changed drawing changes the name of its chunk. A drawing that kills or blocks its process is
+found by halving the chunk and recorded as failed.
+"""
+
+import hashlib
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from .collect import SIDE, Icon
+
+VERSION = "1"  # part of every chunk's name: to be raised when rendering changes
+CHUNK = 500
+LARGE = 256  # pixels of a drawing whose margins are cropped before it is scaled down
+SECONDS_PER_CHUNK = 300
+MODES = ("", "LA", "RGBA")
+
+
+class Rendered(NamedTuple):
+    """One rendered icon: PNG bytes, `LA`, `RGBA` or empty if it failed, hash (32 bytes), share of opaque pixels."""
+
+    source_id: str
+    png: bytes
+    mode: str
+    hash: bytes
+    ink: float
+
+
+def render_sets(icons: Iterable[Icon], cache: Path, processes: int = 2) -> Iterator[Rendered]:
+    """Renders what the cache lacks and yields every icon that gave a picture, set by set.
+
+    Args:
+        icons: drawings, those of a set side by side.
+        cache: folder for the chunks.
+        processes: how many render at a time.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    chunks = list(_chunks(icons))
+    missing = [chunk for chunk in chunks if not _chunk_path(cache, chunk).exists()]
+    done = 0
+    for chunk, rows in _in_processes(render_chunk, missing, processes):
+        _write(_chunk_path(cache, chunk), rows)
+        done += len(chunk)
+        print(f"\rrendered {done:,} of {sum(map(len, missing)):,} icons ({chunk[0].set})      ", end="", flush=True)
+    print() if missing else None
+    for chunk in chunks:
+        table = pq.read_table(_chunk_path(cache, chunk)).to_pydict()
+        for values in zip(*(table[name] for name in Rendered._fields)):
+            if values[2]:
+                yield Rendered(*values)
+
+
+def render_chunk(icons: Sequence[Icon]) -> list[Rendered]:
+    """Renders one chunk; a drawing that resvg refuses gives an empty row."""
+    rows = []
+    for icon in icons:
+        try:
+            rows.append(_encode(icon.source_id, render(icon)))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a panic inside resvg is no Exception
+            rows.append(_failed(icon))
+    return rows
+
+
+def render(icon: Icon) -> Image.Image:
+    """The drawing as an RGBA image of 64 x 64 pixels, centred, aspect ratio kept."""
+    import resvg_py
+
+    if isinstance(icon.drawing, Path) and icon.drawing.suffix != ".svg":
+        image = Image.open(icon.drawing).convert("RGBA")
+        return image.resize(
+            (SIDE, SIDE), Image.Resampling.BOX if image.width % SIDE == 0 else Image.Resampling.LANCZOS
+        )
+    svg = icon.drawing if isinstance(icon.drawing, str) else icon.drawing.read_text(errors="replace")
+    width = LARGE if icon.crop else SIDE
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, skip_system_fonts=True, dpi=96)
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return _fit(image) if icon.crop or image.size != (SIDE, SIDE) else image
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """Crops to what is visible, scales it to 60 pixels and centres it."""
+    box = image.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
+    if box is None:
+        raise ValueError("nothing is visible")
+    image = image.crop(box)
+    scale = (SIDE - 4) / max(image.size)
+    size = tuple(max(1, round(edge * scale)) for edge in image.size)
+    canvas = Image.new("RGBA", (SIDE, SIDE))
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return canvas
+
+
+def _encode(source_id: str, image: Image.Image) -> Rendered:
+    pixels = np.asarray(image)
+    alpha = pixels[..., 3]
+    ink = float(alpha.mean() / 255)
+    blank = ink < 0.004 or (ink > 0.98 and np.ptp(pixels[..., :3].reshape(-1, 3), axis=0).max() < 8)
+    if blank:
+        return Rendered(source_id, b"", "", b"", ink)
+    # Black with any opacity is one colour: such an icon keeps its alpha only, and is painted when it is drawn.
+    mono = not (pixels[..., :3][alpha > 24] > 24).any()
+    if mono:
+        image = Image.merge("LA", (Image.new("L", image.size), image.getchannel("A")))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Rendered(source_id, buffer.getvalue(), image.mode, perceptual_hash(pixels), ink)
+
+
+def perceptual_hash(pixels: np.ndarray) -> bytes:
+    """256-bit hash of the look of a picture: signs of its low cosine frequencies.
+
+    Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), with 16 x 16 coefficients
+    instead of 8 x 8, since icons differ in small marks.
+
+    Args:
+        pixels: uint8, (64, 64, 4).
+    """
+    alpha = pixels[..., 3:].astype(np.float32) / 255
+    light = pixels[..., :3].astype(np.float32).mean(axis=-1) * alpha[..., 0] + 255 * (1 - alpha[..., 0])
+    small = light.reshape(32, 2, 32, 2).mean(axis=(1, 3))
+    low = (COSINES @ small @ COSINES.T).ravel()
+    return np.packbits(low > np.median(low[1:])).tobytes()
+
+
+def _cosine_matrix(size: int, count: int) -> np.ndarray:
+    positions = (2 * np.arange(size) + 1) * np.pi / (2 * size)
+    return np.cos(np.outer(np.arange(count), positions)).astype(np.float32)
+
+
+COSINES = _cosine_matrix(32, 16)
+
+
+def _failed(icon: Icon) -> Rendered:
+    return Rendered(icon.source_id, b"", "", b"", 0.0)
+
+
+def _chunks(icons: Iterable[Icon]) -> Iterator[list[Icon]]:
+    chunk: list[Icon] = []
+    for icon in icons:
+        if chunk and (len(chunk) == CHUNK or chunk[0].set != icon.set):
+            yield chunk
+            chunk = []
+        chunk.append(icon)
+    if chunk:
+        yield chunk
+
+
+def _chunk_path(cache: Path, chunk: Sequence[Icon]) -> Path:
+    digest = hashlib.sha256(VERSION.encode())
+    for icon in chunk:
+        drawing = icon.drawing if isinstance(icon.drawing, str) else icon.drawing.name
+        digest.update(f"{icon.source_id}\0{drawing}\0".encode())
+    return cache / f"{chunk[0].set}-{digest.hexdigest()[:16]}.parquet"
+
+
+def _write(path: Path, rows: list[Rendered]) -> None:
+    columns = {name: [getattr(row, name) for row in rows] for name in Rendered._fields}
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.table(columns), partial)
+    partial.rename(path)  # a file with the final name is complete
+
+
+def _in_processes(
+    work: Callable[[Sequence[Icon]], list[Rendered]], chunks: Sequence[list[Icon]], processes: int
+) -> Iterator[tuple[list[Icon], list[Rendered]]]:
+    """Runs `work` on every chunk in child processes and outlives their death."""
+    waiting, pool = deque(chunks), ProcessPoolExecutor(processes)
+    running: deque[tuple[list[Icon], Future]] = deque()
+    while waiting or running:
+        while waiting and len(running) < 2 * processes:
+            chunk = waiting.popleft()
+            running.append((chunk, pool.submit(work, chunk)))
+        chunk, future = running.popleft()
+        try:
+            rows = future.result(timeout=SECONDS_PER_CHUNK)
+        except (BrokenProcessPool, FutureTimeout):
+            _kill(pool)
+            pool = ProcessPoolExecutor(processes)
+            rows = [row for part in _halves(chunk) for row in _alone(work, part)]
+            running = deque((other, pool.submit(work, other)) for other, _ in running)
+        yield chunk, rows
+    pool.shutdown()
+
+
+def _halves(chunk: list[Icon]) -> list[list[Icon]]:
+    return [chunk] if len(chunk) < 2 else [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
+
+
+def _alone(work: Callable[[Sequence[Icon]], list[Rendered]], chunk: list[Icon]) -> list[Rendered]:
+    """Runs a chunk in a process of its own, halving it as long as the process dies."""
+    pool = ProcessPoolExecutor(1)
+    try:
+        return pool.submit(work, chunk).result(timeout=SECONDS_PER_CHUNK if len(chunk) > 1 else 30)
+    except (BrokenProcessPool, FutureTimeout):
+        if len(chunk) == 1:
+            return [_failed(chunk[0])]
+        return [row for part in _halves(chunk) for row in _alone(work, part)]
+    finally:
+        _kill(pool)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
