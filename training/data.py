@@ -35,7 +35,7 @@ class Batch:
     """Pairs of one process for one step.
 
     Attributes:
-        pixel_values: (pairs, channels, side, side) float32.
+        pixel_values: (pairs, channels, side, side), uint8 pixels or float32 pixel values; see `to_pixels`.
         input_ids, attention_mask: (pairs, tokens) int64, padded on the right to a fixed length.
         positive_ids: (pairs, 1 or 2) int64: rows that agree in a column are positives of each other.
         valid: (pairs,) bool, False for a row that could not be used.
@@ -160,23 +160,49 @@ def texts_of(value: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------- rows to tensors
 
 
-def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
-    """What `image_processor` makes of images, in one step for the batch where it only resizes and normalises.
+@dataclass(frozen=True)
+class PixelScale:
+    """What an image processor does to 8-bit pixels: (pixels · rescale_factor − mean) / std."""
+
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(images, channels, height, width) uint8 → float32."""
+        mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (pixels.float() * self.rescale_factor - mean) / std
+
+
+def pixel_scale(image_processor: Any) -> PixelScale | None:
+    """For a processor that only resizes to one size, rescales and normalises; `None` for any other."""
+    plain = image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
+    if not plain or getattr(image_processor, "do_center_crop", False) or _side(image_processor) is None:
+        return None
+    return PixelScale(
+        image_processor.rescale_factor, tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    )
+
+
+def _side(image_processor: Any) -> tuple[int, int] | None:
+    size = image_processor.size
+    get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
+    return (get("height"), get("width")) if get("height") and get("width") else None
+
+
+def to_pixels(images: list[Any], image_processor: Any) -> torch.Tensor:
+    """Images as `image_processor` would have them, kept as uint8 where `PixelScale` can do the rest.
 
     Args:
         images: PIL images of any mode, or RGB uint8 arrays (height, width, 3).
 
     Returns:
-        (images, 3, height, width) float32.
+        (images, 3, height, width) uint8, or float32 pixel values.
     """
-    size = image_processor.size
-    get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
-    height, width = get("height"), get("width")
-    crop = getattr(image_processor, "do_center_crop", False)
-    plain = image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
-    if not plain or crop or not height or not width:
+    if pixel_scale(image_processor) is None:
         rgb = [load_rgb_image(each) for each in images]
         return image_processor(rgb, return_tensors="pt")["pixel_values"]
+    height, width = _side(image_processor)
     arrays = []
     for each in images:
         if not isinstance(each, np.ndarray) or each.shape != (height, width, 3) or each.dtype != np.uint8:
@@ -184,11 +210,13 @@ def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
             if each.size != (width, height):
                 each = each.resize((width, height), resample=image_processor.resample)
         arrays.append(np.asarray(each))
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels * image_processor.rescale_factor - mean) / std
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
+    """As `to_pixels`, (images, 3, height, width) float32 in any case."""
+    pixels = to_pixels(images, image_processor)
+    return pixel_scale(image_processor)(pixels) if pixels.dtype == torch.uint8 else pixels
 
 
 def stable_hash(text: str) -> int:
@@ -250,9 +278,8 @@ class Collator:
         positive_ids = [[stable_hash(text)] for text in texts]
         if self.positive_column:
             positive_ids = [[*ids, stable_hash(group)] for ids, group in zip(positive_ids, groups)]
-        side = self.processor.image_processor
         blank = np.zeros((1, 1, 3), np.uint8)
-        pixels = to_pixel_values([each["image"] for each in examples] or [blank], side)
+        pixels = to_pixels([each["image"] for each in examples] or [blank], self.processor.image_processor)
         pixel_values = pixels.new_zeros(size, *pixels.shape[1:])
         if examples:
             pixel_values[places] = pixels

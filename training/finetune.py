@@ -36,7 +36,7 @@ from ..processing_mome import MomeProcessor
 from . import report
 from .augment import build_augmentations
 from .checkpoint import Checkpoints, Progress
-from .data import Batch, Batches, Collator, Slice, epoch_of_batches, load_rows
+from .data import Batch, Batches, Collator, Slice, epoch_of_batches, load_rows, pixel_scale
 from .evaluate import Evaluation, caption_images
 from .objective import PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
@@ -198,7 +198,8 @@ class Trainer:
     def _prepare(self):
         recipe, accelerator, config = self.recipe, self.accelerator, self.captioner.config
         captions = bool(recipe.caption_weight)
-        model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions)
+        scale = pixel_scale(self.processor.image_processor)
+        model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions, scale)
         if accelerator.distributed_type == DistributedType.FSDP:
             _give_scalars_a_dimension(model)
         optimizer = build_optimizer(model, recipe, config.num_hidden_layers, accelerator.device)

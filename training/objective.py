@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from ..routing_mome import router_losses_of, router_sums
-from .data import Batch
+from .data import Batch, PixelScale
 from .recipe import Recipe
 
 GROUPS = ("image", "text")  # the groups of experts that these losses reach
@@ -57,13 +57,22 @@ class PairModel(nn.Module):
         label_smoothing: of the caption loss.
         image_dropout: share of the rows whose caption is learnt a second time, without the image.
         captions: whether captions are learnt at all.
+        pixel_scale: what makes pixel values of batches that hold uint8 pixels.
     """
 
     _no_split_modules = ["MomeLayer"]  # the unit that FSDP shards
 
-    def __init__(self, captioner: nn.Module, label_smoothing: float = 0.0, image_dropout: float = 0.0, captions=True):
+    def __init__(
+        self,
+        captioner: nn.Module,
+        label_smoothing: float = 0.0,
+        image_dropout: float = 0.0,
+        captions: bool = True,
+        pixel_scale: PixelScale | None = None,
+    ):
         super().__init__()
         self.captioner = captioner
+        self.pixel_scale = pixel_scale
         self.label_smoothing, self.image_dropout, self.captions = label_smoothing, image_dropout, captions
 
     @property
@@ -80,6 +89,8 @@ class PairModel(nn.Module):
     ) -> PairOutputs:
         """See `Batch` for shapes. With `embed_only` the caption pass is left out."""
         routed = self.config.experts_per_group > 1
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = self.pixel_scale(pixel_values)
         # Text, image, caption: `embed_only` draws the same random numbers as far as it goes.
         text = self.captioner.get_text_features(input_ids, attention_mask, output_router_logits=routed)
         caption_loss = _wide(text.pooler_output.new_zeros(()))
@@ -211,16 +222,56 @@ def contrastive_loss_over_ranks(
         positive_ids: (pairs, columns) int64; rows that agree in a column are positives of each other.
         valid: (pairs,) bool; other rows count neither as positives nor as negatives.
     """
-    all_images, all_texts = all_gather(image_embeds), all_gather(text_embeds)
+    everyone = all_gather(image_embeds), all_gather(text_embeds)
     all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
-    positives = (positive_ids[:, None] == all_ids[None]).any(dim=2)
-    targets = (positives & valid[:, None] & all_valid[None]).to(image_embeds.dtype)
+    own = image_embeds, text_embeds
+    return _info_nce(own, everyone, logit_scale, positive_ids, valid, all_ids, all_valid)
+
+
+def _info_nce(own, everyone, logit_scale, own_ids, own_valid, all_ids, all_valid) -> torch.Tensor:
+    """The loss's terms of some rows: `own` and `everyone` are pairs of image and text embeddings."""
+    positives = (own_ids[:, None] == all_ids[None]).any(dim=2)
+    targets = (positives & own_valid[:, None] & all_valid[None]).to(own[0].dtype)
     weights = targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
-    loss = image_embeds.new_zeros(())
-    for own, others in ((image_embeds, all_texts), (text_embeds, all_images)):
-        logits = (logit_scale * own @ others.T).masked_fill(~all_valid, torch.finfo(own.dtype).min)
+    loss = own[0].new_zeros(())
+    for rows, others in ((own[0], everyone[1]), (own[1], everyone[0])):
+        logits = (logit_scale * rows @ others.T).masked_fill(~all_valid, torch.finfo(rows.dtype).min)
         loss = loss - (weights * logits.log_softmax(dim=1)).sum() / 2
     return loss * world_size() / all_valid.sum().clamp(min=1)
+
+
+def contrastive_gradients(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    positive_ids: torch.Tensor,
+    valid: torch.Tensor,
+    rows: int,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """`contrastive_loss_over_ranks` and its gradients, with `rows` rows of similarities in memory at once.
+
+    Returns:
+        The loss, and its gradients with respect to the first three arguments, summed over the processes.
+    """
+    everyone = [all_gather(each.detach()).clone().requires_grad_() for each in (image_embeds, text_embeds)]
+    scale = logit_scale.detach().clone().requires_grad_()
+    all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
+    first = len(image_embeds) * (distributed.get_rank() if world_size() > 1 else 0)
+    total = image_embeds.new_zeros(())
+    for start in range(0, len(image_embeds), rows):
+        part = slice(start, start + rows)
+        # A row is compared with all and is one of them: both roles are the same leaf, and its gradient has both.
+        own = [each[first + start : first + start + len(valid[part])] for each in everyone]
+        with torch.enable_grad():
+            loss = _info_nce(own, everyone, scale, positive_ids[part], valid[part], all_ids, all_valid)
+        loss.backward()
+        total = total + loss.detach()
+    gradients = [each.grad for each in everyone]
+    if world_size() > 1:
+        for gradient in gradients:
+            distributed.all_reduce(gradient)
+    own = slice(first, first + len(image_embeds))
+    return total, (gradients[0][own], gradients[1][own], scale.grad)
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -304,18 +355,16 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
     assignments = None
     if first[0].assignments is not None:
         assignments = _sum_over_ranks(torch.stack([each.assignments for each in first]).sum(dim=0))
-    cached = PairOutputs(
-        *(torch.cat(each).requires_grad_() for each in zip(*[outputs[:2] for outputs in first])),
-        first[0].logit_scale.clone().requires_grad_(),
-        *first[0][3:],
-    )
-    sums = StepLosses(*(batch.pixel_values.new_zeros(()) for _ in range(4)), assignments)
+    sums = StepLosses(*(first[0].image_embeds.new_zeros(()) for _ in range(4)), assignments)
     gradients = None
     if recipe.contrastive_weight:
-        with torch.enable_grad():
-            sums.contrastive = _contrastive(cached, batch)
-        gradients = torch.autograd.grad(sums.contrastive * recipe.contrastive_weight, tuple(cached[:3]))
-        sums.loss = recipe.contrastive_weight * sums.contrastive.detach()
+        embeds = [torch.cat([each[side] for each in first]) for side in (0, 1)]
+        sums.contrastive, gradients = contrastive_gradients(
+            *embeds, first[0].logit_scale, batch.positive_ids, batch.valid, recipe.chunk_size
+        )
+        gradients = [recipe.contrastive_weight * each for each in gradients]
+        sums.loss = recipe.contrastive_weight * sums.contrastive
+    del first
     start = 0
     for number, (chunk, state) in enumerate(zip(chunks, states)):
         last = number == len(chunks) - 1
