@@ -9,13 +9,14 @@
     contrastive       log p(y|x) + β softmax_k(cos(x, y) / temperature)    k text passes a step
     re-ranking        (1 − λ) log p(y|x) / |y|^α + λ τ cos(x, y)           one caption and one text pass at the end
 
-x is the image, y a caption, cos(x, y) the cosine of their embeddings. All three go with beams, sampling and batches and
-with each other, and the image is encoded once for all of them. A neutral value (γ = 1, β = 0, λ = 0) costs nothing.
+x is the image, y a caption, cos(x, y) the cosine of their embeddings. All three go with beams, sampling, batches and
+each other, and the image is encoded once for all of them. A neutral value (γ = 1, β = 0, λ = 0) costs nothing.
 
-**The image-free model.** log p(y) is the caption pass without an image, `captioner(input_ids=..., attention_mask=...)`:
-`[BOS]` has text position 0 as always, there are no image tokens and nothing stands for them. It means something only if
-the model was trained to be one: leave the image out of a share of the captions (10 % or so) and take their caption loss
-from that same pass. Hiding the image tokens of a row from all its caption tokens, text positions unchanged, is the same.
+**The image-free model.** log p(y) is the caption pass without an image, `captioner(input_ids, attention_mask=mask)`:
+`[BOS]` has text position 0 as always, there are no image tokens and nothing stands for them. It means something only
+if the model was trained to be one: leave the image out of a share of the captions (10 % or so) and take their caption
+loss from that same pass. Hiding the image tokens of a row from all its caption tokens, text positions unchanged, is
+the same.
 """
 
 import difflib
@@ -36,6 +37,15 @@ GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "contrastive": {"contrastive_weight": 2.0},
     "rerank": {"rerank_weight": 0.5, "rerank_candidates": 4},
 }
+
+GUIDANCE_FIELDS = [
+    "guidance_scale",
+    "contrastive_weight",
+    "contrastive_top_k",
+    "rerank_weight",
+    "rerank_scale",
+    "rerank_candidates",
+]
 
 
 class MomeGenerationConfig(GenerationConfig):
@@ -103,6 +113,11 @@ class MomeGenerationConfig(GenerationConfig):
         if self.output_cosine not in (None, True, False):
             raise ValueError(f"output_cosine={self.output_cosine!r} must be True or False")
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults; a field of guidance that is not set is left out as any other."""
+        fields = vars(MomeGenerationConfig()).keys() - vars(GenerationConfig()).keys()
+        return {key: value for key, value in super().to_diff_dict().items() if value is not None or key not in fields}
+
     @property
     def reranks(self) -> bool:
         return bool(self.rerank_weight)
@@ -129,7 +144,11 @@ def guidance_options(guidance: str | Iterable[str] | dict[str, Any] | None) -> d
     if guidance is None:
         return {}
     if isinstance(guidance, dict):
-        fields = [*(key for preset in GUIDANCE_PRESETS.values() for key in preset), "contrastive_top_k", "rerank_scale"]
+        fields = [
+            *(key for preset in GUIDANCE_PRESETS.values() for key in preset),
+            "contrastive_top_k",
+            "rerank_scale",
+        ]
         for name in guidance:
             _check_choice("field of guidance", name, list(dict.fromkeys(fields)))
         MomeGenerationConfig(**guidance)  # checks the values
@@ -287,17 +306,16 @@ class CaptionCandidates:
 
     def log_probabilities(self, pixel_values: torch.Tensor, image_outputs) -> torch.Tensor:
         """(candidates,): log p(y|x), the sum over the tokens that were generated, `[EOS]` counted if there is one."""
-        ids, mask = self.ids[:, :-1], self.mask[:, :-1]
+        # The last token of the text predicts nothing, and the one before it only the [EOS] that closes a caption.
         logits = self.captioner(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=self.ids[:, :-2],
+            attention_mask=self.mask[:, :-2],
             pixel_values=pixel_values,
             image_outputs=image_outputs,
             image_tokens_in_input=False,
             use_cache=False,
         ).logits
         new = self.is_caption.shape[1]
-        # The token before predicts: the last one of the prompt the first one of the caption.
         log_probabilities = logits[:, -new:].float().log_softmax(dim=-1)
         tokens = self.ids[:, -new - 1 : -1, None]
         return (log_probabilities.gather(2, tokens).squeeze(2) * self.is_caption).sum(dim=1)

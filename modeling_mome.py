@@ -534,6 +534,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_tokens_in_input: bool | None = None,
+        image_outputs: MomeEncoderOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeCaptionOutput:
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
@@ -550,6 +551,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
             image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
                 look, `None` is `False`, and image tokens must come first, before any padding.
+            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -582,7 +584,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             self.model._check_vocabulary(input_ids)
         image = prefix = None
         if pixel_values is not None:
-            image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            image = image_outputs
+            if image is None:
+                image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
             prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
         text = self._caption_pass(context, prefix, past_key_values, logits_to_keep, **kwargs)
         logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
