@@ -5,8 +5,6 @@
   a prompt, keeps captions inside the position table, and lets beams and candidates share their image.
 """
 
-import copy
-
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
@@ -139,8 +137,6 @@ class CaptionGuidance:
 class MomeGenerationMixin(GenerationMixin):
     """`generate()` of `MomeForConditionalGeneration`."""
 
-    generation_config_class = MomeGenerationConfig
-
     def adjust_generation_fn(self, *args, **kwargs):
         """transformers reads `generation_config.json` into its own class."""
         super().adjust_generation_fn(*args, **kwargs)
@@ -196,17 +192,18 @@ class MomeGenerationMixin(GenerationMixin):
         return outputs
 
     def _merge_options(self, generation_config, kwargs) -> tuple[MomeGenerationConfig, dict]:
-        """Options as transformers ranks them (arguments, `generation_config`, the checkpoint's) and other arguments."""
-        own = MomeGenerationConfig.of(self.generation_config)
-        options = MomeGenerationConfig() if generation_config is None else MomeGenerationConfig.of(generation_config)
-        options = copy.deepcopy(options)
-        others = options.update(**kwargs)
-        # Who asks for a max_length does not want the checkpoint's max_new_tokens, which would win.
-        length = options.max_length if options.max_new_tokens is None else None
-        options.update(**own.to_dict(), defaults_only=True)
-        if length is not None:
-            options.max_new_tokens = None
-        return options, others
+        """Options as transformers ranks them (arguments, `generation_config`, the checkpoint's); other arguments."""
+        own = MomeGenerationConfig.of(self.generation_config).to_dict()
+        given = {} if generation_config is None else MomeGenerationConfig.of(generation_config).to_dict()
+        given = {key: value for key, value in given.items() if value is not None and not key.startswith("_")}
+        asked = {key: value for key, value in kwargs.items() if value is not None}
+        lengths = given.keys() | asked.keys()
+        if "max_length" in lengths and "max_new_tokens" not in lengths:
+            own["max_new_tokens"] = None  # the checkpoint's, which would win
+        options = MomeGenerationConfig()
+        for key, value in (own | given).items():
+            setattr(options, key, value)
+        return options, options.update(**asked)
 
     def _place_image(self, input_ids, options, kwargs) -> tuple[torch.Tensor | None, int]:
         """Put the image tokens in front of a prompt without them; returns it and how many ids were added."""

@@ -73,21 +73,28 @@ class MomeGenerationConfig(GenerationConfig):
         ValueError: a value that can't be, named.
     """
 
-    def __init__(self, **kwargs):
-        self.contrastive_weight: float | None = kwargs.pop("contrastive_weight", None)
-        self.contrastive_top_k: int | None = kwargs.pop("contrastive_top_k", None)
-        self.rerank_weight: float | None = kwargs.pop("rerank_weight", None)
-        self.rerank_scale: float | None = kwargs.pop("rerank_scale", None)
-        self.rerank_candidates: int | None = kwargs.pop("rerank_candidates", None)
-        self.output_cosine: bool | None = kwargs.pop("output_cosine", None)
-        super().__init__(**kwargs)
+    # As defaults of the class, they are fields for `update()` and no more in a file than what is set: transformers
+    # compares with its own class, field by field.
+    contrastive_weight: float | None = None
+    contrastive_top_k: int | None = None
+    rerank_weight: float | None = None
+    rerank_scale: float | None = None
+    rerank_candidates: int | None = None
+    output_cosine: bool | None = None
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "MomeGenerationConfig":
+        config = super().from_model_config(model_config)
+        # A file that says where its config came from is read without the fields that transformers doesn't know.
+        config._from_model_config = None
+        return config
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "MomeGenerationConfig":
         """The same settings in this class."""
         if type(config) is cls:
             return config
-        typed = cls.from_dict(config.to_dict())
+        typed = cls(**{**config.to_dict(), "_from_model_config": None})
         if hasattr(config, "_original_object_hash"):
             # transformers compares: has anyone changed the config since it was made?
             typed._original_object_hash = hash(typed)
@@ -95,7 +102,6 @@ class MomeGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         """As `GenerationConfig.validate`, and of the fields of guidance."""
-        super().validate(*args, **kwargs)
         for name, lowest, highest in (
             ("guidance_scale", 0, math.inf),
             ("contrastive_weight", 0, math.inf),
@@ -112,11 +118,13 @@ class MomeGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         if self.output_cosine not in (None, True, False):
             raise ValueError(f"output_cosine={self.output_cosine!r} must be True or False")
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults; a field of guidance that is not set is left out as any other."""
-        fields = vars(MomeGenerationConfig()).keys() - vars(GenerationConfig()).keys()
-        return {key: value for key, value in super().to_diff_dict().items() if value is not None or key not in fields}
+        beams = self.num_beams
+        if self.reranks and not self.do_sample and (beams or 1) == 1:
+            self.num_beams = self.num_return_sequences  # re-ranking will ask for as many
+        try:
+            super().validate(*args, **kwargs)
+        finally:
+            self.num_beams = beams
 
     @property
     def reranks(self) -> bool:

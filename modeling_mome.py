@@ -49,6 +49,7 @@ from .captioning_mome import (
 )
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
+from .guidance_mome import MomeGenerationConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
 
@@ -489,6 +490,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     """
 
     _auto_class = "AutoModelForImageTextToText"
+    generation_config_class = MomeGenerationConfig
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_embedding.word_embeddings.weight"}
 
     def __init__(self, config: MomeConfig):
