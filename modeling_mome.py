@@ -27,6 +27,7 @@ Glossary of shapes: batch; tokens (image tokens: `[CLS]` and patches); width (`h
 experts (of one group); layers.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -499,6 +500,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         self.lm_head = MomeCaptionHead(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; beside the weights is all code that the config names."""
+        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports: without the line a
+        # fine-tuned model would be saved without the pipelines that its config names.
+        from .pipeline_mome import MomeImageCaptioningPipeline  # noqa: F401
+
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

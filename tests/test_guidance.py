@@ -40,7 +40,7 @@ def captioner_of(variant="dense", **overrides):
     """A tiny captioner that ends its captions now and then."""
     captioner = tiny_captioner(variant, **overrides)
     with torch.no_grad():
-        captioner.lm_head.decoder.bias[EOS] += 2.0
+        captioner.lm_head.decoder.bias[EOS] += 3.0
     return captioner
 
 
@@ -71,7 +71,9 @@ def log_probability(captioner, image: torch.Tensor, words: list[int], prompt: in
     """log p of the words behind the prompt, one call without a cache for each word."""
     total = 0.0
     for end in range(prompt, len(words)):
-        logits = captioner(pixel_values=image[None], input_ids=torch.tensor([words[:end]])).logits[0, -1]
+        logits = captioner(
+            pixel_values=image[None], input_ids=torch.tensor([words[:end]]), image_tokens_in_input=False
+        ).logits[0, -1]
         total += float(logits.log_softmax(-1)[words[end]])
     return total
 
@@ -160,8 +162,9 @@ def test_what_comes_with_a_re_ranked_caption_is_its_own():
         else:
             for row in range(9):
                 step = outputs.logits[1][row]
+                words = outputs.sequences[row : row + 1, :2]
                 again = captioner(
-                    pixel_values=pixel_values[row // 3, None], input_ids=outputs.sequences[row : row + 1, :2]
+                    pixel_values=pixel_values[row // 3, None], input_ids=words, image_tokens_in_input=False
                 )
                 close(step, again.logits[0, -1])
 
