@@ -14,7 +14,6 @@ are those of `mome.benchmarks.inference`.
 """
 
 import argparse
-import csv
 import functools
 import shlex
 import sys
@@ -27,18 +26,17 @@ import torch
 import transformers
 from torch import nn
 
+from ..evaluation.results import append_rows, environment
 from .inference import (
     BASE,
     BF16,
     CAPTION_BATCHES,
     CAPTION_TOKENS,
-    COLUMNS,
     QUICK,
     Competitor,
     Race,
     available,
     blip,
-    environment,
     mome_captioner,
 )
 
@@ -191,16 +189,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options.results:
         append_rows(options.results, [common | row for row in race.rows])
     return race.rows
-
-
-def append_rows(results: Path, rows: list[dict]):
-    """Adds rows to a results file, which it makes if there is none."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
