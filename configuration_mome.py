@@ -5,6 +5,7 @@
 - unknown keys and impossible combinations are refused with the offending value in the message.
 """
 
+import copy
 import dataclasses
 import difflib
 from typing import Literal
@@ -27,6 +28,11 @@ AUTO_MAP: dict[str, str] = {
     "AutoModel": "modeling_mome.MomeModel",
     "AutoModelForImageTextToText": "modeling_mome.MomeForConditionalGeneration",
     "AutoModelForZeroShotImageClassification": "modeling_mome.MomeModel",
+}
+
+# The pipelines of our own that a folder brings along, by task.
+CUSTOM_PIPELINES: dict[str, dict] = {
+    "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
 }
 
 # Keys that transformers itself passes to or writes into any config, beside the dataclass fields.
@@ -166,6 +172,11 @@ class MomeConfig(PreTrainedConfig):
         self._check_token_ids()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
+        kwargs.pop("custom_pipelines", None)
+        if type(self).__module__.startswith("transformers_modules"):
+            # Code from a folder. Whoever has the package gets its pipelines, and must not be asked for
+            # trust_remote_code because a config names some.
+            kwargs["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -174,6 +185,10 @@ class MomeConfig(PreTrainedConfig):
         if size not in MOME_SIZES:
             raise ValueError(f"unknown size {size!r}: choose one of {', '.join(MOME_SIZES)}")
         return cls(**{**MOME_SIZES[size], **overrides})
+
+    def to_dict(self) -> dict:
+        """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @property
     def grid_size(self) -> int:
@@ -253,4 +268,4 @@ class MomeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "MOME_SIZES", "MomeConfig"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig"]

@@ -27,20 +27,19 @@ Glossary of shapes: batch; tokens (image tokens: `[CLS]` and patches); width (`h
 experts (of one group); layers.
 """
 
-import copy
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .captioning_mome import (
@@ -48,14 +47,12 @@ from .captioning_mome import (
     MomeCache,
     cached_image_tokens,
     extend_mask,
-    is_image_token,
-    prepare_prompt,
 )
 from .configuration_mome import MomeConfig
+from .generation_mome import MomeGenerationMixin
+from .guidance_mome import MomeGenerationConfig
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
-
-logger = logging.get_logger(__name__)
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
@@ -486,7 +483,7 @@ class MomeCaptionOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
 
 
-class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
+class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     """Captions images, and trains embeddings and captions together.
 
     `input_ids` may hold the image as `num_image_tokens` ids `image_token_id` (as `generate()` does) or only the
@@ -494,6 +491,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
     """
 
     _auto_class = "AutoModelForImageTextToText"
+    generation_config_class = MomeGenerationConfig
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_embedding.word_embeddings.weight"}
 
     def __init__(self, config: MomeConfig):
@@ -502,6 +500,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         self.lm_head = MomeCaptionHead(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; beside the weights is all code that the config names."""
+        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports: without the line a
+        # fine-tuned model would be saved without the pipelines that its config names.
+        from .pipeline_mome import MomeImageCaptioningPipeline  # noqa: F401
+
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -539,6 +545,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_tokens_in_input: bool | None = None,
+        image_outputs: MomeEncoderOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeCaptionOutput:
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
@@ -555,6 +562,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
             image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
                 look, `None` is `False`, and image tokens must come first, before any padding.
+            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -587,7 +595,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             self.model._check_vocabulary(input_ids)
         image = prefix = None
         if pixel_values is not None:
-            image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            image = image_outputs
+            if image is None:
+                image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
             prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
         text = self._caption_pass(context, prefix, past_key_values, logits_to_keep, **kwargs)
         logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
@@ -743,128 +753,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
                 torch.cat([F.pad(context.per_row(i), (0, t.shape[3] - i.shape[3])), t], dim=2) for i, t in pairs
             ]
         return tuple(weights)
-
-    # Generation.
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
-        """Captions, through `GenerationMixin.generate` with all its options.
-
-        Without a prompt a caption starts from `[BOS]`. A prompt may be what the tokenizer returns: `[EOS]` at its end
-        is dropped, padding moves to the left. The image is encoded once for all beams and candidates.
-
-        Args:
-            inputs: (batch, tokens) prompt; the same as `input_ids`.
-            generation_config: as in transformers.
-            kwargs: model inputs (`pixel_values`, `input_ids`, `attention_mask`) and generation options. Lengths
-                count text tokens, unless `input_ids` already holds the image tokens.
-
-        Returns:
-            (batch · num_return_sequences, tokens) ids, prompt included, or a `ModelOutput` that has them as
-            `sequences`, as transformers does.
-
-        Raises:
-            ValueError: another number of prompts than images, or a prompt that fills the position table. A caption
-                that reaches the table's end stops there.
-        """
-        config, cache = self.config, kwargs.get("past_key_values")
-        pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
-        has_image = pixel_values is not None or cached_image_tokens(cache) > 0
-        if pixel_values is not None:
-            self.model._check_pixel_values(pixel_values)
-            if input_ids is None and kwargs.get("inputs_embeds") is None:
-                input_ids = torch.full((pixel_values.shape[0], 1), config.bos_token_id, device=pixel_values.device)
-        added = 0
-        if has_image:
-            input_ids, added = self._place_image(input_ids, generation_config, kwargs)
-            kwargs["image_tokens_in_input"] = True
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        options, kwargs = self._bound_lengths(has_image, added, generation_config, kwargs)
-        outputs = super().generate(None, options, **kwargs)
-        if isinstance(outputs, torch.Tensor):
-            return outputs[:, added:]
-        outputs.sequences = outputs.sequences[:, added:]
-        return outputs
-
-    def _place_image(self, input_ids, generation_config, kwargs) -> tuple[torch.Tensor | None, int]:
-        """Put the image tokens in front of a prompt without them; returns it and how many ids were added."""
-        config, embeds, mask = self.config, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        pixel_values, cache, tokens = (
-            kwargs.get("pixel_values"),
-            kwargs.get("past_key_values"),
-            config.num_image_tokens,
-        )
-        prompt = input_ids if embeds is None else embeds
-        if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
-            raise ValueError(
-                f"{pixel_values.shape[0]} images and {prompt.shape[0]} prompts: pass one prompt for each image"
-            )
-        image_embedding = self.get_input_embeddings().weight[config.image_token_id]
-        if is_image_token(config, image_embedding, input_ids if embeds is None else None, embeds).any():
-            return input_ids, 0
-        if embeds is None and (cache is None or not int(cache.get_seq_length())):
-            eos = (generation_config or self.generation_config).eos_token_id
-            eos = config.eos_token_id if eos is None else eos
-            input_ids, mask = prepare_prompt(config, input_ids, mask, eos if isinstance(eos, list) else [eos])
-        if embeds is not None:
-            image = image_embedding.to(embeds).expand(embeds.shape[0], tokens, -1)
-            kwargs["inputs_embeds"] = torch.cat([image, embeds], dim=1)
-        mask = torch.ones_like(prompt[..., 0] if embeds is not None else input_ids).long() if mask is None else mask
-        kwargs["attention_mask"] = F.pad(mask, (tokens, 0), value=1)
-        if input_ids is None:  # the ids of generated tokens alone come back
-            return None, 0
-        return F.pad(input_ids, (tokens, 0), value=config.image_token_id), tokens
-
-    def _bound_lengths(self, has_image, added, generation_config, kwargs) -> tuple[GenerationConfig, dict]:
-        """Length options that count the added image tokens and end where the position table does."""
-        options = copy.deepcopy(generation_config or self.generation_config)
-        longest, kwargs = self.config.max_position_embeddings, options.update(**kwargs)
-        ids = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
-        embeds = kwargs.get("inputs_embeds")
-        prompt = (ids if embeds is None else embeds.shape[1]) - (self.config.num_image_tokens if has_image else 0)
-        room = longest - prompt
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {prompt} tokens leaves no room for a caption: max_position_embeddings is {longest}"
-            )
-        if options.max_new_tokens is None and options.max_length is None:
-            options.max_new_tokens = min(20, room)  # transformers' default
-        elif options.max_new_tokens is None:
-            options.max_new_tokens = options.max_length + added - ids
-        if options.max_new_tokens > room:
-            logger.warning_once(f"captions stop after {room} tokens: max_position_embeddings is {longest}")
-            options.max_new_tokens = room
-        options.max_length = None
-        if options.min_length:
-            options.min_length += added
-        if options.min_new_tokens:
-            options.min_new_tokens = min(options.min_new_tokens, room)
-        return options, kwargs
-
-    def _get_stopping_criteria(self, *args, **kwargs):
-        """transformers warns beyond `max_position_embeddings`, which here leaves out the image."""
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for each in criteria:
-            if getattr(each, "max_position_embeddings", None) is not None:
-                each.max_position_embeddings += self.config.num_image_tokens
-        return criteria
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """In place of the default cache, one that isn't copied for every token."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if made is not given and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["past_key_values"] = MomeCache(self.config)
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
-        """Beams and candidates share their image: its pixels are not repeated."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
 
 
 __all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]
