@@ -243,5 +243,8 @@ def _check_values(checkpoint: Checkpoint, key: str, tensor: torch.Tensor):
 
 
 def _misshapen(checkpoint: Checkpoint, step: Step, target: str, expected: dict[str, torch.Size]) -> str:
-    shapes = ", ".join(f"{key} of shape {tuple(checkpoint.shape(key))}" for key in step.keys)
-    return f"checkpoint {checkpoint.path}: {shapes} does not fit {target} of shape {tuple(expected[target])}"
+    shapes = {key: tuple(checkpoint.shape(key)) for key in step.keys}
+    usual, _ = Counter(shapes.values()).most_common(1)[0]
+    odd = [key for key, shape in shapes.items() if shape != usual] or list(shapes)  # one of query, key and value, say
+    named = ", ".join(f"{key} of shape {shapes[key]}" for key in odd)
+    return f"checkpoint {checkpoint.path}: {named} does not fit {target} of shape {tuple(expected[target])}"

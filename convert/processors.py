@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessor, PreTr
 from transformers.utils import logging
 
 from ..processing_mome import MomeProcessor
-from .errors import ConversionError, first_line
+from .errors import ConversionError, first_sentence
 from .operations import Sizes, Source
 
 # Roles of special tokens and the names under which tokenizers have them.
@@ -61,7 +61,7 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
     except ModuleNotFoundError as error:
         raise ConversionError(f"tokenizer {path} needs {error.name}: pip install 'mome[convert]'") from error
     except Exception as error:  # the readers of the formats raise anything
-        raise ConversionError(f"tokenizer {path} can't be read: {first_line(error)}") from error
+        raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
     roles = {role: _token(loaded, role) for role in ROLES}
     for role, token in roles.items():
         if token is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError, first_line
+from .errors import ConversionError, first_sentence
 
 # What training scripts put around a state dict, and the prefix that some put before its keys.
 WRAPPERS = ("state_dict", "module", "model")
@@ -92,7 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # a damaged file raises nearly anything: RuntimeError, EOFError, KeyError, ...
         raise ConversionError(
-            f"checkpoint {path} can't be read, it is truncated or no checkpoint: {first_line(error)}"
+            f"checkpoint {path} can't be read, it is truncated or no checkpoint: {first_sentence(error)}"
         ) from error
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_mome import MomeConfig
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
-from .errors import ConversionError, first_line
+from .errors import ConversionError, first_sentence
 from .reading import open_checkpoint
 from .saving import check_output, save_model, whole_folder
 
@@ -87,10 +87,7 @@ def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, exper
         ConversionError: no MoME checkpoint, or as `routed_config`.
     """
     check_output(output)
-    try:
-        config = MomeConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"checkpoint {folder} is no folder of a MoME checkpoint: {first_line(error)}") from error
+    config = _config_of(folder)
     routed = routed_config(config, experts_per_group, experts_per_token)
     files, state = _weight_files(folder), {}
     for file in files:
@@ -106,8 +103,23 @@ def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, exper
                 if path.is_file() and not weights and not (made / path.name).exists():
                     shutil.copy(path, made)
     except RuntimeError as error:  # of the strict load
-        raise ConversionError(f"checkpoint {folder} does not fit its config.json: {first_line(error)}") from error
+        raise ConversionError(f"checkpoint {folder} does not fit its config.json: {first_sentence(error)}") from error
     return Upcycling(output, routed)
+
+
+def _config_of(folder: Path) -> MomeConfig:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ConversionError(f"checkpoint {folder} is no folder of a MoME checkpoint: it holds no {CONFIG_NAME}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields.get("model_type")
+        config = MomeConfig.from_dict(fields) if kind == MomeConfig.model_type else None
+    except Exception as error:  # not JSON, no object, unknown or impossible fields
+        raise ConversionError(f"checkpoint {folder}: {CONFIG_NAME} makes no model: {first_sentence(error)}") from error
+    if config is None:
+        raise ConversionError(f"checkpoint {folder} is one of {kind}: pass a MoME checkpoint")
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -184,7 +184,7 @@ def _sizes_of_table(
     for side, longest in pairs.items():
         if longest == INITIAL_TEXT_LENGTH:
             return side, longest, ()
-    side = next((side for side, longest in pairs.items() if longest == text_length), max(pairs))
+    side = max(pairs)  # the shortest text that fits: tables hardly reach beyond what was trained
     if len(pairs) == 1:
         return side, pairs[side], ()
     others = ", ".join(str(other * patch) for other in pairs if other != side)
