@@ -118,11 +118,13 @@ def _unpickle(path: Path):
             # Files of before torch 1.6 can't be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
-            match = re.search(r"GLOBAL ([\w.]+)", str(error))
-            wanted = match[1] if match else "more than tensors"
+            if (match := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
+                raise ConversionError(
+                    f"checkpoint {path} can't be read, it is damaged or no checkpoint: torch wrote no such pickle"
+                ) from error
             raise ConversionError(
-                f"checkpoint {path} refused and not run, its pickle wants {wanted}"
-                ": if you trust its source, save its state dict alone and convert that"
+                f"checkpoint {path} refused and not run, its pickle wants {match[1]}: if you trust its source, save its "
+                "state dict alone and convert that"
             ) from error
 
 
