@@ -224,16 +224,15 @@ def _is_small(checkpoint: Checkpoint) -> bool:
 
 
 def _common_dtype(checkpoint: Checkpoint, steps: dict[str, Step]) -> torch.dtype:
-    """The dtype of the checkpoint; the widest one if its tensors differ."""
-    dtype = torch.float16
-    kinds = {checkpoint.tensor(key).dtype for step in steps.values() for key in step.keys}
-    if kinds == {torch.bfloat16}:
-        return torch.bfloat16
-    for kind in kinds:
-        if not kind.is_floating_point:
-            raise ConversionError(f"checkpoint {checkpoint.path} holds weights of type {kind}, expected floats")
-        dtype = torch.promote_types(dtype, kind)
-    return dtype
+    """The dtype of the output: that of most of the checkpoint, so that it is not larger than the checkpoint."""
+    bytes_of: Counter[torch.dtype] = Counter()
+    for tensor in (checkpoint.tensor(key) for step in steps.values() for key in step.keys):
+        if not tensor.dtype.is_floating_point:
+            raise ConversionError(
+                f"checkpoint {checkpoint.path} holds weights of type {tensor.dtype}, expected floats"
+            )
+        bytes_of[tensor.dtype] += tensor.nbytes
+    return bytes_of.most_common(1)[0][0]
 
 
 def _check_values(checkpoint: Checkpoint, key: str, tensor: torch.Tensor):

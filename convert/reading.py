@@ -123,8 +123,8 @@ def _unpickle(path: Path):
                     f"checkpoint {path} can't be read, it is damaged or no checkpoint: torch wrote no such pickle"
                 ) from error
             raise ConversionError(
-                f"checkpoint {path} refused and not run, its pickle wants {match[1]}: if you trust its source, save its "
-                "state dict alone and convert that"
+                f"checkpoint {path} refused and not run, its pickle wants {match[1]}: if you trust its source, save "
+                "its state dict alone and convert that"
             ) from error
 
 

@@ -17,20 +17,7 @@ from mome.benchmarks.conversion import beit3_shapes, random_state, vlmo_shapes
 from mome.convert import ConversionError, convert
 from mome.convert.__main__ import main
 from mome.convert.operations import Options
-from upstream import save_tokenizer
-
-BEIT3 = {"width": 32, "inner": 48, "layers": 2, "vocab": 100, "image": 16, "patch": 8, "texts": 20}
-VLMO = {
-    "width": 32,
-    "inner": 48,
-    "layers": 2,
-    "heads": 4,
-    "joint": 1,
-    "vocab": 100,
-    "image": 16,
-    "patch": 8,
-    "texts": 8,
-}
+from upstream import BEIT3, VLMO, save_tokenizer
 
 
 class Code:

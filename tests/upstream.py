@@ -11,7 +11,21 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mome.convert.__main__ import main
+
 FIXTURES = Path(__file__).parent / "fixtures"
+BEIT3 = {"width": 32, "inner": 48, "layers": 2, "vocab": 100, "image": 16, "patch": 8, "texts": 20}
+VLMO = {
+    "width": 32,
+    "inner": 48,
+    "layers": 3,
+    "heads": 4,
+    "joint": 2,
+    "vocab": 100,
+    "image": 24,
+    "patch": 8,
+    "texts": 8,
+}
 SPECIAL = {
     "beit3": {
         "bos_token": "<s>",
@@ -58,3 +72,13 @@ def save_tokenizer(kind: str, folder: Path, vocab_size: int = 100, ids: dict[str
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
     return folder
+
+
+def run(kind, state, folder: Path, *arguments, tokenizer: Path | None = None) -> Path:
+    """The folder that the command makes of a state dict."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state}, folder / "upstream.pth")
+    tokenizer = save_tokenizer(kind, folder / "tokenizer") if tokenizer is None else tokenizer
+    command = [kind, "--checkpoint", str(folder / "upstream.pth"), "--output", str(folder / "out"), *arguments]
+    assert main([*command, "--tokenizer", str(tokenizer), "--num-attention-heads", "4"]) == 0
+    return folder / "out"
