@@ -15,7 +15,7 @@ from test_saving import REMOTE
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import mome
-from mome.benchmarks.conversion import beit3_shapes, random_state, vlmo_shapes
+from mome.benchmarks.layouts import beit3_shapes, random_state, vlmo_shapes
 from mome.convert import ConversionError, convert, driver
 from mome.convert.operations import Options
 from upstream import BEIT3, VLMO, golden, run, under

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor
 
 import mome
-from mome.benchmarks.conversion import beit3_shapes, random_state, vlmo_shapes
+from mome.benchmarks.layouts import beit3_shapes, random_state, vlmo_shapes
 from mome.convert import ConversionError, convert
 from mome.convert.operations import Options
 from mome.convert.positions import resize_offsets

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import tiny_captioner
-from mome.benchmarks.conversion import beit3_shapes, random_state, vlmo_shapes
+from mome.benchmarks.layouts import beit3_shapes, random_state, vlmo_shapes
 from mome.convert import ConversionError, convert
 from mome.convert.__main__ import main
 from mome.convert.operations import Options

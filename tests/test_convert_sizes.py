@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import reference
 from mome import MomeConfig, MomeForConditionalGeneration, MomeModel
-from mome.benchmarks.conversion import BEIT3, VLMO, beit3_shapes, random_state, vlmo_shapes
+from mome.benchmarks.layouts import BEIT3, VLMO, beit3_shapes, random_state, vlmo_shapes
 from mome.convert import convert
 from mome.convert.driver import SOURCES
 from mome.convert.operations import Options
