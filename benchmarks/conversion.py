@@ -190,7 +190,7 @@ def conversion(race: Race, sizes: dict[str, int], quick: bool):
         "BEiT-3 base, captioning": ("beit3", beit3_shapes(**sizes, kind="captioning")),
         "VLMo base, pretraining": ("vlmo", vlmo_shapes(**vlmo)),
     }
-    for title, (kind, shapes) in files.items():
+    for title, (kind, shapes) in list(files.items())[:: 2 if quick else 1]:
         with tempfile.TemporaryDirectory() as folder:
             path, output = Path(folder) / "upstream.pth", Path(folder) / "out"
             torch.save({"model": random_state(shapes)}, path)

@@ -85,7 +85,7 @@ def vlmo_shapes(
     longest: int = 196,
     kind: str = "pretraining",
 ) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a VLMo file; `kind`: pretraining, retrieval, vqa, nlvr2."""
+    """Keys and shapes of a VLMo file; `kind`: pretraining, language, retrieval, vqa, nlvr2."""
     side = image // patch
     shapes = {
         "text_embeddings.word_embeddings.weight": (vocab, width),
@@ -121,6 +121,7 @@ def vlmo_shapes(
     masked_lm |= {"mlm_score.decoder.weight": (vocab, width), "mlm_score.bias": (vocab,)}
     tails = {
         "pretraining": projections | joint_projections | masked_lm | _affine("itm_score.fc", 2, width),
+        "language": masked_lm,
         "retrieval": projections,
         "vqa": _affine("vqa_classifier.0", 2 * width, width)
         | _affine("vqa_classifier.1", 2 * width)

@@ -13,5 +13,7 @@
 
 from .driver import convert
 from .errors import ConversionError
+from .operations import Options
+from .upcycling import upcycle_checkpoint
 
-__all__ = ["ConversionError", "convert"]
+__all__ = ["ConversionError", "Options", "convert", "upcycle_checkpoint"]

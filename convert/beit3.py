@@ -123,6 +123,7 @@ SOURCE = Source(
     key_map=KEY_MAP,
     measure=measure,
     operations=OPERATIONS,
+    vocab_size=64010,
     special_tokens={"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "mask_token_id": 64001},
     tokenizer_files=("beit3.spm", "sentencepiece.bpe.model", "tokenizer.json"),
     tokenizer_hint="beit3.spm, published with the checkpoints",

@@ -81,6 +81,7 @@ def convert(
     _check_kind(kind, opened)
     sizes = source.measure(opened, options or Options())
     config, processor = _configure(source, sizes, path, tokenizer, with_tokenizer)
+    published = {name: index for name, index in source.special_tokens.items() if getattr(config, name) != index}
     final = routed_config(config, experts_per_group, experts_per_token) if experts_per_group is not None else config
     expected = _expected(config)
     plan, dropped = _plan(source, sizes, opened, expected)
@@ -88,12 +89,18 @@ def convert(
     if final is not config:
         state = upcycle(state, final)
     notes = [CAVEATS[head] for head in sizes.absent] + list(sizes.notes)
+    if published and config.vocab_size == source.vocab_size:
+        notes.append(f"the tokenizer is not that of {source.name}, which has {_listed(published)}")
     with whole_folder(output) as folder:
         save_model(MomeForConditionalGeneration, final, state, folder)
         processor.save_pretrained(folder)
         card = model_card(source, sizes, final, path, dropped, notes, processor)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Conversion(output, final, dropped, notes)
+
+
+def _listed(ids: dict[str, int]) -> str:
+    return ", ".join(f"{name} {index}" for name, index in ids.items())
 
 
 # Before any heavy work.
@@ -198,9 +205,9 @@ def _assemble(
     steps = {target: step for target, step in plan.items() if isinstance(step, Step)}
     dtype = _common_dtype(checkpoint, steps)
     state: dict[str, torch.Tensor] = {}
-    with tqdm(
-        total=checkpoint.bytes, desc="converting", unit="B", unit_scale=True, disable=_is_small(checkpoint)
-    ) as bar:
+    small = checkpoint.bytes < LARGE
+    total = sum(checkpoint.tensor(key).nbytes for step in steps.values() for key in step.keys)
+    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=small) as bar:
         for target, step in steps.items():
             tensors = [checkpoint.tensor(key) for key in step.keys]
             for key, tensor in zip(step.keys, tensors):
@@ -217,10 +224,6 @@ def _assemble(
         if not isinstance(fill, Step):
             state[target] = fill(state, sizes).to(dtype)
     return state
-
-
-def _is_small(checkpoint: Checkpoint) -> bool:
-    return checkpoint.bytes < LARGE
 
 
 def _common_dtype(checkpoint: Checkpoint, steps: dict[str, Step]) -> torch.dtype:

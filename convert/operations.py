@@ -70,6 +70,7 @@ class Source:
         key_map: see `KeyMap`.
         operations: target key → operation; without one, a target is its only tensor as it is.
         measure: reads the sizes of a checkpoint.
+        vocab_size: rows of the published word embedding.
         special_tokens: ids of the published vocabulary by name, for conversions without a tokenizer.
         tokenizer_files: names under which the tokenizer lies beside a checkpoint.
         tokenizer_hint: where to get the tokenizer.
@@ -80,6 +81,7 @@ class Source:
     key_map: KeyMap
     measure: Callable[[Checkpoint, Options], Sizes]
     operations: dict[str, Operation]
+    vocab_size: int = 0
     special_tokens: dict[str, int] = field(default_factory=dict)
     tokenizer_files: tuple[str, ...] = ()
     tokenizer_hint: str = ""

@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessor, PreTrainedTokenizerFast, XLMRobertaTokenizer
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, XLMRobertaTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from ..processing_mome import MomeProcessor
@@ -144,8 +145,10 @@ def _spare_id(used: set[int], vocab_size: int) -> int:
     return next(index for index in reversed(range(vocab_size)) if index not in used)
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | CLIPImageProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:
     """What turns images and texts into the model's inputs; without a tokenizer only what turns images."""
+    from transformers import CLIPImageProcessor  # not above: without torchvision its import comes with a remark
+
     side = sizes.config["image_size"]
     square = {"height": side, "width": side}
     if sizes.classifier:

@@ -221,6 +221,7 @@ SOURCE = Source(
     key_map=KEY_MAP,
     measure=measure,
     operations=OPERATIONS,
+    vocab_size=30522,
     special_tokens={"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "mask_token_id": 103},
     tokenizer_files=("vocab.txt", "tokenizer.json"),
     tokenizer_hint="vocab.txt of google-bert/bert-base-uncased",

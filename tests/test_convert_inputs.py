@@ -18,7 +18,7 @@ from mome.benchmarks.layouts import beit3_shapes, random_state, vlmo_shapes
 from mome.convert import ConversionError, convert
 from mome.convert.operations import Options
 from mome.convert.positions import resize_offsets
-from upstream import BEIT3, VLMO, run, save_tokenizer
+from upstream import BEIT3, FIXTURES, VLMO, run, save_tokenizer
 
 
 def train_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -138,6 +138,14 @@ def test_resized_biases_keep_near_offsets_and_symmetries(old, new):
     assert_close(swapped.reshape(grid.shape).transpose(0, 1), grid)
     constant = resize_offsets(torch.full_like(biases, 0.7), old, new)
     assert_close(constant, torch.full_like(constant, 0.7))
+
+
+def test_biases_are_resized_as_the_routine_of_upstream_does():
+    """`fixtures/vlmo_positions.safetensors`: tables, and what `scipy.interpolate.interp2d` of 1.11 made of them."""
+    tables = load_file(FIXTURES / "vlmo_positions.safetensors")
+    for name in ("4_6", "14_24", "14_10"):
+        old, new = map(int, name.split("_"))
+        assert_close(resize_offsets(tables[f"{name}/known"], old, new), tables[f"{name}/resized"], atol=1e-12, rtol=0)
 
 
 def test_the_resolution_of_a_relative_table_comes_from_whatever_tells_it(tmp_path, capsys):

@@ -221,6 +221,16 @@ def test_what_cannot_be_upcycled_is_refused(folder, capsys):
     )
 
 
+def test_a_refusal_is_the_one_line_that_the_command_prints(folder):
+    command = [sys.executable, "-m", "mome.convert", "vlmo", "--checkpoint", "good.pth", "--output", "out"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.splitlines() == [
+        "mome.convert: checkpoint good.pth holds no transformer.patch_embed.proj.weight, it is one of BEiT-3: convert "
+        "it with `beit3`"
+    ]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), SystemExit(143)])
 def test_an_interrupted_conversion_leaves_nothing(error, folder, monkeypatch):
     def interrupt(*args, **kwargs):
