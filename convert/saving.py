@@ -32,7 +32,9 @@ def whole_folder(output: Path) -> Iterator[Path]:
         yield folder
         mask = os.umask(0)
         os.umask(mask)
-        folder.chmod(0o777 & ~mask)  # mkdtemp keeps the folder to its owner
+        folder.chmod(0o777 & ~mask)  # mkdtemp keeps the folder to its owner, and safetensors its files
+        for path in folder.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         check_output(output)
         folder.rename(output)
     except BaseException:

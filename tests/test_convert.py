@@ -44,6 +44,12 @@ def test_a_converted_folder_works_without_the_package(kind, name, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def mask_of_new_files() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_every_call_of_the_contract_takes_a_converted_folder(tmp_path):
     folder = str(run("beit3", under("retrieval_sd/", golden("beit3")), tmp_path))
     processor = AutoProcessor.from_pretrained(folder)
@@ -60,6 +66,7 @@ def test_every_call_of_the_contract_takes_a_converted_folder(tmp_path):
     assert isinstance(describe(images[0], text="", max_new_tokens=3)[0]["generated_text"], str)
     assert len(pipeline("feature-extraction", model=folder)("w20")[0]) == 32
     assert len(pipeline("image-feature-extraction", model=folder)(images[0])[0]) == 32
+    assert {path.stat().st_mode & 0o777 for path in Path(folder).iterdir()} == {0o666 & ~mask_of_new_files()}
     config, generation = captioner.config, captioner.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(config, name) == getattr(generation, name) == getattr(processor.tokenizer, name)
