@@ -31,6 +31,8 @@ KEY_MAP: KeyMap = {
     "beit3.encoder.embed_positions.B.weight": "model.text_embedding.position_embedding.weight",
     "vision_head.weight": "model.image_projection.weight",
     "language_head.weight": "model.text_projection.weight",
+    "vision_head.bias": "model.image_projection.bias",  # no published file has them, and a projection no bias
+    "language_head.bias": "model.text_projection.bias",
     "logit_scale": "model.logit_scale",
     "mlm_head.weight": "lm_head.decoder.weight",
     "mlm_head.bias": "lm_head.decoder.bias",
@@ -72,28 +74,28 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def measure(checkpoint: Checkpoint, options: Options) -> Sizes:
-    vocabulary, width = checkpoint.shape("beit3.text_embed.weight")
-    patch = checkpoint.shape("beit3.vision_embed.proj.weight")[-1]
+    vocabulary, width = checkpoint.shape("beit3.text_embed.weight", 2)
+    _, channels, _, patch = checkpoint.shape("beit3.vision_embed.proj.weight", 4)
     # beside the patches: two unused rows and [CLS]
-    grid = square_side(checkpoint, "beit3.encoder.embed_positions.A.weight", axis=0, extra=3)
+    grid = square_side(checkpoint, "beit3.encoder.embed_positions.A.weight", dimensions=2, extra=3)
     retrieval = "vision_head.weight" in checkpoint or "language_head.weight" in checkpoint
     masked_lm = "mlm_head.weight" in checkpoint
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": checkpoint.shape(f"{LAYER.format(0)}.ffn.A.fc1.weight")[0],
+        "intermediate_size": checkpoint.shape(f"{LAYER.format(0)}.ffn.A.fc1.weight", 2)[0],
         "num_hidden_layers": len(layers_of(checkpoint, f"{LAYER}.ffn.A.fc1.weight")),
         "num_attention_heads": options.num_attention_heads or default_heads(width),
         "image_size": options.image_size or grid * patch,
         "patch_size": patch,
-        "num_channels": checkpoint.shape("beit3.vision_embed.proj.weight")[1],
-        "max_position_embeddings": checkpoint.shape("beit3.encoder.embed_positions.B.weight")[0] - 2,
+        "num_channels": channels,
+        "max_position_embeddings": checkpoint.shape("beit3.encoder.embed_positions.B.weight", 2)[0] - 2,
         "image_mask_token": True,
         "share_attention": False,
         "sub_layernorm": f"{LAYER.format(0)}.self_attn.inner_attn_ln.A.weight" in checkpoint,
         "final_norm": "beit3.encoder.layer_norm.A.weight" in checkpoint,
         "layer_norm_eps": 1e-5,
-        "projection_dim": checkpoint.shape("vision_head.weight")[0] if retrieval else width,
+        "projection_dim": checkpoint.shape("vision_head.weight", 2)[0] if retrieval else width,
         "caption_objective": "masked",
         "tie_word_embeddings": not (masked_lm or options.caption),
     }

@@ -44,8 +44,9 @@ The weights are those of {name}, published by Microsoft under the MIT License in
 
 
 def model_card(
-    source: Source, sizes: Sizes, config: MomeConfig, path: Path, dropped: list[str], notes: list[str], processor
+    source: Source, sizes: Sizes, config: MomeConfig, path: Path, dropped: list[str], notes: list[str]
 ) -> str:
+    """Markdown with the front matter that the Hub reads."""
     captions = source.name == "BEiT-3" and not any("caption head" in head for head in sizes.absent)
     shape = f"{config.num_hidden_layers} × {config.hidden_size}, {config.num_attention_heads} heads, "
     shape += f"{config.image_size} px, patch {config.patch_size}"

@@ -30,6 +30,7 @@ from .upcycling import routed_config, upcycle
 SOURCES: dict[str, Source] = {"beit3": beit3.SOURCE, "vlmo": vlmo.SOURCE}
 # A key that every file of a project has, to name what a file of another one is.
 SIGNATURES = {"beit3": "beit3.vision_embed.proj.weight", "vlmo": "transformer.patch_embed.proj.weight"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGE = 2**26  # bytes from which on a progress bar is worth its lines
 
 
@@ -75,32 +76,35 @@ def convert(
     Raises:
         ConversionError: anything that stops the conversion, in one line; nothing is left behind.
     """
+    if kind not in SOURCES:
+        raise ConversionError(f"unknown kind {kind!r}: choose one of {', '.join(SOURCES)}")
     source, path, output = SOURCES[kind], Path(checkpoint), Path(output)
     check_output(output)
     opened = open_checkpoint(path)
     _check_kind(kind, opened)
     sizes = source.measure(opened, options or Options())
     config, processor = _configure(source, sizes, path, tokenizer, with_tokenizer)
-    published = {name: index for name, index in source.special_tokens.items() if getattr(config, name) != index}
     final = routed_config(config, experts_per_group, experts_per_token) if experts_per_group is not None else config
     expected = _expected(config)
     plan, dropped = _plan(source, sizes, opened, expected)
     state = _assemble(plan, opened, sizes, expected)
     if final is not config:
         state = upcycle(state, final)
-    notes = [CAVEATS[head] for head in sizes.absent] + list(sizes.notes)
-    if published and config.vocab_size == source.vocab_size:
-        notes.append(f"the tokenizer is not that of {source.name}, which has {_listed(published)}")
+    notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_foreign_tokenizer(source, config)]
     with whole_folder(output) as folder:
         save_model(MomeForConditionalGeneration, final, state, folder)
         processor.save_pretrained(folder)
-        card = model_card(source, sizes, final, path, dropped, notes, processor)
+        card = model_card(source, sizes, final, path, dropped, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return Conversion(output, final, dropped, notes)
 
 
-def _listed(ids: dict[str, int]) -> str:
-    return ", ".join(f"{name} {index}" for name, index in ids.items())
+def _foreign_tokenizer(source: Source, config: MomeConfig) -> list[str]:
+    """A remark if a published vocabulary was given a tokenizer that is not its own."""
+    others = [f"{name} {index}" for name, index in source.special_tokens.items() if getattr(config, name) != index]
+    if not others or config.vocab_size != source.vocab_size:
+        return []
+    return [f"the tokenizer is not that of the published {source.name}, which has {', '.join(others)}"]
 
 
 # Before any heavy work.
@@ -230,22 +234,24 @@ def _common_dtype(checkpoint: Checkpoint, steps: dict[str, Step]) -> torch.dtype
     """The dtype of the output: that of most of the checkpoint, so that it is not larger than the checkpoint."""
     bytes_of: Counter[torch.dtype] = Counter()
     for tensor in (checkpoint.tensor(key) for step in steps.values() for key in step.keys):
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype not in DTYPES:
             raise ConversionError(
-                f"checkpoint {checkpoint.path} holds weights of type {tensor.dtype}, expected floats"
+                f"checkpoint {checkpoint.path} holds weights of type {tensor.dtype}, expected 16-bit floats or wider"
             )
         bytes_of[tensor.dtype] += tensor.nbytes
     return bytes_of.most_common(1)[0][0]
 
 
 def _check_values(checkpoint: Checkpoint, key: str, tensor: torch.Tensor):
+    if not tensor.numel():
+        return
     low, high = tensor.aminmax()  # not isfinite(), which would write down as much again
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ConversionError(f"checkpoint {checkpoint.path}: {key} holds NaN or infinity, the file is damaged")
 
 
 def _misshapen(checkpoint: Checkpoint, step: Step, target: str, expected: dict[str, torch.Size]) -> str:
-    shapes = {key: tuple(checkpoint.shape(key)) for key in step.keys}
+    shapes = {key: tuple(checkpoint.shapes[key]) for key in step.keys}
     usual, _ = Counter(shapes.values()).most_common(1)[0]
     odd = [key for key, shape in shapes.items() if shape != usual] or list(shapes)  # one of query, key and value, say
     named = ", ".join(f"{key} of shape {shapes[key]}" for key in odd)

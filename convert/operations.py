@@ -21,7 +21,15 @@ KeyMap = dict[str, str | tuple[str, ...] | None]
 
 @dataclass(frozen=True)
 class Options:
-    """What the user may say about the sizes: see `convert`."""
+    """What the user may say about the sizes.
+
+    Attributes:
+        num_attention_heads: `None`: width / 64, or what a relative position table tells.
+        image_size: pixels of the output, whose position tables are resized; `None`: those of the checkpoint.
+        checkpoint_image_size: pixels of the checkpoint, where a relative position table leaves them in doubt.
+        caption: give a file without a caption head one of its own, a copy of the word embeddings, in place of one tied
+            to them.
+    """
 
     num_attention_heads: int | None = None
     image_size: int | None = None
@@ -102,13 +110,13 @@ def layers_of(checkpoint: Checkpoint, key: str) -> list[int]:
     return sorted(int(match[1]) for match in map(pattern.fullmatch, checkpoint.shapes) if match)
 
 
-def square_side(checkpoint: Checkpoint, key: str, axis: int, extra: int) -> int:
-    """Patches along a side of the image, of a position table with so many extra rows."""
-    patches = checkpoint.shape(key)[axis] - extra
+def square_side(checkpoint: Checkpoint, key: str, dimensions: int, extra: int) -> int:
+    """Patches along a side of the image, of a position table (…, rows, width) with so many extra rows."""
+    patches = checkpoint.shape(key, dimensions)[-2] - extra
     side = math.isqrt(max(patches, 0))
     if side == 0 or side * side != patches:
         raise ConversionError(
-            f"{checkpoint.path}: {key} has {patches + extra} rows, expected {extra} and a square number of patches"
+            f"checkpoint {checkpoint.path}: {key} has {patches + extra} rows, expected {extra} and a square number"
         )
     return side
 

@@ -44,11 +44,16 @@ class Checkpoint:
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
-    def shape(self, key: str) -> torch.Size:
-        """Raises ConversionError if the key is missing."""
+    def shape(self, key: str, dimensions: int) -> torch.Size:
+        """Raises ConversionError if the key is missing or has another number of dimensions."""
         if key not in self.shapes:
-            raise ConversionError(f"{self.path} holds no {key}: it is incomplete or of another kind")
-        return self.shapes[key]
+            raise ConversionError(f"checkpoint {self.path} holds no {key}: it is incomplete or of another kind")
+        shape = self.shapes[key]
+        if len(shape) != dimensions:
+            raise ConversionError(
+                f"checkpoint {self.path}: {key} has shape {tuple(shape)}, expected {dimensions} dimensions"
+            )
+        return shape
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -66,10 +71,12 @@ class PickledCheckpoint(Checkpoint):
         self._tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
         super().__init__(path, {key: tensor.shape for key, tensor in self._tensors.items()}, settings)
         for key, tensor in self._tensors.items():
-            if tensor.layout != torch.strided or tensor.is_quantized:
-                raise ConversionError(f"{path}: {key} is a sparse or quantized tensor, expected a plain one")
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+                raise ConversionError(f"checkpoint {path}: {key} is no plain tensor but a sparse or quantized one")
             if tensor.numel() * tensor.element_size() > self.bytes:
-                raise ConversionError(f"{path}: {key} claims to be {tuple(tensor.shape)}, more than the file can hold")
+                raise ConversionError(
+                    f"checkpoint {path}: {key} claims the shape {tuple(tensor.shape)}, more than the file can hold"
+                )
 
     def tensor(self, key: str) -> torch.Tensor:
         return self._tensors[key].detach()

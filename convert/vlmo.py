@@ -103,23 +103,23 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def measure(checkpoint: Checkpoint, options: Options) -> Sizes:
-    vocabulary, width = checkpoint.shape("text_embeddings.word_embeddings.weight")
+    vocabulary, width = checkpoint.shape("text_embeddings.word_embeddings.weight", 2)
+    _, channels, _, patch = checkpoint.shape("transformer.patch_embed.proj.weight", 4)
     layers = len(layers_of(checkpoint, f"{LAYER}.mlp_imag.fc1.weight"))
     joint = layers_of(checkpoint, f"{LAYER}.mlp_vl.fc1.weight")
-    patch, channels = (checkpoint.shape("transformer.patch_embed.proj.weight")[axis] for axis in (-1, 1))
-    text_length, relative, notes = checkpoint.shape(TEXT_POSITIONS)[0], TABLE in checkpoint, ()
+    text_length, relative, notes = checkpoint.shape(TEXT_POSITIONS, 2)[0], TABLE in checkpoint, ()
     if relative:
         grid, longest, notes = _sizes_of_table(checkpoint, patch, text_length, options.checkpoint_image_size)
         heads = _heads_of_table(checkpoint, layers, options.num_attention_heads)
     else:
-        grid, longest = square_side(checkpoint, "transformer.pos_embed", axis=1, extra=1), text_length
+        grid, longest = square_side(checkpoint, "transformer.pos_embed", dimensions=3, extra=1), text_length
         heads = options.num_attention_heads or HEADS.get(width) or default_heads(width)
     embeddings = "itc_image_proj.fc.weight" in checkpoint or "itc_text_proj.fc.weight" in checkpoint
     masked_lm = "mlm_score.decoder.weight" in checkpoint
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": checkpoint.shape(f"{LAYER.format(0)}.mlp_imag.fc1.weight")[0],
+        "intermediate_size": checkpoint.shape(f"{LAYER.format(0)}.mlp_imag.fc1.weight", 2)[0],
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "image_size": options.image_size or grid * patch,
@@ -131,7 +131,7 @@ def measure(checkpoint: Checkpoint, options: Options) -> Sizes:
         "modality_embedding": True,
         "fusion_start_layer": joint[0] if joint else None,
         "layer_scale_init_value": 0.1 if f"{LAYER.format(0)}.gamma_1" in checkpoint else None,
-        "projection_dim": checkpoint.shape("itc_image_proj.fc.weight")[0] if embeddings else width,
+        "projection_dim": checkpoint.shape("itc_image_proj.fc.weight", 2)[0] if embeddings else width,
         "joint_projection": "itc_vl_image_proj.fc.weight" in checkpoint,
         "multimodal_pooler": "pooler.dense.weight" in checkpoint,
         "matching_head": "itm_score.fc.weight" in checkpoint,
@@ -161,7 +161,7 @@ def _sizes_of_table(
     unless the file tells one of the two: its index of the image's pairs, its training settings, the user, the length
     of all published models.
     """
-    rows = checkpoint.shape(TABLE)[0]
+    rows = checkpoint.shape(TABLE, 2)[0]
     pairs = {}
     for side in range(1, math.isqrt(rows) // 2 + 2):
         left = rows - 5 - (2 * side - 1) ** 2
@@ -169,15 +169,15 @@ def _sizes_of_table(
             pairs[side] = left // 2
     known = image_size or checkpoint.settings.get("image_size")
     if "relative_position_index" in checkpoint:
-        known = patch * math.isqrt(checkpoint.shape("relative_position_index")[0] - 1)
+        known = patch * math.isqrt(max(checkpoint.shape("relative_position_index", 2)[0] - 1, 0))
     if isinstance(known, int) and (known % patch or known // patch not in pairs):
         fitting = ", ".join(str(side * patch) for side in pairs) or "none"
         raise ConversionError(
-            f"{checkpoint.path}: {TABLE} of {rows} rows does not fit images of {known} pixels, only of {fitting}"
+            f"checkpoint {checkpoint.path}: {TABLE} of {rows} rows fits images of {fitting} pixels, not {known}"
         )
     if not pairs:
         raise ConversionError(
-            f"{checkpoint.path}: {TABLE} of {rows} rows is too small for texts of {text_length} tokens"
+            f"checkpoint {checkpoint.path}: {TABLE} of {rows} rows is too small for texts of {text_length} tokens"
         )
     if isinstance(known, int):
         return known // patch, pairs[known // patch], ()
@@ -195,9 +195,9 @@ def _sizes_of_table(
 
 
 def _heads_of_table(checkpoint: Checkpoint, layers: int, given: int | None) -> int:
-    columns = checkpoint.shape(TABLE)[1]
+    columns = checkpoint.shape(TABLE, 2)[1]
     if layers == 0 or columns % layers:
-        raise ConversionError(f"{checkpoint.path}: {TABLE} has {columns} columns for {layers} layers")
+        raise ConversionError(f"checkpoint {checkpoint.path}: {TABLE} has {columns} columns for {layers} layers")
     if given not in (None, columns // layers):
         raise ConversionError(
             f"--num-attention-heads {given} does not fit {TABLE}, which has columns for {columns // layers} heads"

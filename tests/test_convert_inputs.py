@@ -67,6 +67,19 @@ def test_berts_vocabulary_is_read_as_bert_reads_it(tmp_path):
     assert config.max_position_embeddings == 196 and processor.tokenizer.model_max_length == 8
 
 
+def test_a_foreign_tokenizer_for_a_published_vocabulary_is_remarked_on(tmp_path, capsys):
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}
+    run("beit3", random_state(beit3_shapes(**BEIT3 | {"vocab": 64010})), tmp_path, tokenizer=None)
+    assert "published BEiT-3, which has mask_token_id 64001" in capsys.readouterr().out
+    tokenizer = save_tokenizer("beit3", tmp_path / "own", 64010, words | {"<mask>": 64001})
+    state = random_state(beit3_shapes(**BEIT3 | {"vocab": 64010}))
+    folder = run("beit3", state, tmp_path / "right", tokenizer=tokenizer)
+    assert (
+        "published BEiT-3" not in capsys.readouterr().out
+        and "published BEiT-3" not in (folder / "README.md").read_text()
+    )
+
+
 def test_a_tokenizer_file_equals_its_folder(tmp_path):
     state = random_state(beit3_shapes(**BEIT3))
     whole = run("beit3", state, tmp_path / "whole")
@@ -162,7 +175,7 @@ def test_the_resolution_of_a_relative_table_comes_from_whatever_tells_it(tmp_pat
     for folder in (told, indexed, tmp_path / "lightning"):
         config = config_of(folder)
         assert (config.image_size, config.max_position_embeddings) == (16, 20)
-    with pytest.raises(ConversionError, match="does not fit images of 48 pixels, only of 8, 16, 24"):
+    with pytest.raises(ConversionError, match="fits images of 8, 16, 24 pixels, not 48"):
         options = Options(checkpoint_image_size=48)
         convert("vlmo", tmp_path / "lightning.ckpt", tmp_path / "x", tmp_path / "told" / "tokenizer", options=options)
 
