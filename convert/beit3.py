@@ -127,6 +127,7 @@ SOURCE = Source(
     operations=OPERATIONS,
     vocab_size=64010,
     special_tokens={"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "mask_token_id": 64001},
+    other_special_tokens={"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
     tokenizer_files=("beit3.spm", "sentencepiece.bpe.model", "tokenizer.json"),
     tokenizer_hint="beit3.spm, published with the checkpoints",
     paper="2208.10442",

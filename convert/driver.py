@@ -90,7 +90,7 @@ def convert(
     state = _assemble(plan, opened, sizes, expected)
     if final is not config:
         state = upcycle(state, final)
-    notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_foreign_tokenizer(source, config)]
+    notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_on_vocabulary(source, config, with_tokenizer)]
     with whole_folder(output) as folder:
         save_model(MomeForConditionalGeneration, final, state, folder)
         processor.save_pretrained(folder)
@@ -99,12 +99,16 @@ def convert(
     return Conversion(output, final, dropped, notes)
 
 
-def _foreign_tokenizer(source: Source, config: MomeConfig) -> list[str]:
-    """A remark if a published vocabulary was given a tokenizer that is not its own."""
-    others = [f"{name} {index}" for name, index in source.special_tokens.items() if getattr(config, name) != index]
-    if not others or config.vocab_size != source.vocab_size:
+def _on_vocabulary(source: Source, config: MomeConfig, with_tokenizer: bool) -> list[str]:
+    """A remark on special tokens that are guessed, or are not those of the published vocabulary."""
+    published = source.special_tokens
+    if config.vocab_size == source.vocab_size:
+        others = ", ".join(f"{name} {index}" for name, index in published.items() if getattr(config, name) != index)
+        return [f"the tokenizer is not that of the published {source.name}, which has {others}"] if others else []
+    if with_tokenizer:
         return []
-    return [f"the tokenizer is not that of the published {source.name}, which has {', '.join(others)}"]
+    guesses = ", ".join(f"{name} {getattr(config, name)}" for name in published)
+    return [f"without a tokenizer {guesses} are guesses: correct them in config.json"]
 
 
 # Before any heavy work.

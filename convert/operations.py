@@ -80,6 +80,7 @@ class Source:
         measure: reads the sizes of a checkpoint.
         vocab_size: rows of the published word embedding.
         special_tokens: ids of the published vocabulary by name, for conversions without a tokenizer.
+        other_special_tokens: the same for another vocabulary, a guess; `[MASK]` is its last id.
         tokenizer_files: names under which the tokenizer lies beside a checkpoint.
         tokenizer_hint: where to get the tokenizer.
         paper, citation, license: for the model card.
@@ -91,6 +92,7 @@ class Source:
     operations: dict[str, Operation]
     vocab_size: int = 0
     special_tokens: dict[str, int] = field(default_factory=dict)
+    other_special_tokens: dict[str, int] = field(default_factory=dict)
     tokenizer_files: tuple[str, ...] = ()
     tokenizer_hint: str = ""
     paper: str = ""

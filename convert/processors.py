@@ -118,14 +118,12 @@ def _token(tokenizer: PreTrainedTokenizerFast, role: str) -> str | None:
 def special_token_ids(tokenizer: PreTrainedTokenizerFast | None, source: Source, vocab_size: int) -> dict[str, int]:
     """Fields of the config that name ids, the one that stands for image tokens included.
 
-    Without a tokenizer they are those of the published vocabulary.
+    Without a tokenizer they are those of the published vocabulary or, for another one, the first ids and the last.
     """
     if tokenizer is None:
         ids = dict(source.special_tokens)
-        if max(ids.values()) >= vocab_size:
-            raise ConversionError(
-                f"the checkpoint has {vocab_size} words, which is not the published vocabulary: pass --tokenizer FILE"
-            )
+        if vocab_size != source.vocab_size:
+            ids = dict(source.other_special_tokens, mask_token_id=vocab_size - 1)
         return ids | {"image_token_id": _spare_id(set(ids.values()), vocab_size)}
     names = ("pad", "bos", "eos", "mask")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
@@ -142,7 +140,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerFast | None, source: Source,
 
 
 def _spare_id(used: set[int], vocab_size: int) -> int:
-    return next(index for index in reversed(range(vocab_size)) if index not in used)
+    return next((index for index in reversed(range(vocab_size)) if index not in used), vocab_size - 1)
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:

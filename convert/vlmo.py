@@ -223,6 +223,7 @@ SOURCE = Source(
     operations=OPERATIONS,
     vocab_size=30522,
     special_tokens={"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102, "mask_token_id": 103},
+    other_special_tokens={"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     tokenizer_files=("vocab.txt", "tokenizer.json"),
     tokenizer_hint="vocab.txt of google-bert/bert-base-uncased",
     paper="2111.02358",
