@@ -85,17 +85,24 @@ class MomeConfig(PreTrainedConfig):
             biases over image, text and cross-modal distances, with a column per head and layer; no text positions).
         text_embedding_norm: LayerNorm (eps 1e-12) over the text embedding, as in BERT and VLMo.
         modality_embedding: learned vector added to every token of a modality (VLMo's token types).
+        image_mask_token: learned stand-in for the patches that `bool_masked_pos` masks (BEiT-3's masked images).
         share_attention: `True` (VLMo): attention, its norm and the final norm serve both modalities; `False`
             (BEiT-3): each modality has its own.
         fusion_start_layer: first layer whose tokens use the `joint` experts in a fused pass; `None`: no such experts.
         sub_layernorm: LayerNorm before the attention's output projection and before the experts' second matrix
             (Magneto, 2210.06423; BEiT-3).
+        final_norm: LayerNorm behind the last layer; BEiT-3's image classifiers and answerers have none.
         layer_scale_init_value: start value of the per-channel scale on both residual branches; `None`: no scale.
         layer_norm_eps: epsilon of every LayerNorm of the trunk.
         hidden_dropout: dropout after the embeddings and on both residual branches.
         attention_dropout: dropout on the attention weights.
         initializer_range: standard deviation of the normal initialisation.
         projection_dim: dimension of `image_embeds` and `text_embeds`.
+        joint_projection: a second pair of projections and a scale for embeddings whose upper layers ran through the
+            `joint` experts (VLMo's `itc_vl`).
+        multimodal_pooler: dense layer and tanh over the text's first token of a fused pass (VLMo, as in BERT).
+        matching_head: classifier on the pooler's output that tells whether image and text belong together (VLMo's
+            image–text matching).
         logit_scale_init_value: start value of the log of the inverse temperature (CLIP: ln(1/0.07)).
         caption_objective: `causal` (a caption token predicts the next one) or `masked` (BEiT-3: the next token is
             read from a `[MASK]` put behind the caption so far).
@@ -136,15 +143,20 @@ class MomeConfig(PreTrainedConfig):
     position_embedding_type: Literal["absolute", "relative"] = "absolute"
     text_embedding_norm: bool = False
     modality_embedding: bool = False
+    image_mask_token: bool = False
     share_attention: bool = True
     fusion_start_layer: int | None = None
     sub_layernorm: bool = False
+    final_norm: bool = True
     layer_scale_init_value: float | int | None = None
     layer_norm_eps: float = 1e-6
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     projection_dim: int = 512
+    joint_projection: bool = False
+    multimodal_pooler: bool = False
+    matching_head: bool = False
     logit_scale_init_value: float = 2.6592
     caption_objective: Literal["causal", "masked"] = "causal"
     lm_head_transform: bool = False
@@ -169,6 +181,7 @@ class MomeConfig(PreTrainedConfig):
         self._refuse_unknown_keys(kwargs)
         self._check_dimensions()
         self._check_experts()
+        self._check_heads()
         self._check_token_ids()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
@@ -258,6 +271,12 @@ class MomeConfig(PreTrainedConfig):
                 f"expert_intermediate_size={self.expert_intermediate_size} needs experts_per_group of 2 or more: "
                 "set intermediate_size instead"
             )
+
+    def _check_heads(self):
+        if self.joint_projection and self.fusion_start_layer is None:
+            raise ValueError("joint_projection=True needs joint experts, got fusion_start_layer=None")
+        if self.matching_head and not self.multimodal_pooler:
+            raise ValueError("matching_head=True reads the pooler: set multimodal_pooler=True as well")
 
     def _check_token_ids(self):
         if self.caption_objective == "masked" and self.mask_token_id is None:

@@ -51,6 +51,7 @@ from .captioning_mome import (
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
+from .heads_mome import MomeJointProjection, MomeMultimodalPooler
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
 
@@ -91,10 +92,12 @@ def contrastive_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) ->
 class MomeFeatures(BaseModelOutputWithPooling):
     """Features of one pass.
 
-    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts).
+    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts); `matching_logits`:
+    (batch, 2), "no match" and "match", of a fused pass of a model with a matching head.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
+    matching_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -142,12 +145,15 @@ class MomeModel(MomePreTrainedModel):
         self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.joint_projection = MomeJointProjection(config) if config.joint_projection else None
+        self.multimodal_pooler = MomeMultimodalPooler(config) if config.multimodal_pooler else None
+        self.matching_head = nn.Linear(config.hidden_size, 2) if config.matching_head else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, MomeModel):
+        if isinstance(module, (MomeModel, MomeJointProjection)):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -158,13 +164,17 @@ class MomeModel(MomePreTrainedModel):
 
     # The passes.
 
-    def image_pass(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
+    def image_pass(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> MomeEncoderOutput:
         """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
         self._check_pixel_values(pixel_values)
+        if bool_masked_pos is not None:
+            self._check_masked_patches(bool_masked_pos, pixel_values)
         position_bias = None
         if self.encoder.position_bias is not None:
             position_bias = self.encoder.position_bias.image(pixel_values.device)
-        hidden_states = self.image_embedding(pixel_values)
+        hidden_states = self.image_embedding(pixel_values, bool_masked_pos)
         spans = (("image", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
 
@@ -209,26 +219,39 @@ class MomeModel(MomePreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        joint_experts: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Image embeddings.
 
         Args:
             pixel_values: (images, channels, image_size, image_size) float.
+            bool_masked_pos: (images, patches), 1 where the mask token takes the patch's place; needs
+                `image_mask_token`.
+            joint_experts: run the layers from `fusion_start_layer` up through the joint experts and embed with their
+                projection, as VLMo's second contrastive loss does; needs `joint_projection`.
 
         Returns:
             `pooler_output` (images, projection_dim), L2-normalised; `last_hidden_state` (images, tokens, width).
 
         Raises:
-            ValueError: wrong number of dimensions, channels or pixels.
+            ValueError: wrong number of dimensions, channels or pixels; an option that the config does not provide for.
         """
-        return self._image_features(self.image_pass(pixel_values, **kwargs), kwargs)
+        self._check_joint_experts(joint_experts)
+        outputs = self.image_pass(pixel_values, bool_masked_pos, joint=joint_experts, **kwargs)
+        if joint_experts:
+            return self._features(outputs, self.joint_projection.image(outputs.last_hidden_state[:, 0]), kwargs)
+        return self._image_features(outputs, kwargs)
 
     @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        joint_experts: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Text embeddings.
@@ -236,14 +259,21 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
             attention_mask: (texts, tokens), 0 where padding.
+            joint_experts: as in `get_image_features`.
 
         Returns:
             `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width).
 
         Raises:
-            ValueError: no text, an id beyond the vocabulary, or a text longer than the position table.
+            ValueError: no text, an id beyond the vocabulary, a text longer than the position table, or an option that
+                the config does not provide for.
         """
-        return self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask, kwargs)
+        self._check_joint_experts(joint_experts)
+        outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
+        if joint_experts:
+            first = first_token(outputs.last_hidden_state, attention_mask)
+            return self._features(outputs, self.joint_projection.text(first), kwargs)
+        return self._text_features(outputs, attention_mask, kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
@@ -256,10 +286,19 @@ class MomeModel(MomePreTrainedModel):
         """Fused features of pairs: `last_hidden_state` (batch, image tokens + text tokens, width), image first.
 
         From `fusion_start_layer` up, all tokens use the `joint` experts. `pooler_output` (batch, width) is the
-        state of the image's `[CLS]`. Raises ValueError as the other two, and when there is not one text per image.
+        state of the image's `[CLS]` or, with `multimodal_pooler`, what the pooler makes of the text's first token;
+        `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
+        Raises ValueError as the other two, and when there is not one text per image.
         """
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
-        return self._features(outputs, outputs.last_hidden_state[:, 0], kwargs)
+        states = outputs.last_hidden_state
+        if self.multimodal_pooler is None:
+            return self._features(outputs, states[:, 0], kwargs)
+        text = first_token(states[:, self.config.num_image_tokens :], attention_mask)
+        features = self._features(outputs, self.multimodal_pooler(text), kwargs)
+        if self.matching_head is not None:
+            features.matching_logits = self.matching_head(features.pooler_output)
+        return features
 
     @can_return_tuple
     def forward(
@@ -319,9 +358,16 @@ class MomeModel(MomePreTrainedModel):
             text_model_output=text,
         )
 
-    def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature."""
-        return image_embeds @ text_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+    def similarity(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, joint_experts: bool = False
+    ) -> torch.Tensor:
+        """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature.
+
+        `joint_experts`: as the embeddings were made; they have a temperature of their own.
+        """
+        self._check_joint_experts(joint_experts)
+        scale = self.joint_projection.logit_scale if joint_experts else self.logit_scale
+        return image_embeds @ text_embeds.T * scale.exp().to(image_embeds.device)
 
     def router_loss(
         self, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
@@ -360,12 +406,7 @@ class MomeModel(MomePreTrainedModel):
         return F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1)
 
     def _text_embeds(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        states = outputs.last_hidden_state
-        if attention_mask is None:
-            first = states[:, 0]
-        else:  # [BOS] is the first token that is no padding
-            first = states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
-        return F.normalize(self.text_projection(first), dim=-1)
+        return F.normalize(self.text_projection(first_token(outputs.last_hidden_state, attention_mask)), dim=-1)
 
     def _features(self, outputs: MomeEncoderOutput, pooler_output: torch.Tensor, options: dict) -> MomeFeatures:
         return MomeFeatures(
@@ -398,6 +439,19 @@ class MomeModel(MomePreTrainedModel):
                 f"(images, {', '.join(map(str, expected))}): prepare images with the checkpoint's processor"
             )
 
+    def _check_masked_patches(self, bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor):
+        if not self.config.image_mask_token:
+            raise ValueError("bool_masked_pos needs a mask token, got a config with image_mask_token=False")
+        expected = (pixel_values.shape[0], self.config.grid_size**2)
+        if tuple(bool_masked_pos.shape) != expected:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (images, patches) = {expected}"
+            )
+
+    def _check_joint_experts(self, joint_experts: bool):
+        if joint_experts and self.joint_projection is None:
+            raise ValueError("joint_experts=True needs their projections, got a config with joint_projection=False")
+
     def _check_input_ids(self, input_ids: torch.Tensor):
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -419,6 +473,13 @@ class MomeModel(MomePreTrainedModel):
         if lowest < 0 or highest >= rows:
             bad = lowest if lowest < 0 else highest
             raise ValueError(f"input_ids holds {bad}, vocab_size is {rows}: use the checkpoint's own tokenizer")
+
+
+def first_token(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(texts, tokens, width) → (texts, width): `[BOS]`, the first token that is no padding."""
+    if attention_mask is None:
+        return states[:, 0]
+    return states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

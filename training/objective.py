@@ -75,8 +75,8 @@ class PairModel(nn.Module):
         super().__init__()
         self.captioner = captioner
         # Where the `MomeModel` is: peft puts a captioner two modules deeper.
-        scale_name = next(name for name, _ in captioner.named_parameters() if name.endswith("logit_scale"))
-        self.embedder_path = scale_name.rpartition(".")[0]
+        projection = next(name for name, _ in captioner.named_modules() if name.endswith("model.image_projection"))
+        self.embedder_path = projection.rpartition(".")[0]
         self.pixel_scale = pixel_scale
         self.label_smoothing, self.image_dropout, self.captions = label_smoothing, image_dropout, captions
 
