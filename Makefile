@@ -23,6 +23,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m mome.benchmarks.inference --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
 
 clean:
 	rm -rf .venv .venv-oldest .cache build *.egg-info

@@ -59,7 +59,7 @@ class CaptionGuidance:
         wanted = {name: getattr(self.options, name) for name in ("output_attentions", "output_hidden_states")}
         wanted = {name: value for name, value in wanted.items() if value}
         self.image_outputs = self.captioner.model.image_pass(pixel_values, return_key_values=True, **wanted)
-        self.image_embeds = self.captioner.model._image_embeds(self.image_outputs)
+        self.image_embeds = self.captioner.model._image_embeds(self.image_outputs).float()
         self.kwargs["image_outputs"] = self.image_outputs
 
     def _ask_for_candidates(self):

@@ -133,7 +133,7 @@ class MomeImageCaptioningPipeline(Pipeline):
             tensors = {key: value[readable] for key, value in inputs.items() if key != "failure"}
             outputs = self.model.generate(**tensors, **self._generation_options(num_captions, **options))
             each = outputs.sequences.shape[0] // len(readable)
-            batches = zip(readable, outputs.sequences.split(each), outputs.cosine.float().split(each))
+            batches = zip(readable, outputs.sequences.split(each), outputs.cosine.split(each))
             for row, sequences, cosines in batches:
                 captions[row] = list(zip(sequences.tolist(), cosines.tolist()))
         return {"captions": captions, "failure": failures}
