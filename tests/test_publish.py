@@ -99,6 +99,7 @@ results = {
     "text": len(pipe("feature-extraction")("red")[0]),
     "describe": pipe("image-text-to-text")(image, text="", max_new_tokens=4)[0]["generated_text"],
     "caption": pipe("image-captioning")(image, max_new_tokens=4),
+    "labels": len(pipe("open-vocabulary-image-classification")(image, candidate_labels=["red", "dot", "cat"])),
 }
 assert "mome" not in sys.modules
 print(json.dumps(results))
@@ -126,7 +127,7 @@ def test_what_was_published_loads_without_the_package_and_offline_afterwards(hub
     captioner = mome.MomeForConditionalGeneration.from_pretrained(checkpoint)
     ids = captioner.generate(pixel_values=inputs["pixel_values"], max_new_tokens=4)[0].tolist()
     assert results["ids"] == ids and results["rerank"] == 3
-    assert results["image"] == results["text"] == 16
+    assert results["image"] == results["text"] == 16 and results["labels"] == 3
     caption = processor.decode(ids, skip_special_tokens=True).strip()
     assert results["caption"][0]["generated_text"] == caption and -1 <= results["caption"][0]["score"] <= 1
 
