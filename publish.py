@@ -256,9 +256,9 @@ def _evaluation_table(results: list[dict]) -> str:
 
 def _facts(model) -> dict[str, str]:
     config = model.config
-    experts = (
-        f"{config.experts_per_token} of {config.experts_per_group}, learned" if config.experts_per_group > 1 else ""
-    )
+    experts = "one each, hard routing"
+    if config.experts_per_group > 1:
+        experts = f"{config.experts_per_token} of {config.experts_per_group}, learned routing"
     facts = {
         "parameters": f"{model.num_parameters():,}",
         "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × {config.num_attention_heads}",

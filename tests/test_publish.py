@@ -256,7 +256,7 @@ def test_a_dry_run_shows_the_folder_and_sends_nothing(hub, checkpoint):
     assert status == 0
     for name in ("model.safetensors", "pipeline_mome.py", "processor_config.json", "README.md", "tokenizer.json"):
         assert name in output
-    assert "rerank_weight=0.5" in output and "nothing was sent" in output
+    assert "rerank_weight=0.5" in output and "one each, hard routing" in output and "nothing was sent" in output
     assert not hub.requests and not hub.repositories
 
 
