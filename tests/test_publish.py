@@ -14,11 +14,11 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
 from PIL import Image
 
 import mome
 from builders import build_processor
+from loopback_hub import LoopbackHub
 from models import tiny_captioner
 from mome.publish import build_folder, main
 
