@@ -204,6 +204,9 @@ def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: li
     written = checkpoint / "README.md"
     card = ModelCard.load(written) if written.exists() else None
     given = {} if card is None else card.data.to_dict()
+    given.pop("model-index", None)  # in another form, `eval_results`
+    evaluations = {} if card is None else {(e.dataset_name, e.metric_name): e for e in card.data.eval_results or []}
+    evaluations |= {(e.dataset_name, e.metric_name): e for e in map(_evaluation, results)}
     data = ModelCardData(
         **{
             "language": "en",
@@ -214,7 +217,7 @@ def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: li
             **given,
             "tags": sorted({*(given.get("tags") or []), "mome", "custom_code", "image-captioning"}),
         },
-        eval_results=[_evaluation(row) for row in results] or None,
+        eval_results=list(evaluations.values()) or None,
     )
     if card is not None:
         card.data = data

@@ -282,6 +282,10 @@ def test_the_folder_has_everything_and_the_card_its_results(checkpoint, tmp_path
     assert (evaluation.dataset_name, evaluation.metric_value) == ("icons held out", 0.26)
     assert "| icons held out | rerank: R@1 | 0.26 |" in card.text and REPO in card.text
 
+    republished = shutil.copytree(folder, tmp_path / "republished")
+    again = build_folder(republished, tmp_path / "again", REPO)  # without new results the old ones stay
+    assert (again / "README.md").read_text() == (folder / "README.md").read_text()
+
     own = shutil.copytree(checkpoint, tmp_path / "own")
     (own / "README.md").write_text("---\nlicense: mit\ntags: [icons]\n---\n\nMy own words.\n")
     card = ModelCard.load(build_folder(own, tmp_path / "with own card", REPO) / "README.md")
