@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from .captioning_mome import MomeCache, cached_image_tokens, is_image_token, prepare_prompt
 from .guidance_mome import (
+    CONTRASTIVE_TOP_K,
     CaptionCandidates,
     CaptionPrompt,
     ClassifierFreeGuidance,
@@ -88,7 +89,7 @@ class CaptionGuidance:
                     self.prompt,
                     self.image_embeds,
                     self.options.contrastive_weight,
-                    int(self.options.contrastive_top_k or 10),
+                    int(self.options.contrastive_top_k or CONTRASTIVE_TOP_K),
                     self.captioner._eos_token_ids(self.options),
                 )
             )

@@ -38,6 +38,8 @@ GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "rerank": {"rerank_weight": 0.5, "rerank_candidates": 4},
 }
 
+CONTRASTIVE_TOP_K = 10  # unless a config says otherwise
+
 GUIDANCE_FIELDS = [
     "guidance_scale",
     "contrastive_weight",
@@ -342,6 +344,7 @@ class CaptionCandidates:
 
 
 __all__ = [
+    "CONTRASTIVE_TOP_K",
     "GUIDANCE_PRESETS",
     "CaptionCandidates",
     "CaptionPrompt",
