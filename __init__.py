@@ -16,7 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_mome import MOME_SIZES, MomeConfig
 from .guidance_mome import MomeGenerationConfig
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
-from .pipeline_mome import MomeImageCaptioningPipeline
+from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassificationPipeline
 from .processing_mome import MomeProcessor
 
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
@@ -28,6 +28,11 @@ if __name__ == "mome":  # and not the name of the checkout's folder, by which py
     PIPELINE_REGISTRY.register_pipeline(
         "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
     )
+    PIPELINE_REGISTRY.register_pipeline(
+        "open-vocabulary-image-classification",
+        MomeZeroShotImageClassificationPipeline,
+        pt_model=AutoModelForZeroShotImageClassification,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,4 +43,5 @@ __all__ = [
     "MomeImageCaptioningPipeline",
     "MomeModel",
     "MomeProcessor",
+    "MomeZeroShotImageClassificationPipeline",
 ]

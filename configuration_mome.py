@@ -33,6 +33,10 @@ AUTO_MAP: dict[str, str] = {
 # The pipelines of our own that a folder brings along, by task.
 CUSTOM_PIPELINES: dict[str, dict] = {
     "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "open-vocabulary-image-classification": {
+        "impl": "pipeline_mome.MomeZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    },
 }
 
 # Keys that transformers itself passes to or writes into any config, beside the dataclass fields.

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from .captioning_mome import MomeCache, cached_image_tokens, is_image_token, prepare_prompt
 from .guidance_mome import (
+    CONTRASTIVE_TOP_K,
     CaptionCandidates,
     CaptionPrompt,
     ClassifierFreeGuidance,
@@ -59,7 +60,7 @@ class CaptionGuidance:
         wanted = {name: getattr(self.options, name) for name in ("output_attentions", "output_hidden_states")}
         wanted = {name: value for name, value in wanted.items() if value}
         self.image_outputs = self.captioner.model.image_pass(pixel_values, return_key_values=True, **wanted)
-        self.image_embeds = self.captioner.model._image_embeds(self.image_outputs)
+        self.image_embeds = self.captioner.model._image_embeds(self.image_outputs).float()
         self.kwargs["image_outputs"] = self.image_outputs
 
     def _ask_for_candidates(self):
@@ -88,7 +89,7 @@ class CaptionGuidance:
                     self.prompt,
                     self.image_embeds,
                     self.options.contrastive_weight,
-                    int(self.options.contrastive_top_k or 10),
+                    int(self.options.contrastive_top_k or CONTRASTIVE_TOP_K),
                     self.captioner._eos_token_ids(self.options),
                 )
             )

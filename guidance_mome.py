@@ -38,6 +38,8 @@ GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "rerank": {"rerank_weight": 0.5, "rerank_candidates": 4},
 }
 
+CONTRASTIVE_TOP_K = 10  # unless a config says otherwise
+
 GUIDANCE_FIELDS = [
     "guidance_scale",
     "contrastive_weight",
@@ -211,9 +213,10 @@ class CaptionPrompt:
 
 
 def embed_captions(captioner, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(captions, tokens) `[BOS] words [EOS]` → (captions, projection_dim). An `[EOS]` that doesn't fit is left out."""
+    """(captions, tokens) `[BOS] words [EOS]` → (captions, projection_dim) float32; an `[EOS]` too many is left out."""
     longest = captioner.config.max_position_embeddings
-    return captioner.get_text_features(ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
+    embeds = captioner.get_text_features(ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
+    return embeds.float()
 
 
 # ------------------------------------------------------------------------------------------------ step by step
@@ -271,7 +274,8 @@ class ContrastiveGuidance(LogitsProcessor):
         mask = torch.cat([mask, (~ends).long()], dim=1)
         text_embeds = embed_captions(self.captioner, ids, mask).view(rows, k, -1)
         image_embeds = self.image_embeds.repeat_interleave(rows // self.image_embeds.shape[0], dim=0)
-        logits = (text_embeds @ image_embeds[:, :, None]).squeeze(2) * self.captioner.model.logit_scale.exp()
+        cosines = (text_embeds @ image_embeds[:, :, None]).squeeze(2)
+        logits = cosines * self.captioner.model.logit_scale.float().exp()
         # What another processor has ruled out takes no share.
         logits = logits.to(scores).masked_fill(likeliest.values == -math.inf, -math.inf)
         return scores.scatter_add(1, likeliest.indices, self.weight * logits.softmax(dim=1).nan_to_num())
@@ -333,13 +337,14 @@ class CaptionCandidates:
     ) -> torch.Tensor:
         """(candidates,): (1 − λ) log p(y|x) / |y|^α + λ τ cos(x, y)."""
         weight, scale = options.rerank_weight, options.rerank_scale
-        scale = self.captioner.model.logit_scale.exp().float() if scale is None else scale
+        scale = self.captioner.model.logit_scale.float().exp() if scale is None else scale
         length_penalty = 1.0 if options.length_penalty is None else options.length_penalty
         fluency = log_probabilities / self.is_caption.sum(dim=1).clamp(min=1) ** length_penalty
-        return (1 - weight) * fluency + weight * scale * cosines.float()
+        return (1 - weight) * fluency + weight * scale * cosines
 
 
 __all__ = [
+    "CONTRASTIVE_TOP_K",
     "GUIDANCE_PRESETS",
     "CaptionCandidates",
     "CaptionPrompt",

@@ -1,17 +1,20 @@
 """Pipelines of MoME's own: `pipeline("image-captioning", model=path, trust_remote_code=True)(image)`.
 
 - `MomeImageCaptioningPipeline`: captions with their fit to the image, guided if wanted, one image or thousands;
-- it is named in the config of every checkpoint, and registered by `import mome` for those who have the package.
+- `MomeZeroShotImageClassificationPipeline`: any labels, thousands of them, embedded once;
+- they are named in the config of every checkpoint, and registered by `import mome` for those who have the package.
 
     image ── processor ── generate(), guided ── ids ── text
                                └── cosine of image and caption, from the same image pass ── score
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import Pipeline
 from transformers.utils import logging
 
@@ -20,10 +23,55 @@ from .processing_mome import load_rgb_image
 
 logger = logging.get_logger(__name__)
 
-ON_ERROR = ("raise", "skip")
+
+class MomeImagePipeline(Pipeline):
+    """What the pipelines share: images of any kind in, those that can't be read named, and everything saved."""
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(self, images: Any = None, **kwargs):
+        images = kwargs.pop("inputs", images)
+        if images is None:
+            raise ValueError("images=None: pass an image, a list of images, a data set or a generator")
+        if isinstance(images, (list, tuple)):
+            if not images:
+                return []
+            images = [_named(image, f"images[{index}]") for index, image in enumerate(images)]
+        return super().__call__(images, **kwargs)
+
+    def _read(self, image: Any, on_error: str) -> tuple[Any, str | None]:
+        """An image, or one in its place and the reason why it can't be read."""
+        item = _named(image, "image")
+        try:
+            return load_rgb_image(item["image"], item["name"]), None
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            logger.warning(f"skipped {error}")
+            side = self.model.config.image_size
+            return np.zeros((side, side, 3), dtype=np.uint8), str(error)  # so that a batch keeps its shape
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As `Pipeline.save_pretrained`, and the processor, without which nothing would load."""
+        super().save_pretrained(save_directory, **kwargs)
+        kwargs.pop("max_shard_size", None)
+        self.processor.save_pretrained(save_directory, **kwargs)
 
 
-class MomeImageCaptioningPipeline(Pipeline):
+def _check_on_error(on_error: str | None):
+    if on_error not in (None, "raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'skip'")
+
+
+def _given(**options) -> dict[str, Any]:
+    """Options that a call has; what it hasn't must not replace what the pipeline was made with."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+class MomeImageCaptioningPipeline(MomeImagePipeline):
     """Captions images.
 
     ```python
@@ -36,11 +84,6 @@ class MomeImageCaptioningPipeline(Pipeline):
     The score is the cosine of the embeddings of image and caption, -1 to 1; the captions of an image come in the order
     of `generate()`: best first.
     """
-
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
 
     def __call__(self, images: Any = None, **kwargs) -> list:
         """Captions one image or many.
@@ -65,13 +108,6 @@ class MomeImageCaptioningPipeline(Pipeline):
         Raises:
             ValueError: an image that can't be read, with its name and the reason; an option that can't be.
         """
-        images = kwargs.pop("inputs", images)
-        if images is None:
-            raise ValueError("images=None: pass an image, a list of images, a data set or a generator")
-        if isinstance(images, (list, tuple)):
-            if not images:
-                return []
-            images = [_named(image, f"images[{index}]") for index, image in enumerate(images)]
         return super().__call__(images, **kwargs)
 
     def _sanitize_parameters(
@@ -89,37 +125,22 @@ class MomeImageCaptioningPipeline(Pipeline):
                 f"unknown option {next(iter(unknown))!r} of image-captioning: options of generate() go into "
                 "generate_kwargs={...}"
             )
-        if on_error not in (None, *ON_ERROR):
-            raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'skip'")
+        _check_on_error(on_error)
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
         if num_captions is not None and (not isinstance(num_captions, int) or num_captions < 1):
             raise ValueError(f"num_captions={num_captions!r} must be an integer of at least 1")
-        forward = {
-            "num_captions": num_captions,
-            "guidance": None if guidance is None else guidance_options(guidance),
-            "max_new_tokens": max_new_tokens,
-            "generate_kwargs": generate_kwargs,
-        }
-        preprocess = {"prompt": prompt, "on_error": on_error}
-        # What isn't given here must not replace what the pipeline was made with.
-        return tuple(
-            {key: value for key, value in each.items() if value is not None} for each in (preprocess, forward, {})
+        forward = _given(
+            num_captions=num_captions,
+            guidance=None if guidance is None else guidance_options(guidance),
+            max_new_tokens=max_new_tokens,
+            generate_kwargs=generate_kwargs,
         )
+        return _given(prompt=prompt, on_error=on_error), forward, {}
 
     def preprocess(self, image: Any, prompt: str = "", on_error: str = "raise") -> dict[str, Any]:
         """An image → `pixel_values` (1, channels, height, width), `input_ids` (1, tokens); or why there are none."""
-        item = _named(image, "image")
-        failure = None
-        try:
-            image = load_rgb_image(item["image"], item["name"])
-        except ValueError as error:
-            if on_error == "raise":
-                raise
-            failure = str(error)
-            logger.warning(f"skipped {failure}")
-            side = self.model.config.image_size
-            image = np.zeros((side, side, 3), dtype=np.uint8)  # in its place, so that a batch keeps its shape
+        image, failure = self._read(image, on_error)
         inputs = self.processor(images=[image], text=prompt, caption_prompt=True, return_tensors="pt")
         inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
         return {**inputs, "failure": failure}
@@ -133,7 +154,7 @@ class MomeImageCaptioningPipeline(Pipeline):
             tensors = {key: value[readable] for key, value in inputs.items() if key != "failure"}
             outputs = self.model.generate(**tensors, **self._generation_options(num_captions, **options))
             each = outputs.sequences.shape[0] // len(readable)
-            batches = zip(readable, outputs.sequences.split(each), outputs.cosine.float().split(each))
+            batches = zip(readable, outputs.sequences.split(each), outputs.cosine.split(each))
             for row, sequences, cosines in batches:
                 captions[row] = list(zip(sequences.tolist(), cosines.tolist()))
         return {"captions": captions, "failure": failures}
@@ -174,11 +195,129 @@ class MomeImageCaptioningPipeline(Pipeline):
         texts = self.processor.post_process_image_text_to_text([ids for ids, _ in captions])
         return [{"generated_text": text, "score": cosine} for text, (_, cosine) in zip(texts, captions)]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As `Pipeline.save_pretrained`, and the processor, without which nothing would load."""
-        super().save_pretrained(save_directory, **kwargs)
-        kwargs.pop("max_shard_size", None)
-        self.processor.save_pretrained(save_directory, **kwargs)
+
+class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
+    """Classifies images by any labels, as many as one likes.
+
+    Beside the stock `zero-shot-image-classification`, which embeds all labels anew for every image, it embeds labels
+    once, keeps them for the next call, and puts them into several templates (2103.00020, section 3.1.4: the mean of
+    the embeddings over the templates).
+
+    ```python
+    classify = pipeline("open-vocabulary-image-classification", model=path, trust_remote_code=True)
+    classify(images, candidate_labels=thousands, templates=["a photo of a {}", "a drawing of a {}"], top_k=3)
+    ```
+    """
+
+    label_batch_size = 256
+    label_sets_kept = 8
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_embeds: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, images: Any = None, **kwargs) -> list:
+        """Classifies one image or many.
+
+        Args:
+            images: as for captions.
+            kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
+                candidate_labels: list of texts to choose from.
+                templates: a text with `{}` where the label goes, or several. Default: the label itself.
+                top_k: the best so many of the labels. Default: 5.
+                on_error: as for captions.
+
+        Returns:
+            For an image a list of `{"label": str, "score": probability}`, best first; for a list, a list of those;
+            for a data set or a generator an iterator.
+
+        Raises:
+            ValueError: an image that can't be read; no labels, one that is given twice or is no text; a template
+                without `{}`.
+        """
+        return super().__call__(images, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        candidate_labels: Iterable[str] | None = None,
+        templates: str | Iterable[str] | None = None,
+        top_k: int | None = None,
+        on_error: str | None = None,
+        **unknown,
+    ) -> tuple[dict, dict, dict]:
+        if unknown:
+            raise ValueError(f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification")
+        _check_on_error(on_error)
+        labels = None if candidate_labels is None else _checked_labels(candidate_labels)
+        templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
+        for template in templates or ():
+            if not isinstance(template, str) or "{}" not in template:
+                raise ValueError(f"template {template!r} has no {{}} where the label goes")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r} must be an integer of at least 1")
+        after = _given(candidate_labels=labels, top_k=top_k)
+        return _given(on_error=on_error), _given(candidate_labels=labels, templates=templates), after
+
+    def preprocess(self, image: Any, on_error: str = "raise") -> dict[str, Any]:
+        image, failure = self._read(image, on_error)
+        return {**self.processor(images=[image], return_tensors="pt"), "failure": failure}
+
+    def _forward(
+        self,
+        inputs: dict[str, Any],
+        candidate_labels: tuple[str, ...] | None = None,
+        templates: tuple[str, ...] = ("{}",),
+    ) -> dict[str, Any]:
+        """A batch → probabilities (images, labels)."""
+        if candidate_labels is None:
+            raise ValueError("candidate_labels=None: pass the labels to choose from")
+        failure = inputs["failure"]
+        label_embeds = self._embed_labels(candidate_labels, templates)
+        image_embeds = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.float()
+        logits = image_embeds @ label_embeds.T * self.model.logit_scale.float().exp()
+        return {"probabilities": logits.softmax(dim=1), "failure": failure if isinstance(failure, list) else [failure]}
+
+    def _embed_labels(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
+        """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
+        key = labels, templates
+        if key not in self.label_embeds:
+            total = 0.0
+            for template in templates:
+                total = total + self._embed_texts([template.replace("{}", label) for label in labels])
+            while len(self.label_embeds) >= self.label_sets_kept:
+                del self.label_embeds[next(iter(self.label_embeds))]
+            self.label_embeds[key] = torch.nn.functional.normalize(total, dim=-1)
+        return self.label_embeds[key]
+
+    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
+        embeds, size = [], self.label_batch_size
+        for start in logging.tqdm(range(0, len(texts), size), desc="labels", disable=len(texts) <= 4 * size):
+            inputs = self.processor(text=texts[start : start + size], return_tensors="pt").to(self.device)
+            embeds.append(self.model.get_text_features(**inputs).pooler_output.float())
+        return torch.cat(embeds)
+
+    def postprocess(
+        self, outputs: dict[str, Any], candidate_labels: tuple[str, ...] = (), top_k: int = 5
+    ) -> list[dict[str, Any]]:
+        failure = outputs["failure"][0] if isinstance(outputs["failure"], list) else outputs["failure"]
+        if failure is not None:
+            return [{"label": None, "score": None, "error": failure}]
+        best = outputs["probabilities"][0].topk(min(top_k, len(candidate_labels)))
+        pairs = zip(best.indices.tolist(), best.values.tolist())
+        return [{"label": candidate_labels[index], "score": score} for index, score in pairs]
+
+
+def _checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    labels = tuple(label.strip() for label in labels.split(",")) if isinstance(labels, str) else tuple(labels)
+    if not labels:
+        raise ValueError("candidate_labels is empty: pass the labels to choose from")
+    for label in labels:
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"label {label!r} is no text")
+    twice = next((label for label, count in Counter(labels).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"label {twice!r} is given twice: the probabilities would be shared between the two")
+    return labels
 
 
 def _named(image: Any, name: str) -> dict[str, Any]:
@@ -186,4 +325,4 @@ def _named(image: Any, name: str) -> dict[str, Any]:
     return {"name": name, **image} if isinstance(image, dict) and "image" in image else {"image": image, "name": name}
 
 
-__all__ = ["MomeImageCaptioningPipeline"]
+__all__ = ["MomeImageCaptioningPipeline", "MomeZeroShotImageClassificationPipeline"]

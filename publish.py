@@ -204,6 +204,9 @@ def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: li
     written = checkpoint / "README.md"
     card = ModelCard.load(written) if written.exists() else None
     given = {} if card is None else card.data.to_dict()
+    given.pop("model-index", None)  # in another form, `eval_results`
+    evaluations = {} if card is None else {(e.dataset_name, e.metric_name): e for e in card.data.eval_results or []}
+    evaluations |= {(e.dataset_name, e.metric_name): e for e in map(_evaluation, results)}
     data = ModelCardData(
         **{
             "language": "en",
@@ -214,7 +217,7 @@ def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: li
             **given,
             "tags": sorted({*(given.get("tags") or []), "mome", "custom_code", "image-captioning"}),
         },
-        eval_results=[_evaluation(row) for row in results] or None,
+        eval_results=list(evaluations.values()) or None,
     )
     if card is not None:
         card.data = data
@@ -256,9 +259,9 @@ def _evaluation_table(results: list[dict]) -> str:
 
 def _facts(model) -> dict[str, str]:
     config = model.config
-    experts = (
-        f"{config.experts_per_token} of {config.experts_per_group}, learned" if config.experts_per_group > 1 else ""
-    )
+    experts = "one each, hard routing"
+    if config.experts_per_group > 1:
+        experts = f"{config.experts_per_token} of {config.experts_per_group}, learned routing"
     facts = {
         "parameters": f"{model.num_parameters():,}",
         "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × {config.num_attention_heads}",

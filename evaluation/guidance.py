@@ -83,13 +83,14 @@ def settings(
     guidance_scales: Sequence[float],
     contrastive_weights: Sequence[float],
     beams: int = 4,
+    candidates: int = 4,
 ) -> dict[str, dict[str, Any]]:
     """What is compared: name → options of `generate()`. Nothing is left to the checkpoint's own defaults."""
     plain = {**GUIDANCE_PRESETS["none"], "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     chosen = {BASELINE: plain, f"beam {beams}": plain | {"num_beams": beams}}
     for weight in rerank_weights:
-        options = {"num_beams": beams, "rerank_candidates": beams, "rerank_weight": weight}
-        chosen[f"re-ranked λ={weight:g}"] = plain | options
+        options = {"num_beams": candidates, "rerank_candidates": candidates, "rerank_weight": weight}
+        chosen[f"re-ranked λ={weight:g} of {candidates}"] = plain | options
     for scale in guidance_scales:
         chosen[f"classifier-free γ={scale:g}"] = plain | {"guidance_scale": scale}
     for weight in contrastive_weights:
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--text-column", default="texts", help="a text or a list of texts (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=1000, help="take the first so many (default: %(default)s)")
     parser.add_argument("--rerank-weight", type=float, nargs="*", default=[0.5], metavar="λ")
+    parser.add_argument("--rerank-candidates", type=int, default=4, help="beams that are re-ranked (default: 4)")
     parser.add_argument("--guidance-scale", type=float, nargs="*", default=[1.5, 2.0], metavar="γ")
     parser.add_argument("--contrastive-weight", type=float, nargs="*", default=[1.0, 2.0], metavar="β")
     parser.add_argument("--max-new-tokens", type=int, default=16)
@@ -197,7 +199,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         judge_processor = AutoProcessor.from_pretrained(options.judge, **trust)
     image_embeds = embed_images(judge, judge_processor, pairs, options.batch_size)
     references, scores = [pair.references for pair in pairs], {}
-    chosen = settings(options.rerank_weight, options.guidance_scale, options.contrastive_weight)
+    weights = options.rerank_weight, options.guidance_scale, options.contrastive_weight
+    chosen = settings(*weights, candidates=options.rerank_candidates)
     for name, generate in chosen.items():
         generate = generate | {"max_new_tokens": options.max_new_tokens}
         captions = write_captions(captioner, processor, pairs, generate, options.batch_size, name)

@@ -55,7 +55,7 @@ def test_metrics_are_those_of_the_definitions():
 
 def test_every_setting_says_all_that_a_checkpoint_might_say_otherwise():
     chosen = settings([0.5], [2.0], [1.0])
-    assert list(chosen) == ["unguided", "beam 4", "re-ranked λ=0.5", "classifier-free γ=2", "contrastive β=1"]
+    assert list(chosen) == ["unguided", "beam 4", "re-ranked λ=0.5 of 4", "classifier-free γ=2", "contrastive β=1"]
     fields = {"guidance_scale", "contrastive_weight", "rerank_weight", "num_beams", "do_sample"}
     assert all(fields <= options.keys() for options in chosen.values())
 
@@ -71,13 +71,13 @@ def test_a_run_prints_its_table_and_appends_its_rows(judged, data, tmp_path, cap
     command = ["--checkpoint", str(tmp_path / "captioner"), "--data", *map(str, data), "--results", str(results)]
     command += ["--max-new-tokens", "4", "--guidance-scale", "2", "--contrastive-weight", "2", "--batch-size", "2"]
     scores = main(command + (["--judge", str(tmp_path / "judge")] if judged else []))
-    assert list(scores) == ["unguided", "beam 4", "re-ranked λ=0.5", "classifier-free γ=2", "contrastive β=2"]
+    assert list(scores) == ["unguided", "beam 4", "re-ranked λ=0.5 of 4", "classifier-free γ=2", "contrastive β=2"]
     assert "| captions | cosine | R@1 | exact match | token F1 | BLEU-4 | CIDEr |" in capsys.readouterr().out
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 * 6 and all(row["peer"] == "unguided" and row["command"] for row in rows)
-    row = next(row for row in rows if row["metric"] == "captions, cosine: re-ranked λ=0.5")
-    assert float(row["value"]) == pytest.approx(scores["re-ranked λ=0.5"]["cosine"], rel=1e-3, abs=1e-4)
+    row = next(row for row in rows if row["metric"] == "captions, cosine: re-ranked λ=0.5 of 4")
+    assert float(row["value"]) == pytest.approx(scores["re-ranked λ=0.5 of 4"]["cosine"], rel=1e-3, abs=1e-4)
     assert ("judged by" in row["data"]) == judged and "5 images" in row["data"]
     if not judged:  # re-ranking looks at the cosine that is measured
-        assert scores["re-ranked λ=0.5"]["cosine"] > scores["beam 4"]["cosine"]
+        assert scores["re-ranked λ=0.5 of 4"]["cosine"] > scores["beam 4"]["cosine"]

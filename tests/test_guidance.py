@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, CompileConfig, GenerationConfig
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.captioning_mome import CaptionContext
@@ -359,6 +359,31 @@ def test_guided_captions_are_the_same_with_and_without_cache(method, variant):
         for use_cache in (True, False)
     ]
     assert torch.equal(*captions)
+
+
+@every_method
+def test_guided_captions_are_the_same_with_a_static_cache_and_compiled(method):
+    captioner = captioner_of()
+    inputs = prompted_batch(captioner)
+    expected = captioner.generate(**inputs, **GREEDY, **SETTINGS[method])
+    static = {**GREEDY, **SETTINGS[method], "cache_implementation": "static"}
+    assert torch.equal(captioner.generate(**inputs, **static, disable_compile=True), expected)
+    if method in ("rerank", "all"):
+        return  # transformers does not compile beam search
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager")
+    compile_config._compile_all_devices = True
+    assert torch.equal(captioner.generate(**inputs, **static, compile_config=compile_config), expected)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_guidance_works_in_half_precision(method, dtype):
+    captioner = captioner_of().to(dtype)
+    outputs = captioner.generate(
+        **prompted_batch(captioner), **GREEDY, **SETTINGS[method], return_dict_in_generate=True, output_cosine=True
+    )
+    assert outputs.cosine.dtype == torch.float32 and outputs.cosine.abs().max() <= 1.01
+    assert outputs.sequences.shape[0] == 4
 
 
 @every_method

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from distributed_worker import dropout_pair, gradients, whole_batch
 
+from distributed_worker import dropout_pair, gradients, whole_batch
 from models import tiny_captioner
 from mome.modeling_mome import contrastive_loss
 from mome.training import contrastive, objective

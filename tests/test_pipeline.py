@@ -152,6 +152,70 @@ def test_options_of_the_pipeline_and_of_a_call_go_together(checkpoint, images):
     assert calls[-1]["guidance_scale"] == 1.0 and calls[-1]["do_sample"] and "num_beams" not in calls[-1]
 
 
+@torch.no_grad()
+def test_classification_averages_templates_and_embeds_labels_once(checkpoint, images):
+    classify = pipeline("open-vocabulary-image-classification", model=str(checkpoint))
+    model, processor = classify.model, classify.processor
+    labels, templates = ["red circle", "blue square", "dog", "line"], ["the {}", "a photo of {}"]
+    texts, embed = [], model.get_text_features
+    model.get_text_features = lambda **inputs: texts.append(len(inputs["input_ids"])) or embed(**inputs)
+    classify.label_batch_size = 3
+    options = {"candidate_labels": labels, "templates": templates, "top_k": 3}
+    results = classify(images, batch_size=2, **options)
+    assert texts == [3, 1, 3, 1]
+    _same_labels(classify(images[0], **options), results[0])
+    assert texts == [3, 1, 3, 1]  # kept from the call before
+    image = model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+    text = sum(
+        embed(**processor(text=[template.format(label) for label in labels], return_tensors="pt")).pooler_output
+        for template in templates
+    )
+    expected = (image @ torch.nn.functional.normalize(text, dim=-1).T * model.logit_scale.exp()).softmax(dim=1)
+    for row, result in zip(expected, results):
+        assert [each["label"] for each in result] == [labels[index] for index in row.topk(3).indices]
+        assert_close(torch.tensor([each["score"] for each in result]), row.topk(3).values, atol=1e-5, rtol=0)
+    for number in range(12):
+        classify(images[0], candidate_labels=["dog", "dot"], templates=f"{number} {{}}")
+    assert len(classify.label_embeds) == classify.label_sets_kept
+
+
+def _same_labels(actual, expected):
+    assert [each["label"] for each in actual] == [each["label"] for each in expected]
+
+
+def test_one_template_gives_what_the_stock_pipeline_gives(checkpoint, images):
+    labels = ["red circle", "blue square", "dog"]
+    stock = pipeline("zero-shot-image-classification", model=str(checkpoint))
+    ours = pipeline("open-vocabulary-image-classification", model=str(checkpoint))
+    expected = stock(images[0], candidate_labels=labels, hypothesis_template="the photo of {}")
+    actual = ours(images[0], candidate_labels=labels, templates="the photo of {}")
+    _same_labels(actual, expected)
+    scores = [torch.tensor([each["score"] for each in result]) for result in (actual, expected)]
+    assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
+    classify = pipeline("open-vocabulary-image-classification", model=str(checkpoint), candidate_labels=["dog", "dot"])
+    for options, message in (
+        ({"candidate_labels": []}, "candidate_labels is empty"),
+        ({"candidate_labels": ["dog", "dog"]}, "label 'dog' is given twice"),
+        ({"candidate_labels": ["dog", 3]}, "label 3 is no text"),
+        ({"templates": ["a photo"]}, "template 'a photo' has no {}"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"hypothesis_template": "{}"}, "unknown option 'hypothesis_template'"),
+        ({"on_error": "x"}, "on_error='x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classify(images[0], **options)
+    with pytest.raises(ValueError, match="pass the labels"):
+        pipeline("open-vocabulary-image-classification", model=str(checkpoint))(images[0])
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    results = classify([images[0], bad, images[1]], batch_size=2, on_error="skip")
+    assert [result[0]["label"] is None for result in results] == [False, True, False]
+    assert "bad.png" in results[1][0]["error"] and len(results[0]) == 2
+
+
 def test_a_saved_pipeline_has_its_processor_and_every_task(checkpoint, caption, images, tmp_path):
     caption.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -177,7 +241,8 @@ assert caption.model.generation_config.rerank_scale == 7.0
 caption.save_pretrained(again + "/pipeline")
 for name, auto_class in (("captioner", AutoModelForImageTextToText), ("model", AutoModel)):
     auto_class.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"{again}/{name}")
-print(pipeline(model=again + "/pipeline", trust_remote_code=True)(image, max_new_tokens=5, guidance="rerank"))
+caption = pipeline("image-captioning", model=again + "/pipeline", trust_remote_code=True)
+print(caption(image, max_new_tokens=5, guidance="rerank"))
 assert "mome" not in sys.modules
 """
 

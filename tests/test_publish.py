@@ -14,11 +14,11 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
 from PIL import Image
 
 import mome
 from builders import build_processor
+from loopback_hub import LoopbackHub
 from models import tiny_captioner
 from mome.publish import build_folder, main
 
@@ -99,6 +99,7 @@ results = {
     "text": len(pipe("feature-extraction")("red")[0]),
     "describe": pipe("image-text-to-text")(image, text="", max_new_tokens=4)[0]["generated_text"],
     "caption": pipe("image-captioning")(image, max_new_tokens=4),
+    "labels": len(pipe("open-vocabulary-image-classification")(image, candidate_labels=["red", "dot", "cat"])),
 }
 assert "mome" not in sys.modules
 print(json.dumps(results))
@@ -126,7 +127,7 @@ def test_what_was_published_loads_without_the_package_and_offline_afterwards(hub
     captioner = mome.MomeForConditionalGeneration.from_pretrained(checkpoint)
     ids = captioner.generate(pixel_values=inputs["pixel_values"], max_new_tokens=4)[0].tolist()
     assert results["ids"] == ids and results["rerank"] == 3
-    assert results["image"] == results["text"] == 16
+    assert results["image"] == results["text"] == 16 and results["labels"] == 3
     caption = processor.decode(ids, skip_special_tokens=True).strip()
     assert results["caption"][0]["generated_text"] == caption and -1 <= results["caption"][0]["score"] <= 1
 
@@ -255,7 +256,7 @@ def test_a_dry_run_shows_the_folder_and_sends_nothing(hub, checkpoint):
     assert status == 0
     for name in ("model.safetensors", "pipeline_mome.py", "processor_config.json", "README.md", "tokenizer.json"):
         assert name in output
-    assert "rerank_weight=0.5" in output and "nothing was sent" in output
+    assert "rerank_weight=0.5" in output and "one each, hard routing" in output and "nothing was sent" in output
     assert not hub.requests and not hub.repositories
 
 
@@ -280,6 +281,10 @@ def test_the_folder_has_everything_and_the_card_its_results(checkpoint, tmp_path
     (evaluation,) = card.data.eval_results
     assert (evaluation.dataset_name, evaluation.metric_value) == ("icons held out", 0.26)
     assert "| icons held out | rerank: R@1 | 0.26 |" in card.text and REPO in card.text
+
+    republished = shutil.copytree(folder, tmp_path / "republished")
+    again = build_folder(republished, tmp_path / "again", REPO)  # without new results the old ones stay
+    assert (again / "README.md").read_text() == (folder / "README.md").read_text()
 
     own = shutil.copytree(checkpoint, tmp_path / "own")
     (own / "README.md").write_text("---\nlicense: mit\ntags: [icons]\n---\n\nMy own words.\n")

@@ -13,14 +13,14 @@ import datasets
 import peft
 import pytest
 import torch
-from test_objective import TESTS, torchrun
-from test_training_data import numbers, png
-from training_runs import losses_of, write_data, write_recipe
 from transformers import AutoModel, AutoProcessor
 
 from mome import MomeForConditionalGeneration
 from mome.training import checkpoint, finetune, optimisation
 from mome.training.recipe import Recipe, RecipeError
+from test_objective import TESTS, torchrun
+from test_training_data import numbers, png
+from training_runs import losses_of, write_data, write_recipe
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from unittest import mock
 import datasets
 import yaml
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from test_training_data import as_dataset
 
 from builders import build_processor
 from mome.training import finetune
 from mome.training.recipe import Recipe
+from test_training_data import as_dataset
 
 MODEL = {
     "hidden_size": 32,
