@@ -92,6 +92,8 @@ class _Names:
     def _draft(self, icon: Icon, icon_set: IconSet, siblings: Collection[str]) -> _Draft | None:
         if icon.set == "openclipart":
             base, words = icon.raw, to_words(icon.aliases[0])
+            if "/flags/" in icon.raw and "flag" not in words:
+                words = ["flag", "of", *words]
             tags = [*icon.aliases[1:], *reversed(icon.raw.split("/")[:-1])]
             return _Draft(icon, base, icon_set.licence, words, "clipart", [], tags)
         plain = TONE.sub("", icon.raw)
@@ -182,8 +184,8 @@ def drawing_style(
     for word, style in (("fill", "filled"), ("outline", "outline"), ("line", "outline"), ("stroke", "outline")):
         if word in default:
             return style
-    regular = any(re.sub("-regular$", f"-{word}", icon.raw) in siblings for word in ("fill", "filled", "solid"))
-    if icon.stroked or regular or any(f"{base}-{word}" in siblings for word in ("fill", "filled", "solid")):
+    stems = (f"{base}-", icon.raw.removesuffix("regular")) if icon.raw.endswith("-regular") else (f"{base}-",)
+    if icon.stroked or any(stem + word in siblings for stem in stems for word in ("fill", "filled", "solid")):
         return "outline"
     return "filled" if f"{base}-outline" in siblings or f"outline-{base}" in siblings else ""
 

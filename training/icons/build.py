@@ -47,13 +47,13 @@ def build(output: Path, cache: Path, processes: int = 2, docs: Path | None = Non
     folders = fetch_sources(cache)
     skipped: dict[str, str] = {}
     sets = list(iter_sets(folders, skipped))
-    print(
-        f"{sum(len(one.icons) for one in sets):,} icons of {len(sets)} sets; {len(skipped)} sets left out", flush=True
-    )
+    total = sum(len(one.icons) for one in sets)
+    print(f"{total:,} icons of {len(sets)} sets; {len(skipped)} sets left out", flush=True)
     pictures = {
         picture.source_id: picture
         for picture in render_sets((icon for one in sets for icon in one.icons), cache / "rendered", processes)
     }
+    print(f"{total - len(pictures):,} of them are blank or cannot be rendered", flush=True)
     named = [row for row in name_icons(sets, folders) if row.source_id in pictures]
     for row in named:
         row.style = row.style or ("colour" if pictures[row.source_id].mode == "RGBA" else "")

@@ -88,7 +88,7 @@ def load_tags(folders: Mapping[str, Path]) -> dict[str, dict[str, list[str]]]:
 
 def clean_tag(tag: str) -> str:
     """A tag as natural words, or an empty string if it says nothing about a picture."""
-    text = to_name(to_words(tag.strip("* ")))
+    text = "" if tag.strip().isdigit() else to_name(to_words(tag.strip("* ")))
     plain = re.search(r"[a-z]{2}", text) and len(text) <= 32 and len(text.split()) <= 4
     return text if plain and text not in STOP_TAGS else ""
 
