@@ -56,7 +56,8 @@ def build(output: Path, cache: Path, processes: int = 2, docs: Path | None = Non
     print(f"{total - len(pictures):,} of them are blank or cannot be rendered", flush=True)
     named = [row for row in name_icons(sets, folders) if row.source_id in pictures]
     for row in named:
-        row.style = row.style or ("colour" if pictures[row.source_id].mode == "RGBA" else "")
+        if pictures[row.source_id].mode == "RGBA" and row.style in ("", "bold", "filled", "outline", "thin"):
+            row.style = "colour"  # what a set calls outline has coloured areas as well
     print(f"{len(named):,} icons with a name and a picture", flush=True)
     rows, splits, dropped = split_rows(named, pictures)
     output.mkdir(parents=True, exist_ok=True)

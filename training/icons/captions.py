@@ -18,8 +18,10 @@ DIRECTIONS = frozenset(
 )
 LINKS = frozenset("and at behind for from in inside making of on over to under with without".split())
 SINGULAR_S = frozenset("atlas bus canvas cactus compass gas iris lens octopus pus tennis virus walrus".split())
+# Words that begin with the sound of a vowel: most vowels, a silent h, initials such as "svg".
 AN = re.compile(
-    r"(?:[aeio]|u(?!biq|fo|k|ni(?!n)|r[ln]|s[abeu]|til)|hono|hour|heir|(?:[fhlmnrsx]|mri|[ms]d|sms|rss|nfc|mp\d|html|x-ray)\b)"
+    r"(?:[aeio](?!ne\b|nce\b|u(?:ro|cal|gen))|u(?!biq|fo|k|ni(?!n)|r[ln]|s[abeu]|til)|hon(?:o|est)|hour(?!i)|heir"
+    r"|[fhlmnrsx]\b|[fhlmnrsx][bcdfghjklmnpqrstvwxz]{1,4}\d?\b|hdmi\b|mfa\b|mri\b|x-)"
 )
 EMOJI_SETS = frozenset("emojione emojione-monotone fxemoji noto noto-v1 streamline-emojis twemoji".split())
 STYLE_ADJECTIVES = {

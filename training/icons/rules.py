@@ -37,6 +37,8 @@ SET_RULES: dict[str, tuple[tuple[str, str], ...]] = {
         ("-line$", "-outline"),
     ),
     "dinkie-icons": ((r"-small(-filled)?$", r"\1"),),
+    "emojione": ((r"^flag-for-(flag-)?", "flag-of-"),),
+    "emojione-monotone": ((r"^flag-for-(flag-)?", "flag-of-"),),
     "fluent-mdl2": (("-solid$", "-filled"),),
     "garden": ((r"-fill-\d+$", "-filled"), (r"-stroke-\d+$", "-outlined")),
     "ic": ((r"^(\w+)-local-(?!see)", r"\1-"),),
