@@ -153,14 +153,12 @@ def permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor)
     return torch.ops.mome.permute_rows(rows, order, inverse)
 
 
-def router_losses(
+def router_sums(
     logits: torch.Tensor, experts_per_token: int, token_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Balance loss and z-loss of one group in one layer.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the balance and z-losses are made of, as sums over the tokens of one group in one layer.
 
-    The balance loss is E Σ_e f_e P_e (Switch, 2101.03961, eq. 4; per modality: LIMoE, 2206.02770) with f_e the share
-    of the group's assignments that expert e got on all ranks and P_e its mean probability: 1 when balanced. The
-    z-loss is the mean of logsumexp(logits)² (ST-MoE, 2202.08906, eq. 5).
+    Sums can be added up over parts of a batch and over processes; `router_losses_of` makes losses of them.
 
     Args:
         logits: (batch, tokens, experts) fp32, over the experts of the group.
@@ -168,17 +166,40 @@ def router_losses(
         token_mask: (batch, tokens), 0 where padding; `None`: no padding.
 
     Returns:
-        Two scalars.
+        assignments (experts,), without gradient; probabilities (experts,); squared logsumexp (); tokens ().
     """
     experts = logits.shape[-1]
     logits = logits.reshape(-1, experts)
     mask = logits.new_ones(logits.shape[0]) if token_mask is None else token_mask.reshape(-1).to(logits.dtype)
-    tokens = mask.sum().clamp(min=1)
     chosen = F.one_hot(logits.topk(experts_per_token, dim=-1).indices, experts).sum(dim=1)
     assignments = (chosen * mask[:, None]).sum(dim=0)
+    probability = (logits.softmax(dim=-1) * mask[:, None]).sum(dim=0)
+    return assignments, probability, (logits.logsumexp(dim=-1).square() * mask).sum(), mask.sum()
+
+
+def router_losses_of(
+    assignments: torch.Tensor, probability: torch.Tensor, squared_logsumexp: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance loss and z-loss from the sums of `router_sums`; leading dimensions (layers, groups, …) are kept.
+
+    The balance loss is E Σ_e f_e P_e (Switch, 2101.03961, eq. 4; per modality: LIMoE, 2206.02770) with f_e the share
+    of the assignments that expert e got and P_e its mean probability: 1 when balanced. The z-loss is the mean of
+    logsumexp(logits)² (ST-MoE, 2202.08906, eq. 5).
+    """
+    share = assignments / assignments.sum(dim=-1, keepdim=True).clamp(min=1)
+    tokens = tokens.clamp(min=1)
+    balance = assignments.shape[-1] * (share * probability).sum(dim=-1) / tokens
+    return balance, squared_logsumexp / tokens
+
+
+def router_losses(
+    logits: torch.Tensor, experts_per_token: int, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance loss and z-loss of one group in one layer, two scalars; the assignments are those of all processes.
+
+    Arguments as those of `router_sums`.
+    """
+    assignments, *sums = router_sums(logits, experts_per_token, token_mask)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(assignments)
-    share = assignments / assignments.sum().clamp(min=1)
-    probability = (logits.softmax(dim=-1) * mask[:, None]).sum(dim=0) / tokens
-    z_loss = (logits.logsumexp(dim=-1).square() * mask).sum() / tokens
-    return experts * (share * probability).sum(), z_loss
+    return router_losses_of(assignments, *sums)

@@ -15,15 +15,10 @@ transformers models use SDPA where they have it, and BEiT-3 goes without its sub
 """
 
 import argparse
-import csv
-import datetime
 import functools
 import os
-import platform
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Iterator
@@ -39,9 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_mome import MomeConfig
+from ..evaluation.results import COLUMNS, append_rows, environment
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
 
-COLUMNS = "commit date command hardware data metric value peer peer_value ratio".split()
 FP32, BF16 = torch.float32, torch.bfloat16
 IMAGES, TEXTS, TEXT_TOKENS, CAPTION_TOKENS, CAPTION_BATCHES = 16, 64, 32, 20, (1, 8)
 
@@ -256,16 +251,6 @@ SECTIONS = {"image": embed, "text": functools.partial(embed, modality="text")}
 SECTIONS |= {"compiled": functools.partial(embed, compiled=True), "caption": caption, "routed": routed}
 
 
-def environment() -> dict[str, str]:
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    processor = re.search(r"model name\s*: (.*)", info)
-    hardware = f"{processor[1] if processor else platform.machine()}, {torch.get_num_threads()} threads"
-    hardware += f", torch {torch.__version__}, transformers {transformers.__version__}"
-    return {"commit": commit, "date": datetime.date.today().isoformat(), "hardware": hardware}
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -289,12 +274,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for section in sections:
         SECTIONS[section](race)
     if options.results:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        with options.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if not file.tell():
-                writer.writeheader()
-            writer.writerows(common | row for row in race.rows)
+        append_rows(options.results, [common | row for row in race.rows])
     return race.rows
 
 

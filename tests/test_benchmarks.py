@@ -1,7 +1,8 @@
 import csv
 import sys
 
-from mome.benchmarks.inference import COLUMNS, main
+from mome.benchmarks.inference import main
+from mome.evaluation.results import COLUMNS
 
 
 def test_the_benchmark_holds_mome_against_each_installed_peer_and_names_a_missing_one(monkeypatch, capsys, tmp_path):

@@ -1,0 +1,99 @@
+"""Retrieval, zero-shot and caption metrics as pure functions of tensors and strings. All are shares in 0…1."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+WORD = re.compile(r"\w+")
+
+
+def retrieval_recall(
+    similarity: torch.Tensor, positives: torch.Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[int, float]:
+    """Share of queries for which one of their positives is among the k most similar candidates.
+
+    Ties count against the query: a candidate as similar as the best positive is put before it.
+
+    Args:
+        similarity: (queries, candidates).
+        positives: (queries, candidates) bool; queries without a positive are left out.
+
+    Returns:
+        k → recall at k.
+    """
+    asked = positives.any(dim=1)
+    if not asked.any():
+        raise ValueError("no query has a positive candidate")
+    similarity, positives = similarity[asked], positives[asked]
+    best = similarity.masked_fill(~positives, -torch.inf).amax(dim=1, keepdim=True)
+    rank = ((similarity >= best) & ~positives).sum(dim=1)
+    return {k: (rank < k).float().mean().item() for k in ks}
+
+
+def zero_shot_accuracy(
+    similarity: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int] = (1, 5), seed: int = 0
+) -> dict[int, float]:
+    """Accuracy of choosing among `classes` texts: the image's own and others drawn at random, the same for a seed.
+
+    Args:
+        similarity: (images, texts).
+        labels: (images,) index of each image's own text.
+        classes: how many texts are chosen from; all of them if there are fewer.
+
+    Returns:
+        k → share of images whose own text is among the k most similar.
+    """
+    images, texts = similarity.shape
+    classes = min(classes, texts)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(images, texts, generator=generator)
+    order[torch.arange(images), labels] = -1  # the own text is always among the chosen
+    chosen = order.argsort(dim=1)[:, :classes]
+    own = similarity.gather(1, labels[:, None])
+    rank = (similarity.gather(1, chosen)[:, 1:] >= own).sum(dim=1)
+    return {k: (rank < k).float().mean().item() for k in ks}
+
+
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of captions with the words of one of their references, in order."""
+    hits = [
+        any(words_of(caption) == words_of(reference) for reference in own)
+        for caption, own in zip(captions, references, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def token_f1(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean over captions of the F1 of their words (as multisets) against the closest reference (SQuAD, 1606.05250)."""
+
+    def f1(caption: str, reference: str) -> float:
+        ours, theirs = Counter(words_of(caption)), Counter(words_of(reference))
+        common = (ours & theirs).total()
+        return 2 * common / max(ours.total() + theirs.total(), 1)
+
+    best = [max(f1(caption, each) for each in own) for caption, own in zip(captions, references, strict=True)]
+    return sum(best) / len(best)
+
+
+def bleu4_and_cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-4 and CIDEr of the COCO caption evaluation, over lower-case words without punctuation.
+
+    pycocoevalcap's own tokenizer needs Java; only its scorers are used.
+
+    Raises:
+        ModuleNotFoundError: without `pip install mome[eval]`.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    ours = {index: [" ".join(words_of(caption))] for index, caption in enumerate(captions)}
+    theirs = {index: [" ".join(words_of(each)) for each in own] for index, own in enumerate(references)}
+    bleu, _ = Bleu(4).compute_score(theirs, ours, verbose=0)
+    cider, _ = Cider().compute_score(theirs, ours)
+    return {"bleu4": float(bleu[3]), "cider": float(cider)}

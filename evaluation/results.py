@@ -1,0 +1,33 @@
+"""The results file: one appended row for every measurement, with what is needed to repeat it."""
+
+import csv
+import datetime
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+COLUMNS = "commit date command hardware data metric value peer peer_value ratio".split()
+
+
+def environment() -> dict[str, str]:
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = re.search(r"model name\s*: (.*)", info)
+    hardware = f"{processor[1] if processor else platform.machine()}, {torch.get_num_threads()} threads"
+    hardware += f", torch {torch.__version__}, transformers {transformers.__version__}"
+    return {"commit": commit, "date": datetime.date.today().isoformat(), "hardware": hardware}
+
+
+def append_rows(path: Path, rows: list[dict]):
+    """Appends rows to the CSV file, which is made with its header if it isn't there. Missing columns stay empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,126 @@
+"""The losses of a batch are the same, and so are their gradients, however the batch is split."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from distributed_worker import dropout_pair, gradients, whole_batch
+
+from models import tiny_captioner
+from mome.modeling_mome import contrastive_loss
+from mome.training import objective
+from mome.training.data import Batch
+from mome.training.recipe import Recipe
+
+TESTS = Path(__file__).parent
+
+
+def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
+    assert found.keys() == expected.keys() and len(found) > 20
+    for name, gradient in expected.items():
+        distance = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-8)
+        assert distance <= bound, f"{name}: {distance:.2e}"
+
+
+def torchrun(script: str | Path, *arguments: str, processes: int = 2, module: bool = False, **options):
+    """Runs a script with so many processes that talk over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    command += [*["-m"] * module, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(TESTS / "distributed_worker.py", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed"])
+def test_two_processes_with_and_without_chunks_have_the_gradient_of_one(variant, of_two_processes):
+    one = gradients(variant, image_dropout=0.0)
+    assert_equal_gradients(of_two_processes[f"{variant}-None"], one)
+    assert_equal_gradients(of_two_processes[f"{variant}-4"], one)
+
+
+def test_a_gather_that_loses_its_gradient_is_noticed(of_two_processes):
+    one = gradients("dense", image_dropout=0.0)
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(of_two_processes["dense-no-gradient-through-the-gather"], one)
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed", "top1", "masked", "relative", "unshared"])
+@pytest.mark.parametrize("chunk_size", [4, 5])
+def test_chunks_have_the_gradient_of_the_whole_batch(variant, chunk_size):
+    whole = gradients(variant, image_dropout=0.0)
+    assert_equal_gradients(gradients(variant, chunk_size, image_dropout=0.0), whole)
+
+
+@pytest.mark.parametrize("recipe", [{"caption_weight": 0.0}, {"contrastive_weight": 0.0}])
+def test_either_loss_alone_is_the_same_in_chunks(recipe):
+    recipe["image_dropout"] = 0.0
+    whole = gradients("routed", **recipe)
+    assert_equal_gradients(gradients("routed", 4, **recipe), whole)
+
+
+@pytest.mark.parametrize("variant", ["dense", "routed"])
+def test_chunks_with_dropout_see_the_same_random_numbers_in_both_runs(variant, of_two_processes, monkeypatch):
+    found, expected = dropout_pair(variant)
+    assert_equal_gradients(found, expected)
+    assert_equal_gradients(of_two_processes[f"{variant}-dropout"], of_two_processes[f"{variant}-dropout-at-once"])
+    # and the comparison would notice if they did not
+    monkeypatch.setattr(objective.RandomState, "replayed", lambda self: contextlib.nullcontext())
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(gradients(variant, 4, dropout=0.2), found)
+
+
+def test_the_loss_over_ranks_is_the_models_own_on_one_process():
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(9, 8), dim=1) for _ in range(2))
+    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 1, 8])
+    expected = contrastive_loss(20 * images @ texts.T, ids[:, None] == ids[None])
+    valid = torch.ones(9, dtype=torch.bool)
+    scale = torch.tensor(20.0)
+    torch.testing.assert_close(
+        objective.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], valid), expected
+    )
+    # Rows that can't be used are as if they weren't there.
+    keep = valid.clone()
+    keep[[2, 4]] = False
+    found = objective.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], keep)
+    images, texts, ids = images[keep], texts[keep], ids[keep]
+    torch.testing.assert_close(found, contrastive_loss(20 * images @ texts.T, ids[:, None] == ids[None]))
+
+
+def test_the_joint_loss_is_that_of_the_captioner():
+    captioner = tiny_captioner("routed").train()
+    batch = whole_batch(captioner.config)
+    keep = batch.valid
+    given = {
+        "pixel_values": batch.pixel_values[keep].float(),
+        "input_ids": batch.input_ids[keep],
+        "attention_mask": batch.attention_mask[keep],
+    }
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    expected = captioner(**given, labels=labels).loss
+    model = objective.PairModel(captioner)
+    # Padding is masked out of the ids before they are compared, as the captioner does.
+    masked = given["input_ids"].masked_fill(given["attention_mask"] == 0, -1)
+    ids = torch.tensor([hash(tuple(row.tolist())) for row in masked])[:, None]
+    own = Batch(*given.values(), ids, torch.ones(len(ids), dtype=torch.bool))
+    recipe = Recipe(output="-", dataset="-", checkpoint="-", steps=1)
+    found, _ = objective.backward(Accelerator(cpu=True), model, own, recipe)
+    torch.testing.assert_close(found.loss, expected.detach())
+
+
+def test_image_dropout_teaches_captions_without_an_image():
+    with_image = gradients("dense", image_dropout=0.0)
+    both = gradients("dense", image_dropout=0.25)
+    assert not torch.equal(with_image["lm_head.decoder.bias"], both["lm_head.decoder.bias"])

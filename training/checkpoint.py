@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoint-00001000.partial/   written by all processes: model, optimiser, random state, progress, moving average
+        manifest.json              written last: size and hash of every file, and what the run was told
+    checkpoint-00001000/           the same after one rename
+
+A checkpoint counts only if every file is as its manifest says. Older ones stay until a newer one is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from .recipe import Recipe, RecipeError
+
+logger = get_logger(__name__)
+
+MANIFEST = "manifest.json"
+# A run that goes on with another value of these would see other data, or the same data twice.
+SAME_DATA = ("dataset", "dataset_options", "split", "streaming", "shuffle_buffer", "batch_size", "seed", "chunk_size")
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch, batch: the next batch, and the epoch that it belongs to.
+        pairs: pairs seen. bad: rows that could not be used.
+        bad_names: some of them, with the reason.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    pairs: int = 0
+    bad: int = 0
+    bad_names: list[str] = field(default_factory=list)
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict):
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        accelerator: has model, optimiser and everything else that a checkpoint holds.
+        folder: where they are.
+        recipe: tells how many to keep, and is compared when a run goes on.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, recipe: Recipe):
+        self.accelerator, self.folder, self.recipe = accelerator, folder, recipe
+
+    def save(self, step: int) -> Path | None:
+        """Writes a checkpoint; returns its folder, or `None` if that failed (a full disk), which is logged.
+
+        Earlier checkpoints are untouched by a failure.
+        """
+        final = self.folder / f"checkpoint-{step:08d}"
+        partial = final.with_name(final.name + ".partial")
+        error = None
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(partial))
+        except Exception as raised:  # each writer has its own error for a full disk
+            error = raised
+        if self._anywhere(error is not None):
+            return self._give_up(partial, final, error)
+        try:
+            if self.accelerator.is_main_process:
+                self._finish(partial, final, step)
+        except OSError as raised:
+            error = raised
+        if self._anywhere(error is not None):
+            return self._give_up(partial, final, error)
+        return final
+
+    def _finish(self, partial: Path, final: Path, step: int):
+        files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in _files(partial)}
+        manifest = {"step": step, "files": files, "recipe": {name: getattr(self.recipe, name) for name in SAME_DATA}}
+        with (partial / MANIFEST).open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in self._folders()[: -self.recipe.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+        for stale in self.folder.glob("checkpoint-*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+    def _give_up(self, partial: Path, final: Path, error: Exception | None) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 2**20
+            reason = "another process failed" if error is None else (str(error) or type(error).__name__)
+            kept = self._folders()
+            logger.error(
+                f"could not write {final}: {reason.splitlines()[0]} ({free:.0f} MiB free); "
+                + (f"the last whole checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint")
+            )
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; broken ones are named in the log and passed over.
+
+        Raises:
+            RecipeError: it belongs to a run over other data.
+        """
+        found = [None]
+        if self.accelerator.is_main_process:
+            for folder in reversed(self._folders()):
+                if reason := _broken(folder):
+                    logger.warning(f"{folder} is not whole ({reason}): trying the one before")
+                    continue
+                found = [str(folder)]
+                break
+        broadcast_object_list(found)
+        if found[0] is None:
+            return None
+        self._compare(Path(found[0]))
+        return Path(found[0])
+
+    def load(self, folder: Path):
+        """Puts everything back as it was."""
+        try:
+            self.accelerator.load_state(str(folder))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RecipeError(f"{folder} does not fit this recipe: {reason}") from error
+
+    def _compare(self, folder: Path):
+        then = json.loads((folder / MANIFEST).read_text())["recipe"]
+        for name in SAME_DATA:
+            now = getattr(self.recipe, name)
+            if then[name] != now:
+                raise RecipeError(
+                    f"{folder} was made with {name}={then[name]!r}, the recipe says {now!r}: "
+                    "set it back, or give the run another output"
+                )
+
+    def _folders(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(path for path in self.folder.glob("checkpoint-*") if path.suffix != ".partial")
+
+    def _anywhere(self, failed: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return failed
+        flag = torch.tensor([int(failed)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _fingerprint(path: Path) -> list:
+    """Size in bytes and hash of a file, which is on the disk afterwards."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.blake2b(digest_size=16)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _broken(folder: Path) -> str | None:
+    """Why a checkpoint is not whole; `None` if it is."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "no manifest"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _fingerprint(path)[1] != digest:
+            return f"{name} has changed"
+    return None

@@ -1,0 +1,372 @@
+"""Image–text pairs, from anything that `datasets` reads to the tensors of a batch.
+
+    load_rows ─ Dataset of raw rows ─ Batches / StreamedBatches ─ Batch of this process for one step
+                                      (texts drawn, images decoded, augmented, tokenised)
+
+- order, texts and augmentation follow from (seed, epoch, step, rank) alone: a run that is resumed sees what it would
+  have seen, and no state of workers or iterators needs saving;
+- a row that can't be used (unreadable image, no text) keeps its place as an invalid row, so that shapes, order and
+  the other processes stay as they are; it is reported by name and takes no part in any loss.
+"""
+
+import difflib
+import hashlib
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ..processing_mome import MomeProcessor, load_rgb_image
+from .augment import Augmentation, Example
+from .recipe import RecipeError
+
+MAX_REPORTED = 5  # names of bad rows that one batch reports
+
+
+@dataclass
+class Batch:
+    """Pairs of one process for one step.
+
+    Attributes:
+        pixel_values: (pairs, channels, side, side) float32.
+        input_ids, attention_mask: (pairs, tokens) int64, padded on the right to a fixed length.
+        positive_ids: (pairs, 1 or 2) int64: rows that agree in a column are positives of each other.
+        valid: (pairs,) bool, False for a row that could not be used.
+        texts: the texts as they were tokenised.
+        bad: name and reason of rows that could not be used.
+    """
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    positive_ids: torch.Tensor
+    valid: torch.Tensor
+    texts: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+    def chunks(self, size: int | None) -> list["Batch"]:
+        """The batch in parts of `size` pairs, the last one possibly smaller."""
+        size = size or len(self)
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        parts = []
+        for start in range(0, len(self), size):
+            parts.append(replace(self, **{key: value[start : start + size] for key, value in tensors.items()}))
+        return parts
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def load_rows(
+    dataset: str,
+    split: str,
+    options: dict[str, Any] | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    text_column: str = "text",
+    further_columns: tuple[str | None, ...] = (),
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+    """A split whose images are still encoded, and the name of its image column.
+
+    Raises:
+        RecipeError: no such data set, split or column; a column without images; no rows.
+    """
+    rows = _read(dataset, split, dict(options or {}), streaming)
+    columns = rows.features
+    if columns is None:  # a stream tells its columns only with its first row
+        rows = rows._resolve_features()
+        columns = rows.features
+    if image_column is None:
+        images = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise RecipeError(f"{dataset!r} has no column of type Image among {', '.join(columns)}: set image_column")
+        image_column = images[0]
+    for name in (image_column, text_column, *further_columns):
+        if name is not None and name not in columns:
+            close = difflib.get_close_matches(name, columns, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(columns)}"
+            raise RecipeError(f"{dataset!r} (split {split!r}) has no column {name!r}: {hint}")
+    if isinstance(rows, datasets.Dataset) and not len(rows):
+        raise RecipeError(f"{dataset!r} has no rows in split {split!r}")
+    try:
+        return rows.cast_column(image_column, datasets.Image(decode=False)), image_column
+    except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"column {image_column!r} of {dataset!r} holds no images: {reason}") from None
+
+
+def _read(dataset: str, split: str, options: dict[str, Any], streaming: bool):
+    path = Path(dataset)
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(dataset)
+            rows = saved if isinstance(saved, datasets.Dataset) else _split_of(saved, split, dataset)
+            return rows.to_iterable_dataset() if streaming else rows
+        kinds = {".parquet": "parquet", ".tar": "webdataset", ".jsonl": "json", ".arrow": "arrow"}
+        if path.suffix in kinds and not path.is_dir():
+            options = {"data_files": {split: dataset}} | options
+            dataset = kinds[path.suffix]
+        return datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
+    except FileNotFoundError as error:
+        raise RecipeError(f"data set {dataset!r} is not there: {str(error).splitlines()[0]}") from None
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise RecipeError(f"data set {dataset!r} is not there: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise RecipeError(f"data set {dataset!r}, split {split!r}: {str(error).splitlines()[0]}") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise RecipeError(f"data set {dataset!r} can't be read: {reason}") from None
+
+
+def _split_of(saved, split: str, dataset: str):
+    if split not in saved:
+        raise RecipeError(f"{dataset!r} has no split {split!r}: it has {', '.join(saved)}")
+    return saved[split]
+
+
+def decode_image(value: Any) -> Image.Image:
+    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read."""
+    if isinstance(value, Image.Image):
+        return value
+    if not value or (value.get("bytes") is None and value.get("path") is None):
+        raise ValueError("no image")
+    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
+    image = Image.open(source)
+    image.load()
+    return image
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts of a row that are not blank."""
+    values = [value] if isinstance(value, str) else [] if value is None else value
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
+
+
+# ------------------------------------------------------------------------------------------- rows to tensors
+
+
+def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
+    """What `image_processor` makes of images, in one step for the batch where it only resizes and normalises.
+
+    Args:
+        images: PIL images of any mode, or RGB uint8 arrays (height, width, 3).
+
+    Returns:
+        (images, 3, height, width) float32.
+    """
+    size = image_processor.size
+    get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
+    height, width = get("height"), get("width")
+    crop = getattr(image_processor, "do_center_crop", False)
+    plain = image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
+    if not plain or crop or not height or not width:
+        rgb = [load_rgb_image(each) for each in images]
+        return image_processor(rgb, return_tensors="pt")["pixel_values"]
+    arrays = []
+    for each in images:
+        if not isinstance(each, np.ndarray) or each.shape != (height, width, 3) or each.dtype != np.uint8:
+            each = load_rgb_image(each)
+            if each.size != (width, height):
+                each = each.resize((width, height), resample=image_processor.resample)
+        arrays.append(np.asarray(each))
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
+    )
+    return (pixels * image_processor.rescale_factor - mean) / std
+
+
+def stable_hash(text: str) -> int:
+    """63 bits that are the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class Collator:
+    """Raw rows → `Batch`.
+
+    Args:
+        max_text_tokens: texts are cut and padded to so many tokens.
+        text_column, image_column, positive_column: see `Recipe`.
+    """
+
+    processor: MomeProcessor
+    max_text_tokens: int
+    image_column: str
+    text_column: str = "text"
+    positive_column: str | None = None
+    augmentations: list[Augmentation] = field(default_factory=list)
+
+    def __call__(self, rows: list[Example], names: list[str], rng: np.random.Generator) -> Batch:
+        """rows, what error messages call them, and a generator → one batch of `len(rows)` pairs."""
+        examples, places, bad = [], [], []
+        for place, (row, name) in enumerate(zip(rows, names)):
+            draw = rng.random()  # one for every row, good or bad, so that a bad row changes nothing else
+            try:
+                texts = texts_of(row[self.text_column])
+                if not texts:
+                    raise ValueError("no text")
+                image = decode_image(row[self.image_column])
+            except Exception as error:  # Pillow's decoders raise nearly anything
+                bad.append(f"{self._name(row, name)}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+                continue
+            examples.append(row | {"image": image, "text": texts[int(draw * len(texts))]})
+            places.append(place)
+        for augment in self.augmentations if examples else ():
+            examples = augment(examples, rng)
+        return self._tensors(examples, places, len(rows), bad)
+
+    def _name(self, row: Example, name: str) -> str:
+        path = row[self.image_column].get("path") if isinstance(row[self.image_column], dict) else None
+        return f"{name} ({path})" if path else name
+
+    def _tensors(self, examples: list[Example], places: list[int], size: int, bad: list[str]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        texts = [""] * size
+        groups = [""] * size
+        for place, each in zip(places, examples):
+            texts[place] = each["text"]
+            groups[place] = str(each[self.positive_column]) if self.positive_column else ""
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_text_tokens, return_tensors="pt"
+        )
+        valid = torch.zeros(size, dtype=torch.bool)
+        valid[places] = True
+        positive_ids = [[stable_hash(text)] for text in texts]
+        if self.positive_column:
+            positive_ids = [[*ids, stable_hash(group)] for ids, group in zip(positive_ids, groups)]
+        side = self.processor.image_processor
+        blank = np.zeros((1, 1, 3), np.uint8)
+        pixels = to_pixel_values([each["image"] for each in examples] or [blank], side)
+        pixel_values = pixels.new_zeros(size, *pixels.shape[1:])
+        if examples:
+            pixel_values[places] = pixels
+        return Batch(
+            pixel_values,
+            tokens["input_ids"],
+            tokens["attention_mask"],
+            torch.tensor(positive_ids),
+            valid,
+            texts,
+            bad,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- order of rows
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which rows of a global batch are this process's."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.world_size:
+            raise RecipeError(f"batch_size={self.batch_size} is not a multiple of the {self.world_size} processes")
+
+    @property
+    def own(self) -> slice:
+        size = self.batch_size // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number `step` of one epoch over a data set that allows random access."""
+
+    def __init__(self, rows: datasets.Dataset, collator: Collator, part: Slice, seed: int, epoch: int = 0):
+        if len(rows) < part.batch_size:
+            raise RecipeError(f"{len(rows)} rows are fewer than batch_size={part.batch_size}: make it smaller")
+        self.rows, self.collator, self.part, self.seed, self.epoch = rows, collator, part, seed, epoch
+        self.order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+
+    def __len__(self) -> int:
+        """Whole batches of an epoch; the rest of the rows has its turn in another one."""
+        return len(self.rows) // self.part.batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        start = step * self.part.batch_size
+        indices = self.order[start : start + self.part.batch_size][self.part.own]
+        columns = self.rows[indices]
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        rng = np.random.default_rng([self.seed, self.epoch, step, self.part.rank])
+        return self.collator(rows, [f"row {index}" for index in indices], rng)
+
+
+class StreamedBatches(torch.utils.data.IterableDataset):
+    """The batches of one epoch over a stream, from batch number `start` on.
+
+    Every process reads the whole stream and decodes its own rows only, so that the order does not depend on the number
+    of processes.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        collator: Collator,
+        part: Slice,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        buffer_size: int = 10_000,
+    ):
+        self.rows = rows.shuffle(seed=seed + epoch, buffer_size=buffer_size).skip(start * part.batch_size)
+        self.collator, self.part, self.seed, self.epoch, self.start = collator, part, seed, epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = enumerate(self.rows, self.start * self.part.batch_size)
+        for step in itertools.count(self.start):
+            numbered = list(itertools.islice(stream, self.part.batch_size))
+            if len(numbered) < self.part.batch_size:
+                return
+            own = numbered[self.part.own]
+            rng = np.random.default_rng([self.seed, self.epoch, step, self.part.rank])
+            yield self.collator([row for _, row in own], [f"row {number} of the stream" for number, _ in own], rng)
+
+
+def epoch_of_batches(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    collator: Collator,
+    part: Slice,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    buffer_size: int = 10_000,
+    num_workers: int = 0,
+) -> torch.utils.data.DataLoader:
+    """The batches of an epoch from number `start` on, made by `num_workers` processes.
+
+    A stream has one, always: in a worker `datasets` shuffles it in another order than in the main process.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        batches = StreamedBatches(rows, collator, part, seed, epoch, start, buffer_size)
+        sampler, num_workers = None, 1
+    else:
+        batches = Batches(rows, collator, part, seed, epoch)
+        sampler = range(start, len(batches))
+    return torch.utils.data.DataLoader(
+        batches,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=lambda batch: batch,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # or starting a loader would move the generator that dropout draws from
+    )

@@ -1,0 +1,385 @@
+"""The losses of a batch, exact whatever the number of processes and chunks.
+
+    Batch ─ chunks ─ PairModel ─ PairOutputs: image_embeds, text_embeds, logit_scale, sums of caption and router terms
+                     (inside DDP, FSDP2,      │
+                      torch.compile)          └─ contrastive_loss_over_ranks (all_gather) + caption + router ─ backward
+
+Every term is a sum over rows or tokens, divided by its number in the whole batch over all processes (`Totals`, known
+before the forward pass). So 1 process × 32 pairs, 2 × 16, and either in chunks give the same gradient.
+
+GradCache (2101.06983) for chunks: embed all chunks without gradient, take the gradient of the contrastive loss with
+respect to the embeddings, then run each chunk again with gradient and backpropagate ⟨embeddings, that gradient⟩. The
+second run sees the random numbers of the first, so that dropout is the same in both.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import distributed, nn
+from torch.nn import functional as F
+
+from ..routing_mome import router_losses_of, router_sums
+from .data import Batch
+from .recipe import Recipe
+
+GROUPS = ("image", "text")  # the groups of experts that these losses reach
+
+
+class PairOutputs(NamedTuple):
+    """What one forward pass over pairs gives.
+
+    Attributes:
+        image_embeds, text_embeds: (pairs, projection_dim) float32, L2-normalised.
+        logit_scale: (), the inverse temperature.
+        caption_loss: (), sum over caption tokens; 0 where no captions were asked for.
+        assignments: (layers, groups, experts) tokens that went to each expert, without gradient.
+        probabilities: (layers, groups, experts), squared_logsumexp, tokens: (layers, groups); see `router_sums`.
+    """
+
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+    logit_scale: torch.Tensor
+    caption_loss: torch.Tensor
+    assignments: torch.Tensor | None
+    probabilities: torch.Tensor | None
+    squared_logsumexp: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+
+class PairModel(nn.Module):
+    """A captioner's forward pass for training: both embeddings, caption loss and routing of a chunk of pairs.
+
+    Args:
+        captioner: a `MomeForConditionalGeneration`, or peft's wrapper of one.
+        label_smoothing: of the caption loss.
+        image_dropout: share of the rows whose caption is learnt a second time, without the image.
+        captions: whether captions are learnt at all.
+    """
+
+    _no_split_modules = ["MomeLayer"]  # the unit that FSDP shards
+
+    def __init__(self, captioner: nn.Module, label_smoothing: float = 0.0, image_dropout: float = 0.0, captions=True):
+        super().__init__()
+        self.captioner = captioner
+        self.label_smoothing, self.image_dropout, self.captions = label_smoothing, image_dropout, captions
+
+    @property
+    def config(self):
+        return self.captioner.config
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        valid: torch.Tensor,
+        embed_only: bool = False,
+    ) -> PairOutputs:
+        """See `Batch` for shapes. With `embed_only` the caption pass is left out."""
+        routed = self.config.experts_per_group > 1
+        # Text, image, caption: `embed_only` draws the same random numbers as far as it goes.
+        text = self.captioner.get_text_features(input_ids, attention_mask, output_router_logits=routed)
+        caption_loss = _wide(text.pooler_output.new_zeros(()))
+        routing = [("text", text.router_logits, attention_mask)]
+        if embed_only or not self.captions:
+            image = self.captioner.get_image_features(pixel_values, output_router_logits=routed)
+            image_embeds = image.pooler_output
+            routing += [("image", image.router_logits, None)]
+        else:
+            labels = caption_labels(input_ids, attention_mask, valid)
+            options = {"image_tokens_in_input": False, "use_cache": False, "output_router_logits": routed}
+            image = self.captioner(input_ids, pixel_values, attention_mask, **options)
+            image_embeds = image.image_embeds
+            caption_loss = caption_loss + self._caption_loss(image.logits, labels)
+            routing += _routing_of(image.router_logits, attention_mask)
+            if without := round(self.image_dropout * len(input_ids)):
+                blind = self.captioner(input_ids[:without], None, attention_mask[:without], **options)
+                caption_loss = caption_loss + self._caption_loss(blind.logits, labels[:without])
+                routing += _routing_of(blind.router_logits, attention_mask[:without])
+        sums = self._routing_sums(routing, valid) if routed else (None,) * 4
+        scale = _wide(self._logit_scale()).exp().reshape(())
+        return PairOutputs(_wide(image_embeds), _wide(text.pooler_output), scale, caption_loss, *sums)
+
+    def _logit_scale(self) -> torch.Tensor:
+        return self.captioner.get_submodule(_embedder_path(self.captioner)).logit_scale
+
+    def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(
+            _wide(logits[:, :-1].flatten(0, 1)),
+            labels[:, 1:].flatten(),
+            ignore_index=-100,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _routing_sums(self, routing: list, valid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(layers, groups, …) sums over all passes."""
+        totals = []
+        for layer in range(self.config.num_hidden_layers):
+            for group in GROUPS:
+                sums = []
+                for name, logits, mask in routing:
+                    if name == group and logits is not None:
+                        rows = valid[: logits[layer].shape[0], None].expand(-1, logits[layer].shape[1])
+                        mask_of_rows = rows if mask is None else rows & mask.bool()
+                        sums.append(router_sums(logits[layer], self.config.experts_per_token, mask_of_rows))
+                totals.append([torch.stack(each).sum(dim=0) for each in zip(*sums)])
+        shape = (self.config.num_hidden_layers, len(GROUPS))
+        return tuple(torch.stack(each).unflatten(0, shape) for each in zip(*totals))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Losses are float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _embedder_path(captioner: nn.Module) -> str:
+    """Where the `MomeModel` with its `logit_scale` is: peft puts a captioner two modules deeper."""
+    for name, _ in captioner.named_parameters():
+        if name.endswith("logit_scale"):
+            return name.rpartition(".")[0]
+    raise ValueError(f"{type(captioner).__name__} has no logit_scale: pass a MomeForConditionalGeneration")
+
+
+def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor) -> list:
+    """The captioner's router logits, a dict for each layer, as (group, logits of each layer, mask)."""
+    groups = router_logits[0] if router_logits else ()
+    return [
+        (group, tuple(layer[group] for layer in router_logits), text_mask if group == "text" else None)
+        for group in groups
+    ]
+
+
+def caption_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(pairs, tokens) ids, -100 for padding and for rows that are not valid."""
+    return input_ids.masked_fill(~(attention_mask.bool() & valid[:, None]), -100)
+
+
+# ------------------------------------------------------------------------------------------- contrastive loss
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all processes; the gradient of a row is the sum of what every process wants of it."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        ctx.own = slice(distributed.get_rank() * len(rows), (distributed.get_rank() + 1) * len(rows))
+        return _gather(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def all_gather(rows: torch.Tensor) -> torch.Tensor:
+    """(rows, …) of this process → (processes · rows, …) of all, with the exact gradient."""
+    if world_size() == 1:
+        return rows
+    return _AllGather.apply(rows) if rows.is_floating_point() else _gather(rows)
+
+
+def contrastive_loss_over_ranks(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    positive_ids: torch.Tensor,
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    """Multi-positive InfoNCE of the whole batch, this process's share of it times the number of processes.
+
+    Each process compares its own images and texts with those of all; the mean over the processes, which DDP and FSDP
+    take of gradients, is the loss of `modeling_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610).
+
+    Args:
+        image_embeds, text_embeds: (pairs, projection_dim), L2-normalised.
+        logit_scale: (), inverse temperature.
+        positive_ids: (pairs, columns) int64; rows that agree in a column are positives of each other.
+        valid: (pairs,) bool; other rows count neither as positives nor as negatives.
+    """
+    all_images, all_texts = all_gather(image_embeds), all_gather(text_embeds)
+    all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
+    positives = (positive_ids[:, None] == all_ids[None]).any(dim=2)
+    targets = (positives & valid[:, None] & all_valid[None]).to(image_embeds.dtype)
+    weights = targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
+    loss = image_embeds.new_zeros(())
+    for own, others in ((image_embeds, all_texts), (text_embeds, all_images)):
+        logits = (logit_scale * own @ others.T).masked_fill(~all_valid, torch.finfo(own.dtype).min)
+        loss = loss - (weights * logits.log_softmax(dim=1)).sum() / 2
+    return loss * world_size() / all_valid.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass
+class Totals:
+    """Numbers of the whole batch over all processes: pairs, rows that can't be used, tokens that captions predict."""
+
+    pairs: int
+    bad: int
+    caption_tokens: int
+
+    @classmethod
+    def of(cls, batch: Batch, image_dropout: float = 0.0, chunk_size: int | None = None) -> "Totals":
+        tokens = 0
+        for chunk in batch.chunks(chunk_size):
+            predicted = (caption_labels(chunk.input_ids, chunk.attention_mask, chunk.valid)[:, 1:] != -100).sum(dim=1)
+            tokens += int(predicted.sum()) + int(predicted[: round(image_dropout * len(chunk))].sum())
+        counts = torch.tensor([int(batch.valid.sum()), int((~batch.valid).sum()), tokens], device=batch.valid.device)
+        if world_size() > 1:
+            distributed.all_reduce(counts)
+        return cls(*counts.tolist())
+
+
+@dataclass
+class StepLosses:
+    """Losses of one batch, means over the whole batch, and its routing (layers, groups, experts) as token counts."""
+
+    loss: torch.Tensor
+    contrastive: torch.Tensor
+    caption: torch.Tensor
+    router: torch.Tensor
+    assignments: torch.Tensor | None = None
+
+
+class RandomState:
+    """The random numbers that one run of a chunk sees, so that another run can see them again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def replayed(self):
+        with torch.random.fork_rng([self.device] if self.cuda is not None else []):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+def backward(accelerator: Accelerator, model: nn.Module, batch: Batch, recipe: Recipe) -> tuple[StepLosses, Totals]:
+    """Adds the gradient of the whole batch's loss to the parameters.
+
+    Args:
+        model: `PairModel`, prepared by the accelerator.
+        batch: the pairs of this process, on its device.
+        recipe: weights of the losses, `chunk_size`.
+    """
+    chunks = batch.chunks(recipe.chunk_size)
+    totals = Totals.of(batch, recipe.image_dropout if recipe.caption_weight else 0.0, recipe.chunk_size)
+    terms = _Terms(accelerator.unwrap_model(model).config, recipe, totals)
+    if len(chunks) == 1:
+        outputs = _run(model, batch)
+        losses = terms.of(outputs, _sum_over_ranks(outputs.assignments))
+        contrastive = _contrastive(outputs, batch) if recipe.contrastive_weight else losses.contrastive
+        loss = losses.loss + recipe.contrastive_weight * contrastive
+        accelerator.backward(loss)
+        return _mean_over_ranks(replace(losses, loss=loss, contrastive=contrastive)), totals
+    return _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe), totals
+
+
+def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> StepLosses:
+    states, first = [], []
+    with torch.no_grad():
+        for chunk in chunks:
+            states.append(RandomState(batch.valid.device))
+            first.append(_run(model, chunk, embed_only=not terms.needs_caption_routing))
+    assignments = None
+    if first[0].assignments is not None:
+        assignments = _sum_over_ranks(torch.stack([each.assignments for each in first]).sum(dim=0))
+    cached = PairOutputs(
+        *(torch.cat(each).requires_grad_() for each in zip(*[outputs[:2] for outputs in first])),
+        first[0].logit_scale.clone().requires_grad_(),
+        *first[0][3:],
+    )
+    sums = StepLosses(*(batch.pixel_values.new_zeros(()) for _ in range(4)), assignments)
+    gradients = None
+    if recipe.contrastive_weight:
+        with torch.enable_grad():
+            sums.contrastive = _contrastive(cached, batch)
+        gradients = torch.autograd.grad(sums.contrastive * recipe.contrastive_weight, tuple(cached[:3]))
+        sums.loss = recipe.contrastive_weight * sums.contrastive.detach()
+    start = 0
+    for number, (chunk, state) in enumerate(zip(chunks, states)):
+        last = number == len(chunks) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with state.replayed():
+                outputs = _run(model, chunk)
+            losses = terms.of(outputs, assignments)
+            surrogate = losses.loss
+            if gradients is not None:
+                rows = slice(start, start + len(chunk))
+                surrogate = surrogate + (outputs.image_embeds * gradients[0][rows]).sum()
+                surrogate = surrogate + (outputs.text_embeds * gradients[1][rows]).sum()
+                surrogate = surrogate + outputs.logit_scale * gradients[2] / len(chunks)
+            accelerator.backward(surrogate)
+        start += len(chunk)
+        for name in ("loss", "caption", "router"):
+            setattr(sums, name, getattr(sums, name) + getattr(losses, name).detach())
+    return _mean_over_ranks(sums)
+
+
+class _Terms:
+    """The caption and router terms of a chunk, each divided by its number in the whole batch."""
+
+    def __init__(self, config, recipe: Recipe, totals: Totals):
+        self.config, self.recipe, self.totals = config, recipe, totals
+
+    @property
+    def needs_caption_routing(self) -> bool:
+        """The balance loss of a chunk needs the assignments of the whole batch, caption tokens included."""
+        return self.config.experts_per_group > 1 and bool(self.recipe.caption_weight)
+
+    def of(self, outputs: PairOutputs, assignments: torch.Tensor | None) -> StepLosses:
+        caption = outputs.caption_loss * world_size() / max(self.totals.caption_tokens, 1)
+        router = caption.new_zeros(())
+        if assignments is not None:
+            # Assignments are twice per token of the text group where captions are learnt; both sums count both.
+            tokens = assignments.sum(dim=-1) / self.config.experts_per_token / world_size()
+            balance, z_loss = router_losses_of(assignments, outputs.probabilities, outputs.squared_logsumexp, tokens)
+            weighted = self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z_loss
+            router = weighted.sum() / self.config.num_hidden_layers
+        loss = self.recipe.caption_weight * caption + router
+        return StepLosses(loss, caption.new_zeros(()), caption, router, assignments)
+
+
+def _run(model: nn.Module, batch: Batch, embed_only: bool = False) -> PairOutputs:
+    return model(batch.pixel_values, batch.input_ids, batch.attention_mask, batch.valid, embed_only=embed_only)
+
+
+def _contrastive(outputs: PairOutputs, batch: Batch) -> torch.Tensor:
+    return contrastive_loss_over_ranks(*outputs[:3], batch.positive_ids, batch.valid)
+
+
+def _sum_over_ranks(assignments: torch.Tensor | None) -> torch.Tensor | None:
+    if assignments is None or world_size() == 1:
+        return assignments
+    assignments = assignments.clone()
+    distributed.all_reduce(assignments)
+    return assignments
+
+
+def _mean_over_ranks(losses: StepLosses) -> StepLosses:
+    """Every process's share is already times the number of processes."""
+    values = torch.stack([losses.loss, losses.contrastive, losses.caption, losses.router]).detach().float()
+    if world_size() > 1:
+        distributed.all_reduce(values)
+        values = values / world_size()
+    return StepLosses(*values.unbind(), losses.assignments)

@@ -1,0 +1,156 @@
+"""Which parameters learn, how fast, and their moving average."""
+
+import contextlib
+import fnmatch
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .recipe import Recipe, RecipeError
+
+NO_DECAY = ("position_embedding", "position_bias", "cls_token", "modality_embedding", "logit_scale")
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, 2103.00020, section 2.5
+
+
+def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Turns the gradient off where the recipe says so and where no loss of the recipe reaches.
+
+    Returns:
+        Names of the parameters that none of the losses reaches: joint experts; projections without the contrastive
+        loss; the caption head without the caption loss.
+
+    Raises:
+        RecipeError: a pattern of `freeze` that matches nothing; nothing left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in recipe.freeze:
+        if not fnmatch.filter(names, pattern) and not fnmatch.filter(names, f"*{pattern}"):
+            raise RecipeError(f"freeze pattern {pattern!r} matches no parameter: names look like {names[0]!r}")
+    unreached = []
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*{pattern}") for pattern in recipe.freeze):
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad and not _is_reached(name, recipe):
+            parameter.requires_grad_(False)
+            unreached.append(name)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError(f"freeze={recipe.freeze} leaves nothing to train")
+    return unreached
+
+
+def _is_reached(name: str, recipe: Recipe) -> bool:
+    if re.search(r"\.joint\.|image_mask_token|pooler|itm_head", name):
+        return False
+    if not recipe.contrastive_weight and re.search(r"(image|text)_projection|logit_scale", name):
+        return False
+    return bool(recipe.caption_weight) or "lm_head" not in name
+
+
+def depth_of(name: str, num_layers: int) -> int:
+    """0 for embeddings, 1…num_layers for the layers, num_layers + 1 for what is above them."""
+    if layer := re.search(r"encoder\.layers\.(\d+)\.", name):
+        return int(layer.group(1)) + 1
+    return 0 if re.search(r"(image|text)_embedding\.|position_bias", name) else num_layers + 1
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, num_layers: int) -> list[dict]:
+    """Groups of AdamW: a learning rate per depth (layer-wise decay), no weight decay for vectors and positions."""
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depth_of(name, num_layers)
+        decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
+        rate = recipe.learning_rate * recipe.layer_decay ** (num_layers + 1 - depth)
+        group = {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": recipe.weight_decay if decays else 0.0}
+        groups.setdefault((depth if recipe.layer_decay != 1 else 0, decays), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, num_layers: int, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameter_groups(model, recipe, num_layers),
+        betas=tuple(recipe.betas),
+        eps=1e-6,  # CLIP's for its ViT towers: second moments of rare words are tiny
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, recipe: Recipe) -> float:
+    """The rates of a step, a function of its number alone; returns the share of the peak."""
+    factor = rate_factor(step, steps, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the peak rate at a step: linear warm-up, then a cosine down to `final_learning_rate_share`."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    progress = min((step - recipe.warmup_steps) / max(steps - recipe.warmup_steps, 1), 1.0)
+    final = recipe.final_learning_rate_share
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def clamp_logit_scale(model: nn.Module):
+    """An inverse temperature of at most 100, as CLIP has it."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_scale"):
+            with torch.no_grad():
+                parameter.clamp_(max=MAX_LOGIT_SCALE)
+
+
+class MovingAverage:
+    """Exponential moving average of the trained parameters, sharded as they are.
+
+    Early steps count more than `1 - decay` (decay is at most (1 + step) / (10 + step)), so that the start fades.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.decay, self.step = decay, 0
+
+    @torch.no_grad()
+    def update(self):
+        self.step += 1
+        weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+        for average, parameter in zip(self.averages, self.parameters):
+            average.lerp_(parameter.detach(), weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averages for weights inside this context."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for average, parameter in zip(self.averages, self.parameters):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict:
+        """Whole tensors, not shards: every process has to call it."""
+        return {"step": self.step, "averages": [_whole(average) for average in self.averages]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict):
+        self.step = state["step"]
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            if isinstance(average, DTensor):
+                saved = distribute_tensor(saved.to(average.device), average.device_mesh, average.placements)
+            average.copy_(saved)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,215 @@
+"""What a run tells: its log, its trackers, contact sheets, and the model card at the end."""
+
+import json
+import shlex
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..configuration_mome import MomeConfig
+from ..evaluation.results import append_rows, environment
+from ..modeling_mome import MomeForConditionalGeneration
+from ..processing_mome import load_rgb_image
+from .objective import GROUPS, PairModel
+from .recipe import Recipe
+
+
+class Log:
+    """`log.jsonl` of a run: one record for every step that is logged and every evaluation.
+
+    When a run goes on from a checkpoint, records of later steps are dropped: they are about to be made again.
+    """
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        records = [line for line in path.read_text().splitlines() if line] if path.exists() and first_step else []
+        kept = [line for line in records if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, **figures: Any):
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def flops_per_pair(captioner: nn.Module, tokens: int, captions: bool, image_dropout: float, pairs: int = 2) -> float:
+    """FLOPs of one pair's training step, forward and backward, counted while one is made.
+
+    Routed experts count as dense ones of the same number of active parameters: the counter can't see into them.
+
+    Args:
+        captioner: what is trained; its gradients are gone afterwards, and no random numbers are used up.
+        tokens: length of the texts.
+    """
+    config, device = captioner.config, captioner.device
+    with torch.random.fork_rng():
+        if config.experts_per_group > 1:
+            captioner = MomeForConditionalGeneration(_dense(config)).to(device)
+        model = PairModel(captioner.train(), 0.0, image_dropout, captions)
+        pixels = torch.zeros(pairs, config.num_channels, config.image_size, config.image_size, device=device)
+        ids = torch.zeros(pairs, tokens, dtype=torch.long, device=device)
+        # Attention as plain products: the counter knows no fused kernel of the CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            outputs = model(pixels, ids, torch.ones_like(ids), torch.ones_like(ids[:, 0], dtype=torch.bool))
+            (outputs.image_embeds.sum() + outputs.text_embeds.sum() + outputs.caption_loss).backward()
+    captioner.zero_grad()
+    captioner.eval()
+    return counter.get_total_flops() / pairs
+
+
+def _dense(config: MomeConfig) -> MomeConfig:
+    """The config of a dense model with the active parameters of a routed one."""
+    inner = config.expert_intermediate_size or config.intermediate_size
+    dense = {"experts_per_group": 1, "experts_per_token": 1, "expert_intermediate_size": None, "shared_expert": False}
+    dense["intermediate_size"] = inner * (config.experts_per_token + config.shared_expert)
+    own = {name: getattr(config, name) for name in MomeConfig.__annotations__}
+    return MomeConfig(**own | dense)
+
+
+def gemm_rate(rows: int, width: int, inner: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the trunk's widest matrix product, the best of some calls: what this device gives right now."""
+    inputs, weight = (
+        torch.ones(rows, width, device=device, dtype=dtype),
+        torch.ones(inner, width, device=device, dtype=dtype),
+    )
+    best, end = float("inf"), time.perf_counter() + 0.3
+    with torch.no_grad():
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            F.linear(inputs, weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * width * inner / best
+
+
+def routing_figures(assignments: torch.Tensor | None) -> dict[str, float]:
+    """Per layer and group, the smallest and largest share of its tokens' assignments that an expert got."""
+    if assignments is None:
+        return {}
+    shares = (assignments / assignments.sum(dim=-1, keepdim=True).clamp(min=1)).cpu()
+    figures = {}
+    for layer, groups in enumerate(shares):
+        for group, experts in zip(GROUPS, groups):
+            figures[f"routing/{group}/layer_{layer}/least"] = experts.min().item()
+            figures[f"routing/{group}/layer_{layer}/most"] = experts.max().item()
+    return figures
+
+
+def contact_sheet(
+    images: list, captions: list[str], references: list[str], columns: int = 8, side: int = 128
+) -> Image.Image:
+    """Images with what the model says of them, and below it, in grey, what the data says."""
+    font, lines, line_height = ImageFont.load_default(size=11), 4, 13
+    cell = side + lines * line_height + 8
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (image, caption, reference) in enumerate(zip(images, captions, references)):
+        left, top = (index % columns) * (side + 8) + 4, (index // columns) * cell + 4
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else load_rgb_image(image)
+        image.thumbnail((side, side)) if max(image.size) > side else None
+        sheet.paste(image.resize((side, side)) if max(image.size) < side else image, (left, top))
+        y = top + side + 2
+        for text, colour in ((caption or "(nothing)", "black"), (reference, "#888888")):
+            for line in textwrap.wrap(text, 22)[: lines // 2]:
+                pen.text((left, y), line, fill=colour, font=font)
+                y += line_height
+    return sheet
+
+
+def write_results(path: Path, evaluation: str, data: str, figures: dict[str, float], stage: str):
+    """Appends every figure as a row of the results file."""
+    command = shlex.join(["python", "-m", "mome.training.finetune", *sys.argv[1:]])
+    common = environment() | {"command": command, "data": data}
+    append_rows(
+        path,
+        [
+            common | {"metric": f"{evaluation}, {stage}: {name}", "value": f"{value:.4g}"}
+            for name, value in figures.items()
+        ],
+    )
+
+
+def write_card(
+    folder: Path, recipe: Recipe, model: nn.Module, figures: dict[str, dict[str, float]], history: dict[str, Any]
+):
+    """`README.md` of the trained model: what it is, from which data, how good, what it can't do."""
+    card = dict(recipe.card)
+    limitations = card.pop(
+        "limitations", "Not assessed beyond the figures above. It knows what its training data shows."
+    )
+    description = card.pop("description", "")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=recipe.checkpoint,
+        tags=["mome", "image-captioning", "zero-shot-image-classification"],
+        model_name=folder.name,
+        eval_results=[
+            EvalResult(
+                task_type="image-to-text",
+                dataset_type=recipe.evaluations[name]["dataset"],
+                dataset_name=name,
+                metric_type=metric,
+                metric_value=round(value, 4),
+            )
+            for name, values in figures.items()
+            for metric, value in values.items()
+        ]
+        or None,
+        **card,
+    )
+    table = "\n".join(
+        f"| {name} | {metric} | {value:.4g} |" for name, values in figures.items() for metric, value in values.items()
+    )
+    losses = f"contrastive × {recipe.contrastive_weight:g} + caption × {recipe.caption_weight:g}"
+    body = f"""---
+{data.to_yaml()}
+---
+
+# {folder.name}
+
+{description or "A MoME model: one transformer that embeds images and texts in one space and captions images."}
+
+## Use
+
+```python
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{folder.name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{folder.name}", trust_remote_code=True)
+captioner = AutoModelForImageTextToText.from_pretrained("{folder.name}", trust_remote_code=True)
+```
+
+## Data
+
+Trained on `{recipe.dataset}` (split `{recipe.split}`), {history["pairs"]:,} pairs seen, \
+{history["bad"]:,} rows left out.
+
+## Training
+
+{"From `" + str(recipe.checkpoint) + "`." if recipe.checkpoint else "From scratch."} {history["steps"]:,} steps of \
+{recipe.batch_size} pairs, losses {losses}, AdamW, learning rate {recipe.learning_rate:g}, \
+{sum(p.numel() for p in model.parameters()):,} parameters.
+
+## Figures
+
+{"| data | metric | value |" + chr(10) + "|---|---|---|" + chr(10) + table if table else "None were measured."}
+
+## Limitations
+
+{limitations}
+"""
+    ModelCard(body).save(folder / "README.md")
