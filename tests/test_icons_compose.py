@@ -104,7 +104,7 @@ def test_a_coloured_icon_keeps_its_colours_and_is_called_by_its_main_one():
 
 def test_left_right_above_and_below_are_where_the_caption_says():
     colours = {"house": (220, 20, 20), "tree": (20, 160, 40), "dog": (30, 60, 230)}
-    items = [{"image": icon(colour=colours[name]), "text": name, "name": name} for name in colours] * 100
+    items = [{"image": icon(colour=colours[name]), "text": name, "name": name} for name in colours] * 250
     seen = set()
     for item in compose(items, scene_share=1):
         named = re.findall(r"house|tree|dog", item["text"])
@@ -175,6 +175,9 @@ def test_shares_are_kept_and_bad_input_is_named():
     plain_texts = [item["text"] in THINGS for item in compose(examples(600), scene_share=0.2, sentence_share=0.5)]
     assert 0.3 < np.mean(plain_texts) < 0.5
     assert all(item["text"] in THINGS for item in compose(examples(), scene_share=0, sentence_share=0))
+    tagged = [{**item, "text": "tag"} for item in examples(600)]
+    called = [item["text"] != "tag" for item in compose(tagged, scene_share=0, sentence_share=0, name_share=0.7)]
+    assert 0.6 < np.mean(called) < 0.8
     with pytest.raises(ValueError, match="scene_share=2 must be between 0 and 1"):
         compose(examples(), scene_share=2)
     with pytest.raises(ValueError, match=r"image 1 has shape \(64, 64, 3\)"):

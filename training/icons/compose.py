@@ -32,6 +32,7 @@ def compose_icons(
     side: int = 64,
     scene_share: float = 0.15,
     sentence_share: float = 0.3,
+    name_share: float = 0.0,
     plain: bool = False,
 ) -> list[dict[str, Any]]:
     """Draws a picture for each example and puts its text into words.
@@ -47,6 +48,8 @@ def compose_icons(
         side: height and width of the pictures.
         scene_share: share of the examples that become scenes.
         sentence_share: share of the other examples whose text is put into a sentence.
+        name_share: share of the examples whose text becomes their `name` before that. Icons with many tags are called
+            by their name one time in many otherwise.
         plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
 
     Returns:
@@ -55,7 +58,8 @@ def compose_icons(
     Raises:
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
     """
-    for name, share in (("scene_share", scene_share), ("sentence_share", sentence_share)):
+    shares = {"scene_share": scene_share, "sentence_share": sentence_share, "name_share": name_share}
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must be between 0 and 1")
     if not examples:
@@ -64,6 +68,8 @@ def compose_icons(
     if plain:
         pictures, texts = _plain(icons, side), [example["text"] for example in examples]
         return [{**example, "image": pictures[i], "text": texts[i]} for i, example in enumerate(examples)]
+    named = rng.random(len(examples)) < name_share
+    examples = [{**one, "text": one.get("name") or one["text"]} if use else one for one, use in zip(examples, named)]
     scenes = _Scenes(examples, rng, scene_share)
     colours = _Colours(icons, scenes, rng)
     icons.turn(rng)

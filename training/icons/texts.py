@@ -19,7 +19,7 @@ STOP_TAGS = frozenset(
     "brand brands category clip art clipart color contour cpan deprecated design dev emoji etc general how i did it "
     "icon icons image logo misc monochrome new none other others outline png random svg symbol symbols template test "
     "uncategorized unknown unsorted vector various web".split()
-) | {"clip art", "how i did it", "line art", "clip-art", "public domain", "web2.0"}
+) | {"clip art", "how i did it", "line art", "clip-art", "public domain", "web2.0", "signs and symbols"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def load_emoji(emojibase: Path, cldr: Path) -> dict[str, Emoji]:
     found = {}
     for entry in json.loads((emojibase / "en/data.json").read_text()):
         base = natural_label(entry["label"])
+        country = base.startswith("flag of")  # two letters are its code
         tags = (*entry.get("tags", ()), *annotations.get(entry["emoji"], {}).get("default", ()))
+        tags = tuple(tag for tag in tags if not country or len(tag) > 2)
         person = entry.get("group") == 1
         for variant in (entry, *entry.get("skins", ())):
             toned = variant is not entry
