@@ -200,14 +200,15 @@ def test_colours_are_what_their_names_say():
         ("user", "a user"),
         ("hourglass", "an hourglass"),
         ("scissors", "scissors"),
-        ("bus", "a bus"),
+        ("trolleybus", "a trolleybus"),
         ("upload", "an upload icon"),
         ("x-ray", "an x-ray icon"),
         ("flag of peru", "the flag of peru"),
         ("letter a", "the letter a"),
         ("face with tears of joy", "a face with tears of joy"),
         ("calendar heart", "a calendar heart icon"),
-        ("arrow left", "an arrow left icon"),
+        ("arrow in up right circle", "an arrow in up right circle icon"),
+        ("man in tuxedo", "a man in tuxedo"),
     ],
 )
 def test_names_get_the_article_that_english_gives_them(name, phrase):

@@ -30,7 +30,7 @@ _AXES = (
 _GOOGLE = ((r"^nest-", "brand-"), (r"^local-(?!see)", ""))
 _COUNTED = ((r"(?<=.)-(one|two|three|four|five)$", ""),)
 SET_RULES: dict[str, tuple[tuple[str, str], ...]] = {
-    "bx": (("^bxl-", "brand-"), ("^bxs-", "")),
+    "bx": (("^bxl-", "brand-"), ("^bxs?-", "")),
     "clarity": (
         (r"-solid-(badged|alerted)$", r"-\1-filled"),
         (r"-outline-(badged|alerted)$", r"-\1"),
