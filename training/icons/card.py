@@ -85,6 +85,10 @@ def attribution(sets: Sequence[IconSet], rows: Sequence[Named]) -> str:
     lines += ["", "## Packages that they and their texts came from", "", "| package | version | licence | gave |"]
     lines += ["|---|---|---|---|"]
     lines += [f"| {one.name} | {one.version} | {one.licence} | {one.holds} |" for one in SOURCES.values()]
+    lines += [
+        "",
+        "The list of countable nouns in captions was chosen with the help of WordNet 3.0, Princeton University.",
+    ]
     return "\n".join(lines) + "\n"
 
 

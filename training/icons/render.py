@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from tqdm import tqdm
 
 from .collect import SIDE, Icon
 
@@ -50,12 +51,10 @@ def render_sets(icons: Iterable[Icon], cache: Path, processes: int = 2) -> Itera
     cache.mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(icons))
     missing = [chunk for chunk in chunks if not _chunk_path(cache, chunk).exists()]
-    done = 0
-    for chunk, rows in _in_processes(render_chunk, missing, processes):
-        _write(_chunk_path(cache, chunk), rows)
-        done += len(chunk)
-        print(f"\rrendered {done:,} of {sum(map(len, missing)):,} icons ({chunk[0].set})      ", end="", flush=True)
-    print() if missing else None
+    with tqdm(total=sum(map(len, missing)), desc="rendering", unit=" icons", disable=not missing) as progress:
+        for chunk, rows in _in_processes(render_chunk, missing, processes):
+            _write(_chunk_path(cache, chunk), rows)
+            progress.update(len(chunk))
     for chunk in chunks:
         table = pq.read_table(_chunk_path(cache, chunk)).to_pydict()
         for values in zip(*(table[name] for name in Rendered._fields)):
