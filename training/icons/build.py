@@ -13,9 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import resvg_py  # noqa: F401
+    import tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is missing: pip install 'mome[icons]'", name=error.name) from None
 
 from .assemble import Named, name_icons
 from .card import write_card
@@ -149,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.processes < 1:
         parser.error(f"--processes {options.processes}: at least 1 is needed")
-    counts = build(options.output, options.cache or options.output / "cache", options.processes, options.docs)
+    try:
+        counts = build(options.output, options.cache or options.output / "cache", options.processes, options.docs)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
 
 
