@@ -23,6 +23,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m mome.benchmarks.inference --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
 
 clean:
 	rm -rf .venv .venv-oldest .cache build *.egg-info

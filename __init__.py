@@ -11,9 +11,12 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mome import MOME_SIZES, MomeConfig
+from .guidance_mome import MomeGenerationConfig
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .pipeline_mome import MomeImageCaptioningPipeline
 from .processing_mome import MomeProcessor
 
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
@@ -22,6 +25,17 @@ if __name__ == "mome":  # and not the name of the checkout's folder, by which py
     AutoModelForZeroShotImageClassification.register(MomeConfig, MomeModel, exist_ok=True)
     AutoModelForImageTextToText.register(MomeConfig, MomeForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(MomeConfig, MomeProcessor, exist_ok=True)
+    PIPELINE_REGISTRY.register_pipeline(
+        "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
+    )
 
 __version__ = "0.1.0"
-__all__ = ["MOME_SIZES", "MomeConfig", "MomeForConditionalGeneration", "MomeModel", "MomeProcessor"]
+__all__ = [
+    "MOME_SIZES",
+    "MomeConfig",
+    "MomeForConditionalGeneration",
+    "MomeGenerationConfig",
+    "MomeImageCaptioningPipeline",
+    "MomeModel",
+    "MomeProcessor",
+]

@@ -5,6 +5,7 @@
 - unknown keys and impossible combinations are refused with the offending value in the message.
 """
 
+import copy
 import dataclasses
 import difflib
 from typing import Literal
@@ -27,6 +28,11 @@ AUTO_MAP: dict[str, str] = {
     "AutoModel": "modeling_mome.MomeModel",
     "AutoModelForImageTextToText": "modeling_mome.MomeForConditionalGeneration",
     "AutoModelForZeroShotImageClassification": "modeling_mome.MomeModel",
+}
+
+# The pipelines of our own that a folder brings along, by task.
+CUSTOM_PIPELINES: dict[str, dict] = {
+    "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
 }
 
 # Keys that transformers itself passes to or writes into any config, beside the dataclass fields.
@@ -79,17 +85,24 @@ class MomeConfig(PreTrainedConfig):
             biases over image, text and cross-modal distances, with a column per head and layer; no text positions).
         text_embedding_norm: LayerNorm (eps 1e-12) over the text embedding, as in BERT and VLMo.
         modality_embedding: learned vector added to every token of a modality (VLMo's token types).
+        image_mask_token: learned stand-in for the patches that `bool_masked_pos` masks (BEiT-3's masked images).
         share_attention: `True` (VLMo): attention, its norm and the final norm serve both modalities; `False`
             (BEiT-3): each modality has its own.
         fusion_start_layer: first layer whose tokens use the `joint` experts in a fused pass; `None`: no such experts.
         sub_layernorm: LayerNorm before the attention's output projection and before the experts' second matrix
             (Magneto, 2210.06423; BEiT-3).
+        final_norm: LayerNorm behind the last layer; BEiT-3's image classifiers and answerers have none.
         layer_scale_init_value: start value of the per-channel scale on both residual branches; `None`: no scale.
         layer_norm_eps: epsilon of every LayerNorm of the trunk.
         hidden_dropout: dropout after the embeddings and on both residual branches.
         attention_dropout: dropout on the attention weights.
         initializer_range: standard deviation of the normal initialisation.
         projection_dim: dimension of `image_embeds` and `text_embeds`.
+        joint_projection: a second pair of projections and a scale for embeddings whose upper layers ran through the
+            `joint` experts (VLMo's `itc_vl`).
+        multimodal_pooler: dense layer and tanh over the text's first token of a fused pass (VLMo, as in BERT).
+        matching_head: classifier on the pooler's output that tells whether image and text belong together (VLMo's
+            image–text matching).
         logit_scale_init_value: start value of the log of the inverse temperature (CLIP: ln(1/0.07)).
         caption_objective: `causal` (a caption token predicts the next one) or `masked` (BEiT-3: the next token is
             read from a `[MASK]` put behind the caption so far).
@@ -130,15 +143,20 @@ class MomeConfig(PreTrainedConfig):
     position_embedding_type: Literal["absolute", "relative"] = "absolute"
     text_embedding_norm: bool = False
     modality_embedding: bool = False
+    image_mask_token: bool = False
     share_attention: bool = True
     fusion_start_layer: int | None = None
     sub_layernorm: bool = False
+    final_norm: bool = True
     layer_scale_init_value: float | int | None = None
     layer_norm_eps: float = 1e-6
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     projection_dim: int = 512
+    joint_projection: bool = False
+    multimodal_pooler: bool = False
+    matching_head: bool = False
     logit_scale_init_value: float = 2.6592
     caption_objective: Literal["causal", "masked"] = "causal"
     lm_head_transform: bool = False
@@ -163,9 +181,15 @@ class MomeConfig(PreTrainedConfig):
         self._refuse_unknown_keys(kwargs)
         self._check_dimensions()
         self._check_experts()
+        self._check_heads()
         self._check_token_ids()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
+        kwargs.pop("custom_pipelines", None)
+        if type(self).__module__.startswith("transformers_modules"):
+            # Code from a folder. Whoever has the package gets its pipelines, and must not be asked for
+            # trust_remote_code because a config names some.
+            kwargs["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -174,6 +198,10 @@ class MomeConfig(PreTrainedConfig):
         if size not in MOME_SIZES:
             raise ValueError(f"unknown size {size!r}: choose one of {', '.join(MOME_SIZES)}")
         return cls(**{**MOME_SIZES[size], **overrides})
+
+    def to_dict(self) -> dict:
+        """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @property
     def grid_size(self) -> int:
@@ -244,6 +272,12 @@ class MomeConfig(PreTrainedConfig):
                 "set intermediate_size instead"
             )
 
+    def _check_heads(self):
+        if self.joint_projection and self.fusion_start_layer is None:
+            raise ValueError("joint_projection=True needs joint experts, got fusion_start_layer=None")
+        if self.matching_head and not self.multimodal_pooler:
+            raise ValueError("matching_head=True reads the pooler: set multimodal_pooler=True as well")
+
     def _check_token_ids(self):
         if self.caption_objective == "masked" and self.mask_token_id is None:
             raise ValueError("caption_objective='masked' needs a mask_token_id, got mask_token_id=None")
@@ -253,4 +287,4 @@ class MomeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "MOME_SIZES", "MomeConfig"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig"]

@@ -27,20 +27,19 @@ Glossary of shapes: batch; tokens (image tokens: `[CLS]` and patches); width (`h
 experts (of one group); layers.
 """
 
-import copy
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .captioning_mome import (
@@ -48,14 +47,13 @@ from .captioning_mome import (
     MomeCache,
     cached_image_tokens,
     extend_mask,
-    is_image_token,
-    prepare_prompt,
 )
 from .configuration_mome import MomeConfig
+from .generation_mome import MomeGenerationMixin
+from .guidance_mome import MomeGenerationConfig
+from .heads_mome import MomeJointProjection, MomeMultimodalPooler
 from .routing_mome import router_losses
 from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
-
-logger = logging.get_logger(__name__)
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
@@ -94,10 +92,12 @@ def contrastive_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) ->
 class MomeFeatures(BaseModelOutputWithPooling):
     """Features of one pass.
 
-    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts).
+    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts); `matching_logits`:
+    (batch, 2), "no match" and "match", of a fused pass of a model with a matching head.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
+    matching_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -145,12 +145,15 @@ class MomeModel(MomePreTrainedModel):
         self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.joint_projection = MomeJointProjection(config) if config.joint_projection else None
+        self.multimodal_pooler = MomeMultimodalPooler(config) if config.multimodal_pooler else None
+        self.matching_head = nn.Linear(config.hidden_size, 2) if config.matching_head else None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, MomeModel):
+        if isinstance(module, (MomeModel, MomeJointProjection)):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -161,13 +164,17 @@ class MomeModel(MomePreTrainedModel):
 
     # The passes.
 
-    def image_pass(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
+    def image_pass(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> MomeEncoderOutput:
         """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
         self._check_pixel_values(pixel_values)
+        if bool_masked_pos is not None:
+            self._check_masked_patches(bool_masked_pos, pixel_values)
         position_bias = None
         if self.encoder.position_bias is not None:
             position_bias = self.encoder.position_bias.image(pixel_values.device)
-        hidden_states = self.image_embedding(pixel_values)
+        hidden_states = self.image_embedding(pixel_values, bool_masked_pos)
         spans = (("image", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
 
@@ -212,26 +219,39 @@ class MomeModel(MomePreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        joint_experts: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Image embeddings.
 
         Args:
             pixel_values: (images, channels, image_size, image_size) float.
+            bool_masked_pos: (images, patches), 1 where the mask token takes the patch's place; needs
+                `image_mask_token`.
+            joint_experts: run the layers from `fusion_start_layer` up through the joint experts and embed with their
+                projection, as VLMo's second contrastive loss does; needs `joint_projection`.
 
         Returns:
             `pooler_output` (images, projection_dim), L2-normalised; `last_hidden_state` (images, tokens, width).
 
         Raises:
-            ValueError: wrong number of dimensions, channels or pixels.
+            ValueError: wrong number of dimensions, channels or pixels; an option that the config does not provide for.
         """
-        return self._image_features(self.image_pass(pixel_values, **kwargs), kwargs)
+        self._check_joint_experts(joint_experts)
+        outputs = self.image_pass(pixel_values, bool_masked_pos, joint=joint_experts, **kwargs)
+        if joint_experts:
+            return self._features(outputs, self.joint_projection.image(outputs.last_hidden_state[:, 0]), kwargs)
+        return self._image_features(outputs, kwargs)
 
     @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        joint_experts: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Text embeddings.
@@ -239,14 +259,21 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
             attention_mask: (texts, tokens), 0 where padding.
+            joint_experts: as in `get_image_features`.
 
         Returns:
             `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width).
 
         Raises:
-            ValueError: no text, an id beyond the vocabulary, or a text longer than the position table.
+            ValueError: no text, an id beyond the vocabulary, a text longer than the position table, or an option that
+                the config does not provide for.
         """
-        return self._text_features(self.text_pass(input_ids, attention_mask, **kwargs), attention_mask, kwargs)
+        self._check_joint_experts(joint_experts)
+        outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
+        if joint_experts:
+            first = first_token(outputs.last_hidden_state, attention_mask)
+            return self._features(outputs, self.joint_projection.text(first), kwargs)
+        return self._text_features(outputs, attention_mask, kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
@@ -259,10 +286,19 @@ class MomeModel(MomePreTrainedModel):
         """Fused features of pairs: `last_hidden_state` (batch, image tokens + text tokens, width), image first.
 
         From `fusion_start_layer` up, all tokens use the `joint` experts. `pooler_output` (batch, width) is the
-        state of the image's `[CLS]`. Raises ValueError as the other two, and when there is not one text per image.
+        state of the image's `[CLS]` or, with `multimodal_pooler`, what the pooler makes of the text's first token;
+        `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
+        Raises ValueError as the other two, and when there is not one text per image.
         """
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
-        return self._features(outputs, outputs.last_hidden_state[:, 0], kwargs)
+        states = outputs.last_hidden_state
+        if self.multimodal_pooler is None:
+            return self._features(outputs, states[:, 0], kwargs)
+        text = first_token(states[:, self.config.num_image_tokens :], attention_mask)
+        features = self._features(outputs, self.multimodal_pooler(text), kwargs)
+        if self.matching_head is not None:
+            features.matching_logits = self.matching_head(features.pooler_output)
+        return features
 
     @can_return_tuple
     def forward(
@@ -322,9 +358,16 @@ class MomeModel(MomePreTrainedModel):
             text_model_output=text,
         )
 
-    def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature."""
-        return image_embeds @ text_embeds.T * self.logit_scale.exp().to(image_embeds.device)
+    def similarity(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, joint_experts: bool = False
+    ) -> torch.Tensor:
+        """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature.
+
+        `joint_experts`: as the embeddings were made; they have a temperature of their own.
+        """
+        self._check_joint_experts(joint_experts)
+        scale = self.joint_projection.logit_scale if joint_experts else self.logit_scale
+        return image_embeds @ text_embeds.T * scale.exp().to(image_embeds.device)
 
     def router_loss(
         self, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
@@ -363,12 +406,7 @@ class MomeModel(MomePreTrainedModel):
         return F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1)
 
     def _text_embeds(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        states = outputs.last_hidden_state
-        if attention_mask is None:
-            first = states[:, 0]
-        else:  # [BOS] is the first token that is no padding
-            first = states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
-        return F.normalize(self.text_projection(first), dim=-1)
+        return F.normalize(self.text_projection(first_token(outputs.last_hidden_state, attention_mask)), dim=-1)
 
     def _features(self, outputs: MomeEncoderOutput, pooler_output: torch.Tensor, options: dict) -> MomeFeatures:
         return MomeFeatures(
@@ -401,6 +439,19 @@ class MomeModel(MomePreTrainedModel):
                 f"(images, {', '.join(map(str, expected))}): prepare images with the checkpoint's processor"
             )
 
+    def _check_masked_patches(self, bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor):
+        if not self.config.image_mask_token:
+            raise ValueError("bool_masked_pos needs a mask token, got a config with image_mask_token=False")
+        expected = (pixel_values.shape[0], self.config.grid_size**2)
+        if tuple(bool_masked_pos.shape) != expected:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (images, patches) = {expected}"
+            )
+
+    def _check_joint_experts(self, joint_experts: bool):
+        if joint_experts and self.joint_projection is None:
+            raise ValueError("joint_experts=True needs their projections, got a config with joint_projection=False")
+
     def _check_input_ids(self, input_ids: torch.Tensor):
         config = self.config
         if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -422,6 +473,13 @@ class MomeModel(MomePreTrainedModel):
         if lowest < 0 or highest >= rows:
             bad = lowest if lowest < 0 else highest
             raise ValueError(f"input_ids holds {bad}, vocab_size is {rows}: use the checkpoint's own tokenizer")
+
+
+def first_token(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(texts, tokens, width) → (texts, width): `[BOS]`, the first token that is no padding."""
+    if attention_mask is None:
+        return states[:, 0]
+    return states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -486,7 +544,7 @@ class MomeCaptionOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
 
 
-class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
+class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     """Captions images, and trains embeddings and captions together.
 
     `input_ids` may hold the image as `num_image_tokens` ids `image_token_id` (as `generate()` does) or only the
@@ -494,6 +552,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
     """
 
     _auto_class = "AutoModelForImageTextToText"
+    generation_config_class = MomeGenerationConfig
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_embedding.word_embeddings.weight"}
 
     def __init__(self, config: MomeConfig):
@@ -502,6 +561,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         self.lm_head = MomeCaptionHead(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; beside the weights is all code that the config names."""
+        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports: without the line a
+        # fine-tuned model would be saved without the pipelines that its config names.
+        from .pipeline_mome import MomeImageCaptioningPipeline  # noqa: F401
+
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -539,6 +606,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         image_tokens_in_input: bool | None = None,
+        image_outputs: MomeEncoderOutput | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeCaptionOutput:
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
@@ -555,6 +623,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
             image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
                 look, `None` is `False`, and image tokens must come first, before any padding.
+            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -587,7 +656,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
             self.model._check_vocabulary(input_ids)
         image = prefix = None
         if pixel_values is not None:
-            image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            image = image_outputs
+            if image is None:
+                image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
             prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
         text = self._caption_pass(context, prefix, past_key_values, logits_to_keep, **kwargs)
         logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
@@ -743,128 +814,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, GenerationMixin):
                 torch.cat([F.pad(context.per_row(i), (0, t.shape[3] - i.shape[3])), t], dim=2) for i, t in pairs
             ]
         return tuple(weights)
-
-    # Generation.
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
-        """Captions, through `GenerationMixin.generate` with all its options.
-
-        Without a prompt a caption starts from `[BOS]`. A prompt may be what the tokenizer returns: `[EOS]` at its end
-        is dropped, padding moves to the left. The image is encoded once for all beams and candidates.
-
-        Args:
-            inputs: (batch, tokens) prompt; the same as `input_ids`.
-            generation_config: as in transformers.
-            kwargs: model inputs (`pixel_values`, `input_ids`, `attention_mask`) and generation options. Lengths
-                count text tokens, unless `input_ids` already holds the image tokens.
-
-        Returns:
-            (batch · num_return_sequences, tokens) ids, prompt included, or a `ModelOutput` that has them as
-            `sequences`, as transformers does.
-
-        Raises:
-            ValueError: another number of prompts than images, or a prompt that fills the position table. A caption
-                that reaches the table's end stops there.
-        """
-        config, cache = self.config, kwargs.get("past_key_values")
-        pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
-        has_image = pixel_values is not None or cached_image_tokens(cache) > 0
-        if pixel_values is not None:
-            self.model._check_pixel_values(pixel_values)
-            if input_ids is None and kwargs.get("inputs_embeds") is None:
-                input_ids = torch.full((pixel_values.shape[0], 1), config.bos_token_id, device=pixel_values.device)
-        added = 0
-        if has_image:
-            input_ids, added = self._place_image(input_ids, generation_config, kwargs)
-            kwargs["image_tokens_in_input"] = True
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        options, kwargs = self._bound_lengths(has_image, added, generation_config, kwargs)
-        outputs = super().generate(None, options, **kwargs)
-        if isinstance(outputs, torch.Tensor):
-            return outputs[:, added:]
-        outputs.sequences = outputs.sequences[:, added:]
-        return outputs
-
-    def _place_image(self, input_ids, generation_config, kwargs) -> tuple[torch.Tensor | None, int]:
-        """Put the image tokens in front of a prompt without them; returns it and how many ids were added."""
-        config, embeds, mask = self.config, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        pixel_values, cache, tokens = (
-            kwargs.get("pixel_values"),
-            kwargs.get("past_key_values"),
-            config.num_image_tokens,
-        )
-        prompt = input_ids if embeds is None else embeds
-        if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
-            raise ValueError(
-                f"{pixel_values.shape[0]} images and {prompt.shape[0]} prompts: pass one prompt for each image"
-            )
-        image_embedding = self.get_input_embeddings().weight[config.image_token_id]
-        if is_image_token(config, image_embedding, input_ids if embeds is None else None, embeds).any():
-            return input_ids, 0
-        if embeds is None and (cache is None or not int(cache.get_seq_length())):
-            eos = (generation_config or self.generation_config).eos_token_id
-            eos = config.eos_token_id if eos is None else eos
-            input_ids, mask = prepare_prompt(config, input_ids, mask, eos if isinstance(eos, list) else [eos])
-        if embeds is not None:
-            image = image_embedding.to(embeds).expand(embeds.shape[0], tokens, -1)
-            kwargs["inputs_embeds"] = torch.cat([image, embeds], dim=1)
-        mask = torch.ones_like(prompt[..., 0] if embeds is not None else input_ids).long() if mask is None else mask
-        kwargs["attention_mask"] = F.pad(mask, (tokens, 0), value=1)
-        if input_ids is None:  # the ids of generated tokens alone come back
-            return None, 0
-        return F.pad(input_ids, (tokens, 0), value=config.image_token_id), tokens
-
-    def _bound_lengths(self, has_image, added, generation_config, kwargs) -> tuple[GenerationConfig, dict]:
-        """Length options that count the added image tokens and end where the position table does."""
-        options = copy.deepcopy(generation_config or self.generation_config)
-        longest, kwargs = self.config.max_position_embeddings, options.update(**kwargs)
-        ids = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
-        embeds = kwargs.get("inputs_embeds")
-        prompt = (ids if embeds is None else embeds.shape[1]) - (self.config.num_image_tokens if has_image else 0)
-        room = longest - prompt
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {prompt} tokens leaves no room for a caption: max_position_embeddings is {longest}"
-            )
-        if options.max_new_tokens is None and options.max_length is None:
-            options.max_new_tokens = min(20, room)  # transformers' default
-        elif options.max_new_tokens is None:
-            options.max_new_tokens = options.max_length + added - ids
-        if options.max_new_tokens > room:
-            logger.warning_once(f"captions stop after {room} tokens: max_position_embeddings is {longest}")
-            options.max_new_tokens = room
-        options.max_length = None
-        if options.min_length:
-            options.min_length += added
-        if options.min_new_tokens:
-            options.min_new_tokens = min(options.min_new_tokens, room)
-        return options, kwargs
-
-    def _get_stopping_criteria(self, *args, **kwargs):
-        """transformers warns beyond `max_position_embeddings`, which here leaves out the image."""
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for each in criteria:
-            if getattr(each, "max_position_embeddings", None) is not None:
-                each.max_position_embeddings += self.config.num_image_tokens
-        return criteria
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """In place of the default cache, one that isn't copied for every token."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if made is not given and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["past_key_values"] = MomeCache(self.config)
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
-        """Beams and candidates share their image: its pixels are not repeated."""
-        pixel_values = kwargs.pop("pixel_values", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
 
 
 __all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]

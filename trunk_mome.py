@@ -51,6 +51,8 @@ class MomeImageEmbedding(nn.Module):
         else:
             self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        if config.image_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         if config.position_embedding_type == "absolute":
             self.position_embedding = nn.Parameter(torch.empty(1, config.num_image_tokens, config.hidden_size))
         if config.modality_embedding:
@@ -68,7 +70,7 @@ class MomeImageEmbedding(nn.Module):
             modules += [nn.GroupNorm(math.gcd(after, 8), after), nn.GELU()]
         return nn.Sequential(*modules[:-2])
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         config = self.config
         batch, side, patch = pixel_values.shape[0], config.grid_size, config.patch_size
         if config.patch_embedding_type == "conv_stem":
@@ -80,6 +82,8 @@ class MomeImageEmbedding(nn.Module):
             patches = pixel_values.reshape(batch, config.num_channels, side, patch, side, patch)
             patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
             patches = self.patch_embedding(patches)
+        if bool_masked_pos is not None:
+            patches = torch.where(bool_masked_pos[..., None].bool(), self.mask_token.to(patches.dtype), patches)
         hidden_states = torch.cat([self.cls_token.to(patches.dtype).expand(batch, -1, -1), patches], dim=1)
         if config.position_embedding_type == "absolute":
             hidden_states = hidden_states + self.position_embedding
@@ -493,7 +497,7 @@ class MomeEncoderOutput(ModelOutput):
     """States of one pass through the trunk.
 
     Attributes:
-        last_hidden_state: (batch, tokens, width), after the final norm.
+        last_hidden_state: (batch, tokens, width), after the final norm if there is one.
         key_values: per layer, keys and values (batch, heads, tokens, head_dim) of these tokens.
         hidden_states: (batch, tokens, width) before each layer and at the end.
         attentions: per layer, (batch, heads, tokens, keys).
@@ -552,7 +556,7 @@ class MomePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (MomeImageEmbedding, MomeTextEmbedding)):
-            for name in ("cls_token", "position_embedding", "modality_embedding"):
+            for name in ("cls_token", "mask_token", "position_embedding", "modality_embedding"):
                 if isinstance(parameter := getattr(module, name, None), nn.Parameter):
                     init.normal_(parameter, std=std)
         elif isinstance(module, MomeRelativePositionBias):
@@ -580,7 +584,7 @@ class MomeEncoder(MomePreTrainedModel):
     def __init__(self, config: MomeConfig):
         super().__init__(config)
         self.layers = nn.ModuleList([MomeLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = _layer_norms(config, _attention_groups(config))
+        self.norm = _layer_norms(config, _attention_groups(config)) if config.final_norm else None
         self.position_bias = MomeRelativePositionBias(config) if config.position_embedding_type == "relative" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -637,7 +641,7 @@ class MomeEncoder(MomePreTrainedModel):
             key_values += ((key, value),) if return_key_values else ()
             router_logits += (logits,) if logits is not None else ()
         return MomeEncoderOutput(
-            last_hidden_state=self.norm(hidden_states, spans),
+            last_hidden_state=hidden_states if self.norm is None else self.norm(hidden_states, spans),
             key_values=key_values or None,
             router_logits=router_logits or None,
         )

@@ -171,16 +171,16 @@ class Race:
         for c in competitors:
             achieved = median[c.name] / c.items * c.flops
             print(f"  {c.name:24} {_spread(rates[c.name])} per second, {achieved / gemm:.0%} of the matrix product")
-            self._keep(f"{title}, GFLOP/s: {c.name}", achieved / 1e9, "matrix product", gemm / 1e9, [achieved / gemm])
+            self.keep(f"{title}, GFLOP/s: {c.name}", achieved / 1e9, "matrix product", gemm / 1e9, [achieved / gemm])
         for ours, peers in pairs:
             peers = [name for name in ([peers] if isinstance(peers, str) else peers) if name in rates]
             if ours in rates and peers:
                 peer = max(peers, key=lambda name: max(rates[name]))
                 ratios = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
                 print(f"  {ours} / {peer}: {_spread(ratios)}")
-                self._keep(f"{title}, per second: {ours}", median[ours], peer, median[peer], ratios)
+                self.keep(f"{title}, per second: {ours}", median[ours], peer, median[peer], ratios)
 
-    def _keep(self, metric: str, value: float, peer: str, peer_value: float, ratios: list[float]):
+    def keep(self, metric: str, value: float, peer: str, peer_value: float, ratios: list[float]):
         data = f"random weights and inputs, {self.rounds} rounds, ratio {min(ratios):.3f} to {max(ratios):.3f}"
         values = data, metric, f"{value:.4g}", peer, f"{peer_value:.4g}", f"{statistics.median(ratios):.3f}"
         self.rows.append(dict(zip(COLUMNS[-len(values) :], values, strict=True)))

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from models import random_batch, tiny_captioner
-from mome.training import objective
+from mome.training import contrastive, objective
 from mome.training.data import Batch
 from mome.training.recipe import Recipe
 
@@ -86,7 +86,7 @@ def dropout_pair(variant: str) -> tuple[dict, dict]:
 @contextlib.contextmanager
 def gather_without_gradient():
     """What `accelerate.gather` and open_clip's default do."""
-    with mock.patch.object(objective._AllGather, "apply", objective._gather):
+    with mock.patch.object(contrastive._AllGather, "apply", contrastive._gather):
         yield
 
 

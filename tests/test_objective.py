@@ -13,7 +13,7 @@ from distributed_worker import dropout_pair, gradients, whole_batch
 
 from models import tiny_captioner
 from mome.modeling_mome import contrastive_loss
-from mome.training import objective
+from mome.training import contrastive, objective
 from mome.training.data import Batch
 from mome.training.recipe import Recipe
 
@@ -89,12 +89,12 @@ def test_the_loss_over_ranks_is_the_models_own_on_one_process():
     valid = torch.ones(9, dtype=torch.bool)
     scale = torch.tensor(20.0)
     torch.testing.assert_close(
-        objective.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], valid), expected
+        contrastive.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], valid), expected
     )
     # Rows that can't be used are as if they weren't there.
     keep = valid.clone()
     keep[[2, 4]] = False
-    found = objective.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], keep)
+    found = contrastive.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], keep)
     images, texts, ids = images[keep], texts[keep], ids[keep]
     torch.testing.assert_close(found, contrastive_loss(20 * images @ texts.T, ids[:, None] == ids[None]))
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from builders import build_processor
 from mome.training.augment import build_augmentations
-from mome.training.data import Batches, Collator, Slice, epoch_of_batches, load_rows, to_pixel_values
+from mome.training.data import Batches, Collator, Slice, epoch_of_batches, load_rows
+from mome.training.pixels import to_pixel_values
 from mome.training.recipe import RecipeError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -60,8 +61,8 @@ def collator(rows, image_column="image", **options) -> Collator:
 
 
 def numbers(batch) -> list[int]:
-    """Which images a batch holds: their first pixel, un-normalised."""
-    return [round((pixel.item() * 0.5 + 0.5) * 255) for pixel in batch.pixel_values[:, 0, 0, 0]]
+    """Which images a batch holds: their first pixel."""
+    return batch.pixel_values[:, 0, 0, 0].tolist()
 
 
 def load(folder: Path | str, **options):

@@ -11,7 +11,6 @@
 
 import difflib
 import hashlib
-import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -21,10 +20,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 
-from ..processing_mome import MomeProcessor, load_rgb_image
+from ..processing_mome import MomeProcessor
 from .augment import Augmentation, Example
+from .pixels import decode_image, to_pixels
 from .recipe import RecipeError
 
 MAX_REPORTED = 5  # names of bad rows that one batch reports
@@ -35,7 +34,7 @@ class Batch:
     """Pairs of one process for one step.
 
     Attributes:
-        pixel_values: (pairs, channels, side, side) float32.
+        pixel_values: (pairs, channels, side, side), uint8 pixels or float32 pixel values; see `to_pixels`.
         input_ids, attention_mask: (pairs, tokens) int64, padded on the right to a fixed length.
         positive_ids: (pairs, 1 or 2) int64: rows that agree in a column are positives of each other.
         valid: (pairs,) bool, False for a row that could not be used.
@@ -139,18 +138,6 @@ def _split_of(saved, split: str, dataset: str):
     return saved[split]
 
 
-def decode_image(value: Any) -> Image.Image:
-    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read."""
-    if isinstance(value, Image.Image):
-        return value
-    if not value or (value.get("bytes") is None and value.get("path") is None):
-        raise ValueError("no image")
-    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-    image = Image.open(source)
-    image.load()
-    return image
-
-
 def texts_of(value: Any) -> list[str]:
     """The texts of a row that are not blank."""
     values = [value] if isinstance(value, str) else [] if value is None else value
@@ -158,37 +145,6 @@ def texts_of(value: Any) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------- rows to tensors
-
-
-def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
-    """What `image_processor` makes of images, in one step for the batch where it only resizes and normalises.
-
-    Args:
-        images: PIL images of any mode, or RGB uint8 arrays (height, width, 3).
-
-    Returns:
-        (images, 3, height, width) float32.
-    """
-    size = image_processor.size
-    get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
-    height, width = get("height"), get("width")
-    crop = getattr(image_processor, "do_center_crop", False)
-    plain = image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
-    if not plain or crop or not height or not width:
-        rgb = [load_rgb_image(each) for each in images]
-        return image_processor(rgb, return_tensors="pt")["pixel_values"]
-    arrays = []
-    for each in images:
-        if not isinstance(each, np.ndarray) or each.shape != (height, width, 3) or each.dtype != np.uint8:
-            each = load_rgb_image(each)
-            if each.size != (width, height):
-                each = each.resize((width, height), resample=image_processor.resample)
-        arrays.append(np.asarray(each))
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels * image_processor.rescale_factor - mean) / std
 
 
 def stable_hash(text: str) -> int:
@@ -250,9 +206,8 @@ class Collator:
         positive_ids = [[stable_hash(text)] for text in texts]
         if self.positive_column:
             positive_ids = [[*ids, stable_hash(group)] for ids, group in zip(positive_ids, groups)]
-        side = self.processor.image_processor
         blank = np.zeros((1, 1, 3), np.uint8)
-        pixels = to_pixel_values([each["image"] for each in examples] or [blank], side)
+        pixels = to_pixels([each["image"] for each in examples] or [blank], self.processor.image_processor)
         pixel_values = pixels.new_zeros(size, *pixels.shape[1:])
         if examples:
             pixel_values[places] = pixels

@@ -12,7 +12,8 @@ from ..evaluation.metrics import bleu4_and_cider, exact_match, retrieval_recall,
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 from .augment import build_augmentations
-from .data import decode_image, load_rows, texts_of, to_pixel_values
+from .data import load_rows, texts_of
+from .pixels import decode_image, to_pixel_values
 from .recipe import RecipeError
 
 

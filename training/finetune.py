@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,80 +27,19 @@ from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoProcessor
 
-from ..configuration_mome import MomeConfig
-from ..modeling_mome import MomeForConditionalGeneration
-from ..processing_mome import MomeProcessor
 from . import report
 from .augment import build_augmentations
 from .checkpoint import Checkpoints, Progress
 from .data import Batch, Batches, Collator, Slice, epoch_of_batches, load_rows
 from .evaluate import Evaluation, caption_images
+from .model import build_model, give_scalars_a_dimension, plain_name
 from .objective import PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
+from .pixels import pixel_scale
 from .recipe import Recipe, RecipeError
 
 logger = get_logger(__name__)
-
-LINEAR_LAYERS = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj"
-
-
-# ----------------------------------------------------------------------------------------------------- model
-
-
-def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
-    """The captioner to train, with adapters where the recipe wants them, and its processor.
-
-    Raises:
-        RecipeError: a folder that can't be loaded, a config that doesn't fit, LoRA keywords that peft refuses.
-    """
-    processor = _load(AutoProcessor, recipe.processor or recipe.checkpoint)
-    if recipe.checkpoint is not None:
-        captioner = _load(MomeForConditionalGeneration, recipe.checkpoint, dtype=torch.float32)
-    else:
-        captioner = MomeForConditionalGeneration(config_for(processor, dict(recipe.model)))
-    if recipe.gradient_checkpointing:
-        # Its name from transformers 5.23 on.
-        enable = getattr(captioner, "activation_checkpointing_enable", captioner.gradient_checkpointing_enable)
-        enable()
-    if recipe.lora is not None:
-        import peft
-
-        try:
-            lora = peft.LoraConfig(**{"target_modules": LINEAR_LAYERS} | recipe.lora)
-            captioner = peft.get_peft_model(captioner, lora)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"lora={recipe.lora}: {error}") from None
-    return captioner, processor
-
-
-def _load(auto_class, path: str, **options):
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path!r} can't be loaded: {str(error).splitlines()[0]}") from None
-
-
-def config_for(processor: MomeProcessor, fields: dict) -> MomeConfig:
-    """A config with the vocabulary, special tokens and image size of a processor, where `fields` do not say else."""
-    tokenizer, size = processor.tokenizer, processor.image_processor.size
-    image_token = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "image_token", None) or "<image>")
-    found = {
-        "vocab_size": len(tokenizer),
-        "image_size": size["height"] if "height" in size else size["shortest_edge"],
-        "max_position_embeddings": min(tokenizer.model_max_length, 512),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "mask_token_id": tokenizer.mask_token_id,
-        "image_token_id": image_token,
-    }
-    try:
-        build = MomeConfig.from_size if "size" in fields else MomeConfig
-        return build(**found | fields)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model={fields}: {str(error).splitlines()[0]}") from None
 
 
 # --------------------------------------------------------------------------------------------------- the run
@@ -198,9 +136,10 @@ class Trainer:
     def _prepare(self):
         recipe, accelerator, config = self.recipe, self.accelerator, self.captioner.config
         captions = bool(recipe.caption_weight)
-        model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions)
+        scale = pixel_scale(self.processor.image_processor)
+        model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions, scale)
         if accelerator.distributed_type == DistributedType.FSDP:
-            _give_scalars_a_dimension(model)
+            give_scalars_a_dimension(model)
         optimizer = build_optimizer(model, recipe, config.num_hidden_layers, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if recipe.compile:  # Accelerate's own option is lost where a process has had another Accelerator before
@@ -234,7 +173,7 @@ class Trainer:
         if recipe.evaluate_before and progress.step == 0:
             self.evaluate("before")
         stop = StopSignal()
-        speed = Speed(self)
+        speed = self._speed()
         bar = tqdm(total=self.steps, initial=progress.step, unit="step", disable=not self.accelerator.is_main_process)
         try:
             for batch in self.batches():
@@ -248,8 +187,10 @@ class Trainer:
                     return None
                 if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
                     self.checkpoints.save(progress.step)
+                    speed.restart(progress.step)
                 if recipe.evaluate_every and progress.step % recipe.evaluate_every == 0 and progress.step < self.steps:
                     self.evaluate("during")
+                    speed.restart(progress.step)
         finally:
             stop.restore()
             bar.close()
@@ -296,6 +237,15 @@ class Trainer:
         self.progress.pairs += totals.pairs
         return losses, totals
 
+    def _speed(self) -> report.Speed:
+        accelerator, recipe, config = self.accelerator, self.recipe, self.captioner.config
+        captions = bool(recipe.caption_weight)
+        flops = report.flops_per_pair(self.twin, self.tokens, captions, recipe.image_dropout if captions else 0.0)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+        rows = min(recipe.chunk_size or recipe.batch_size // accelerator.num_processes, 256) * config.num_image_tokens
+        gemm = report.gemm_rate(rows, config.hidden_size, config.intermediate_size, accelerator.device, dtype)
+        return report.Speed(recipe.batch_size, flops, gemm * accelerator.num_processes, self.progress.step)
+
     def _count_bad(self, batch: Batch, totals: Totals):
         """Names rows that could not be used, and stops the run if they are too many."""
         progress, recipe = self.progress, self.recipe
@@ -311,7 +261,7 @@ class Trainer:
                 + "; ".join(progress.bad_names[:5])
             )
 
-    def _log(self, losses: StepLosses, speed: "Speed", bar: tqdm):
+    def _log(self, losses: StepLosses, speed: report.Speed, bar: tqdm):
         step = self.progress.step
         figures = {name: getattr(losses, name).item() for name in ("loss", "contrastive", "caption", "router")}
         if not math.isfinite(figures["loss"]):
@@ -345,7 +295,7 @@ class Trainer:
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
                 own = self.twin.state_dict()
-                weights = {_plain_name(name): tensor for name, tensor in state.items()}
+                weights = {plain_name(name): tensor for name, tensor in state.items()}
                 self.twin.load_state_dict({name: weights[name].reshape(own[name].shape) for name in own})
         return self.twin
 
@@ -393,44 +343,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.output
-
-
-class Speed:
-    """Pairs per second, and the model's FLOP/s as a share of the rate of a matrix product of its own shape."""
-
-    def __init__(self, trainer: Trainer):
-        accelerator, recipe, config = trainer.accelerator, trainer.recipe, trainer.captioner.config
-        self.batch_size, self.processes = recipe.batch_size, accelerator.num_processes
-        self.step, self.time = trainer.progress.step, time.perf_counter()
-        captions = bool(recipe.caption_weight)
-        self.flops = report.flops_per_pair(
-            trainer.twin, trainer.tokens, captions, recipe.image_dropout if captions else 0.0
-        )
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        rows = min(recipe.chunk_size or recipe.batch_size // self.processes, 256) * config.num_image_tokens
-        self.gemm = report.gemm_rate(rows, config.hidden_size, config.intermediate_size, accelerator.device, dtype)
-        self.time = time.perf_counter()
-
-    def since_last(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        rate = (step - self.step) * self.batch_size / (now - self.time)
-        self.step, self.time = step, now
-        return {"pairs_per_s": rate, "share_of_gemm": rate / self.processes * self.flops / self.gemm}
-
-
-def _give_scalars_a_dimension(model: nn.Module):
-    """FSDP2 shards along the first dimension, and refuses parameters without one."""
-    for module in list(model.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 0:
-                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name without what DDP, compilation and `PairModel` put in front of it."""
-    for prefix in ("module.", "_orig_mod.", "module.", "captioner."):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def main(recipe: Recipe) -> Path | None:

@@ -22,7 +22,9 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from ..routing_mome import router_losses_of, router_sums
+from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, world_size
 from .data import Batch
+from .pixels import PixelScale
 from .recipe import Recipe
 
 GROUPS = ("image", "text")  # the groups of experts that these losses reach
@@ -57,13 +59,25 @@ class PairModel(nn.Module):
         label_smoothing: of the caption loss.
         image_dropout: share of the rows whose caption is learnt a second time, without the image.
         captions: whether captions are learnt at all.
+        pixel_scale: what makes pixel values of batches that hold uint8 pixels.
     """
 
     _no_split_modules = ["MomeLayer"]  # the unit that FSDP shards
 
-    def __init__(self, captioner: nn.Module, label_smoothing: float = 0.0, image_dropout: float = 0.0, captions=True):
+    def __init__(
+        self,
+        captioner: nn.Module,
+        label_smoothing: float = 0.0,
+        image_dropout: float = 0.0,
+        captions: bool = True,
+        pixel_scale: PixelScale | None = None,
+    ):
         super().__init__()
         self.captioner = captioner
+        # Where the `MomeModel` is: peft puts a captioner two modules deeper.
+        projection = next(name for name, _ in captioner.named_modules() if name.endswith("model.image_projection"))
+        self.embedder_path = projection.rpartition(".")[0]
+        self.pixel_scale = pixel_scale
         self.label_smoothing, self.image_dropout, self.captions = label_smoothing, image_dropout, captions
 
     @property
@@ -80,6 +94,8 @@ class PairModel(nn.Module):
     ) -> PairOutputs:
         """See `Batch` for shapes. With `embed_only` the caption pass is left out."""
         routed = self.config.experts_per_group > 1
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = self.pixel_scale(pixel_values)
         # Text, image, caption: `embed_only` draws the same random numbers as far as it goes.
         text = self.captioner.get_text_features(input_ids, attention_mask, output_router_logits=routed)
         caption_loss = _wide(text.pooler_output.new_zeros(()))
@@ -104,7 +120,7 @@ class PairModel(nn.Module):
         return PairOutputs(_wide(image_embeds), _wide(text.pooler_output), scale, caption_loss, *sums)
 
     def _logit_scale(self) -> torch.Tensor:
-        return self.captioner.get_submodule(_embedder_path(self.captioner)).logit_scale
+        return self.captioner.get_submodule(self.embedder_path).logit_scale
 
     def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(
@@ -136,14 +152,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _embedder_path(captioner: nn.Module) -> str:
-    """Where the `MomeModel` with its `logit_scale` is: peft puts a captioner two modules deeper."""
-    for name, _ in captioner.named_parameters():
-        if name.endswith("logit_scale"):
-            return name.rpartition(".")[0]
-    raise ValueError(f"{type(captioner).__name__} has no logit_scale: pass a MomeForConditionalGeneration")
-
-
 def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor) -> list:
     """The captioner's router logits, a dict for each layer, as (group, logits of each layer, mask)."""
     groups = router_logits[0] if router_logits else ()
@@ -156,71 +164,6 @@ def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor)
 def caption_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(pairs, tokens) ids, -100 for padding and for rows that are not valid."""
     return input_ids.masked_fill(~(attention_mask.bool() & valid[:, None]), -100)
-
-
-# ------------------------------------------------------------------------------------------- contrastive loss
-
-
-class _AllGather(torch.autograd.Function):
-    """Rows of all processes; the gradient of a row is the sum of what every process wants of it."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        ctx.own = slice(distributed.get_rank() * len(rows), (distributed.get_rank() + 1) * len(rows))
-        return _gather(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
-        distributed.all_reduce(gradient)
-        return gradient[ctx.own]
-
-
-def _gather(rows: torch.Tensor) -> torch.Tensor:
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def world_size() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def all_gather(rows: torch.Tensor) -> torch.Tensor:
-    """(rows, …) of this process → (processes · rows, …) of all, with the exact gradient."""
-    if world_size() == 1:
-        return rows
-    return _AllGather.apply(rows) if rows.is_floating_point() else _gather(rows)
-
-
-def contrastive_loss_over_ranks(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    logit_scale: torch.Tensor,
-    positive_ids: torch.Tensor,
-    valid: torch.Tensor,
-) -> torch.Tensor:
-    """Multi-positive InfoNCE of the whole batch, this process's share of it times the number of processes.
-
-    Each process compares its own images and texts with those of all; the mean over the processes, which DDP and FSDP
-    take of gradients, is the loss of `modeling_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610).
-
-    Args:
-        image_embeds, text_embeds: (pairs, projection_dim), L2-normalised.
-        logit_scale: (), inverse temperature.
-        positive_ids: (pairs, columns) int64; rows that agree in a column are positives of each other.
-        valid: (pairs,) bool; other rows count neither as positives nor as negatives.
-    """
-    all_images, all_texts = all_gather(image_embeds), all_gather(text_embeds)
-    all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
-    positives = (positive_ids[:, None] == all_ids[None]).any(dim=2)
-    targets = (positives & valid[:, None] & all_valid[None]).to(image_embeds.dtype)
-    weights = targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
-    loss = image_embeds.new_zeros(())
-    for own, others in ((image_embeds, all_texts), (text_embeds, all_images)):
-        logits = (logit_scale * own @ others.T).masked_fill(~all_valid, torch.finfo(own.dtype).min)
-        loss = loss - (weights * logits.log_softmax(dim=1)).sum() / 2
-    return loss * world_size() / all_valid.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -304,18 +247,16 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
     assignments = None
     if first[0].assignments is not None:
         assignments = _sum_over_ranks(torch.stack([each.assignments for each in first]).sum(dim=0))
-    cached = PairOutputs(
-        *(torch.cat(each).requires_grad_() for each in zip(*[outputs[:2] for outputs in first])),
-        first[0].logit_scale.clone().requires_grad_(),
-        *first[0][3:],
-    )
-    sums = StepLosses(*(batch.pixel_values.new_zeros(()) for _ in range(4)), assignments)
+    sums = StepLosses(*(first[0].image_embeds.new_zeros(()) for _ in range(4)), assignments)
     gradients = None
     if recipe.contrastive_weight:
-        with torch.enable_grad():
-            sums.contrastive = _contrastive(cached, batch)
-        gradients = torch.autograd.grad(sums.contrastive * recipe.contrastive_weight, tuple(cached[:3]))
-        sums.loss = recipe.contrastive_weight * sums.contrastive.detach()
+        embeds = [torch.cat([each[side] for each in first]) for side in (0, 1)]
+        sums.contrastive, gradients = contrastive_gradients(
+            *embeds, first[0].logit_scale, batch.positive_ids, batch.valid, recipe.chunk_size
+        )
+        gradients = [recipe.contrastive_weight * each for each in gradients]
+        sums.loss = recipe.contrastive_weight * sums.contrastive
+    del first
     start = 0
     for number, (chunk, state) in enumerate(zip(chunks, states)):
         last = number == len(chunks) - 1

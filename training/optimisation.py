@@ -43,7 +43,7 @@ def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
 
 
 def _is_reached(name: str, recipe: Recipe) -> bool:
-    if re.search(r"\.joint\.|image_mask_token|pooler|itm_head", name):
+    if re.search(r"\.joint\.|joint_projection|mask_token|multimodal_pooler|matching_head", name):
         return False
     if not recipe.contrastive_weight and re.search(r"(image|text)_projection|logit_scale", name):
         return False

@@ -93,6 +93,30 @@ def gemm_rate(rows: int, width: int, inner: int, device: torch.device, dtype: to
     return 2 * rows * width * inner / best
 
 
+class Speed:
+    """Pairs per second, and the model's FLOP/s as a share of the rate of a matrix product of its own shape.
+
+    Args:
+        batch_size: pairs of a step over all processes.
+        flops: FLOPs of one pair.
+        gemm: FLOP/s of matrix products on all devices.
+        step: steps done so far.
+    """
+
+    def __init__(self, batch_size: int, flops: float, gemm: float, step: int):
+        self.batch_size, self.flops, self.gemm = batch_size, flops, gemm
+        self.restart(step)
+
+    def restart(self, step: int):
+        """What went before (a checkpoint, an evaluation) does not count."""
+        self.step, self.time = step, time.perf_counter()
+
+    def since_last(self, step: int) -> dict[str, float]:
+        rate = (step - self.step) * self.batch_size / (time.perf_counter() - self.time)
+        self.restart(step)
+        return {"pairs_per_s": rate, "share_of_gemm": rate * self.flops / self.gemm}
+
+
 def routing_figures(assignments: torch.Tensor | None) -> dict[str, float]:
     """Per layer and group, the smallest and largest share of its tokens' assignments that an expert got."""
     if assignments is None:

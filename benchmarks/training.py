@@ -1,0 +1,187 @@
+"""Training steps side by side with open_clip's CoCa, and what GradCache needs of memory.
+
+    python -m mome.benchmarks.training --threads 2 --rounds 5 --only step,memory --results evaluation/results.csv
+
+- `step`: forward, backward and AdamW of a batch with the contrastive and the caption loss. MoME with the project's
+  trainer, CoCa with open_clip's model and its `CoCaLoss`; same batch, threads, dtype, width, depth, patches and
+  vocabulary; eager against eager, compiled against compiled.
+- `memory`: peak resident memory of a process that makes one contrastive step with GradCache, at 256 and 4,096 pairs in
+  chunks of 64.
+
+Turns, medians and ratios are those of `mome.benchmarks.inference`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..configuration_mome import MomeConfig
+from ..evaluation.results import append_rows, environment
+from ..modeling_mome import MomeForConditionalGeneration
+from ..training import objective
+from ..training.data import Batch
+from ..training.optimisation import build_optimizer
+from ..training.pixels import PixelScale
+from ..training.recipe import Recipe
+from .captioning import coca
+from .inference import BF16, FP32, Competitor, Race
+
+# The small icon model of the design: 20.6 million parameters, 16 patches.
+SMALL = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+SMALL |= {"image_size": 64, "patch_size": 16, "vocab_size": 6000}
+QUICK = SMALL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+QUICK |= {"image_size": 32, "vocab_size": 96}
+TOKENS, PAIRS, CHUNK, MEMORY_PAIRS = 12, 256, 64, (256, 4096)
+
+
+def pairs_for(shape: dict, count: int) -> Batch:
+    """Random 8-bit images, texts of 3 to 12 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    side, lengths = shape["image_size"], torch.randint(3, TOKENS + 1, (count, 1), generator=generator)
+    input_ids = torch.randint(6, shape["vocab_size"], (count, TOKENS), generator=generator)
+    mask = torch.arange(TOKENS).expand(count, -1) < lengths
+    input_ids[:, 0] = 1
+    input_ids = input_ids.scatter(1, lengths - 1, 2).masked_fill(~mask, 0)
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    valid = torch.ones(count, dtype=torch.bool)
+    return Batch(pixels, input_ids, mask.long(), torch.arange(count)[:, None], valid)
+
+
+def mome_trainer(shape: dict, **recipe):
+    """MoME and a training step of it, compiled or not."""
+    settings = Recipe(output="-", dataset="-", checkpoint="-", steps=1, **recipe)
+    config = MomeConfig(**shape, max_position_embeddings=16, projection_dim=256)
+    scale = PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3)
+    model = objective.PairModel(
+        MomeForConditionalGeneration(config).train(), captions=bool(settings.caption_weight), pixel_scale=scale
+    )
+    accelerator = Accelerator(cpu=True)
+    optimizer = build_optimizer(model, settings, config.num_hidden_layers, torch.device("cpu"))
+
+    def step(batch: Batch):
+        objective.backward(accelerator, model, batch, settings)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def coca_trainer(shape: dict):
+    """open_clip's CoCa and a training step of it, as its `open_clip_train` makes one."""
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    text = {"context_length": TOKENS, "vocab_size": shape["vocab_size"], "width": width, "heads": heads}
+    model = coca(shape, text | {"layers": shape["num_hidden_layers"]}).train()
+    from open_clip.loss import CoCaLoss
+
+    loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    scale = PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3)
+
+    def step(batch: Batch):
+        outputs = model(scale(batch.pixel_values), batch.input_ids)
+        sum(loss(**outputs, output_dict=True).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def step(race: Race):
+    for dtype in race.dtypes:
+        batch, competitors = pairs_for(race.shape, PAIRS), []
+        for compiled in (False, True)[: 1 + race.compile_models]:
+            for name, build in {"MoME": mome_trainer, "CoCa": coca_trainer}.items():
+                model, run = build(race.shape)
+                run = torch.autocast("cpu", dtype, enabled=dtype != FP32)(run)
+                one = Competitor(name, run, batch, PAIRS).counted()
+                if compiled:
+                    model.compile()
+                    one = replace(one, name=f"{name} compiled")
+                competitors.append(one)
+        pairs = [("MoME", "CoCa"), ("MoME compiled", "CoCa compiled"), ("MoME compiled", "CoCa")]
+        race.run("training step", competitors, dtype, pairs, training=True)
+        for name in ("MoME", "CoCa"):
+            model, _ = {"MoME": mome_trainer, "CoCa": coca_trainer}[name](race.shape)
+            print(f"  {name}: {sum(each.numel() for each in model.parameters()) / 1e6:.1f} million parameters")
+
+
+def _peak(shape: dict, count: int, threads: int, connection):
+    torch.set_num_threads(threads)
+    batch = pairs_for(shape, count)
+    _, run = mome_trainer(shape, caption_weight=0.0, chunk_size=CHUNK)
+    run(batch)
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory(race: Race):
+    """Each size in a fresh process; the embeddings of the batch and their gradients are taken off."""
+    peaks = {}
+    for count in MEMORY_PAIRS:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        arguments = (race.shape, count, torch.get_num_threads(), theirs)
+        process = multiprocessing.get_context("spawn").Process(target=_peak, args=arguments)
+        process.start()
+        embeddings = 4 * count * 256 * 4 / 2**20  # two sides, values and gradients, float32
+        peaks[count] = ours.recv() - embeddings
+        process.join()
+        print(
+            f"  GradCache, {count} pairs in chunks of {CHUNK}: {peaks[count]:.0f} MiB + {embeddings:.0f} of embeddings"
+        )
+    few, many = (peaks[count] for count in MEMORY_PAIRS)
+    print(f"  {many / few:.3f} times as much")
+    race.rows.append(
+        {
+            "data": f"random weights and inputs, chunks of {CHUNK}, embeddings and their gradients not counted",
+            "metric": f"GradCache, peak memory in MiB: {MEMORY_PAIRS[1]} pairs",
+            "value": f"{many:.4g}",
+            "peer": f"{MEMORY_PAIRS[0]} pairs",
+            "peer_value": f"{few:.4g}",
+            "ratio": f"{many / few:.3f}",
+        }
+    )
+
+
+SECTIONS = {"step": step, "memory": memory}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often every competitor is timed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser.add_argument("--dtypes", default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--shape", type=json.loads, default={}, help="dimensions to change, as JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled competitors")
+    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
+    options = parser.parse_args(argv)
+    sections = options.only.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.training", *argv])}
+    print(common["hardware"])
+    dtypes = tuple({"float32": FP32, "bfloat16": BF16}[name] for name in options.dtypes.split(","))
+    race = Race((QUICK if options.quick else SMALL) | options.shape, options.rounds, not options.no_compile, dtypes)
+    for section in sections:
+        SECTIONS[section](race)
+    if options.results:
+        append_rows(options.results, [common | row for row in race.rows])
+    return race.rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""python -m mome.convert (beit3|vlmo|mome) --checkpoint FILE --output DIR [...]"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .card import summarise
+from .driver import SOURCES, convert
+from .errors import ConversionError
+from .operations import Options
+from .upcycling import upcycle_checkpoint
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mome.convert",
+        description="Makes MoME checkpoints of those of BEiT-3 and VLMo, or routed ones.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{beit3,vlmo,mome}")
+    for kind, source in SOURCES.items():
+        sub = kinds.add_parser(kind, help=f"a {source.name} checkpoint as published")
+        sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights (.pth, .safetensors)")
+        sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+        sub.add_argument(
+            "--tokenizer", type=Path, metavar="FILE", help=f"{source.tokenizer_hint} (default: beside the checkpoint)"
+        )
+        sub.add_argument("--no-tokenizer", action="store_true", help="make a checkpoint without a tokenizer")
+        sub.add_argument("--num-attention-heads", type=int, metavar="N", help="default: width / 64")
+        sub.add_argument("--image-size", type=int, metavar="N", help="resize the position tables to N pixels")
+        if kind == "vlmo":
+            sub.add_argument(
+                "--checkpoint-image-size",
+                type=int,
+                metavar="N",
+                help="pixels of the checkpoint, where they are in doubt",
+            )
+        sub.add_argument(
+            "--caption",
+            action="store_true",
+            help="give a file without a caption head one of its own, a copy of the word embeddings, to be fine-tuned "
+            "(default: one tied to them)",
+        )
+        _add_routing(sub, required=False)
+    sub = kinds.add_parser("mome", help="a dense MoME checkpoint, made routed")
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
+    sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    _add_routing(sub, required=True)
+    return parser
+
+
+def _add_routing(parser: argparse.ArgumentParser, required: bool):
+    parser.add_argument(
+        "--experts-per-group", type=int, required=required, metavar="N", help="copies of every expert, under a router"
+    )
+    parser.add_argument(
+        "--experts-per-token", type=int, default=2, metavar="K", help="copies that a token uses (default: 2)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.set_verbosity_error()  # what transformers tells about itself is no news of this conversion
+    logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit like any other: what was written is removed
+    try:
+        done = _run(arguments)
+    except (ConversionError, OSError) as error:  # OSError: no space, no permission
+        print(f"mome.convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mome.convert: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    for note in done.notes:
+        print(f"note: {note}")
+    if done.dropped:
+        print(f"not taken over: {', '.join(summarise(done.dropped))}")
+    print(f"wrote {done.output}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace):
+    routing = {"experts_per_group": arguments.experts_per_group, "experts_per_token": arguments.experts_per_token}
+    if arguments.kind == "mome":
+        return upcycle_checkpoint(arguments.checkpoint, arguments.output, **routing)
+    return convert(
+        arguments.kind,
+        arguments.checkpoint,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        with_tokenizer=not arguments.no_tokenizer,
+        options=Options(
+            num_attention_heads=arguments.num_attention_heads,
+            image_size=arguments.image_size,
+            checkpoint_image_size=getattr(arguments, "checkpoint_image_size", None),
+            caption=arguments.caption,
+        ),
+        **routing,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The processor of a converted checkpoint: its tokenizer, from any of the files that hold one, and its images.
+
+- SentencePiece models (`beit3.spm`) as XLM-RoBERTa reads them, `vocab.txt` as BERT does, `tokenizer.json`, a folder;
+- all become one kind of tokenizer, which writes `[BOS] words [EOS]` and loads without any code of ours;
+- images are resized to a square and scaled to −1…1; those of ImageNet classifiers are cropped from the centre and
+  normalised by ImageNet's mean and deviation.
+"""
+
+import contextlib
+import io
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, XLMRobertaTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
+
+from ..processing_mome import MomeProcessor
+from .errors import ConversionError, first_sentence
+from .operations import Sizes, Source
+
+# Roles of special tokens and the names under which tokenizers have them.
+ROLES = {
+    "bos_token": ("<s>", "[CLS]", "[BOS]", "<bos>"),
+    "eos_token": ("</s>", "[SEP]", "[EOS]", "<eos>"),
+    "pad_token": ("<pad>", "[PAD]"),
+    "unk_token": ("<unk>", "[UNK]"),
+    "mask_token": ("<mask>", "[MASK]"),
+}
+# BERT's classifier and separator tokens begin and end a text, but it doesn't call them so.
+INSTEAD = {"bos_token": "cls_token", "eos_token": "sep_token"}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def find_tokenizer(source: Source, checkpoint: Path) -> Path:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for name in source.tokenizer_files:
+        if (path := checkpoint.parent / name).is_file():
+            return path
+    raise ConversionError(
+        f"no tokenizer beside {checkpoint}: pass --tokenizer FILE ({source.tokenizer_hint}) or --no-tokenizer"
+    )
+
+
+def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """The tokenizer in a file or folder.
+
+    Raises:
+        ConversionError: it cannot be read, or it lacks special tokens or doesn't put them around a text.
+    """
+    if not path.exists():
+        raise ConversionError(f"tokenizer {path} does not exist: pass its file or folder")
+    try:
+        with _quiet():
+            loaded = _read(path)
+    except ModuleNotFoundError as error:
+        raise ConversionError(f"tokenizer {path} needs {error.name}: pip install 'mome[convert]'") from error
+    except Exception as error:  # the readers of the formats raise anything
+        raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
+    roles = {role: _token(loaded, role) for role in ROLES}
+    for role, token in roles.items():
+        if token is None:
+            raise ConversionError(f"tokenizer {path} has no {role}: pass the one that the checkpoint was trained with")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=loaded.backend_tokenizer,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **roles,
+    )
+    ids = tokenizer("a").input_ids
+    if ids[0] != tokenizer.bos_token_id or ids[-1] != tokenizer.eos_token_id:
+        raise ConversionError(
+            f"tokenizer {path} does not put {roles['bos_token']} and {roles['eos_token']} around a text: pass another"
+        )
+    return tokenizer
+
+
+def _read(path: Path):
+    if path.is_dir():
+        return AutoTokenizer.from_pretrained(path)
+    if path.suffix == ".json":
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    if path.suffix == ".txt":
+        return BertTokenizer(vocab=str(path))
+    for package in ("sentencepiece", "google.protobuf"):
+        __import__(package)  # transformers would go on without them and fail elsewhere
+    with tempfile.TemporaryDirectory() as folder:  # the name by which transformers knows a SentencePiece model
+        shutil.copy(path, Path(folder) / "sentencepiece.bpe.model")
+        return XLMRobertaTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the advice that transformers gives on its way to an error, which says the same."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _token(tokenizer: PreTrainedTokenizerFast, role: str) -> str | None:
+    named = getattr(tokenizer, role, None) or getattr(tokenizer, INSTEAD.get(role, role), None)
+    if named is not None:
+        return named
+    vocabulary = tokenizer.get_vocab()
+    return next((name for name in ROLES[role] if name in vocabulary), None)
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerFast | None, source: Source, vocab_size: int) -> dict[str, int]:
+    """Fields of the config that name ids, the one that stands for image tokens included.
+
+    Without a tokenizer they are those of the published vocabulary or, for another one, the first ids and the last.
+    """
+    if tokenizer is None:
+        ids = dict(source.special_tokens)
+        if vocab_size != source.vocab_size:
+            ids = dict(source.other_special_tokens, mask_token_id=vocab_size - 1)
+        return ids | {"image_token_id": _spare_id(set(ids.values()), vocab_size)}
+    names = ("pad", "bos", "eos", "mask")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    vocabulary = tokenizer.get_vocab()
+    if (highest := max(vocabulary.values())) >= vocab_size:
+        raise ConversionError(
+            f"the tokenizer has ids up to {highest}, the checkpoint {vocab_size} words: pass the tokenizer that the "
+            "checkpoint was trained with"
+        )
+    unused = [index for token, index in vocabulary.items() if re.fullmatch(r"\[unused\d+\]|<image>", token)]
+    used = set(vocabulary.values()) - set(unused)
+    # Where all ids are words, [MASK]: in a caption it only ever stands behind the text, where the model puts it.
+    return ids | {"image_token_id": ids["mask_token_id"] if len(used) >= vocab_size else _spare_id(used, vocab_size)}
+
+
+def _spare_id(used: set[int], vocab_size: int) -> int:
+    return next((index for index in reversed(range(vocab_size)) if index not in used), vocab_size - 1)
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:
+    """What turns images and texts into the model's inputs; without a tokenizer only what turns images."""
+    from transformers import CLIPImageProcessor  # not above: without torchvision its import comes with a remark
+
+    side = sizes.config["image_size"]
+    square = {"height": side, "width": side}
+    if sizes.classifier:
+        options = {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, **IMAGENET}
+    else:
+        options = {"size": square, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = CLIPImageProcessor(**options)
+    return images if tokenizer is None else MomeProcessor(images, tokenizer)

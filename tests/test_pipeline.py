@@ -1,0 +1,204 @@
+"""The image-captioning pipeline: equals generate(), loses nothing on bad input, and is saved whole."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import mome
+from builders import build_processor
+from models import tiny_captioner
+
+SHORT = {"max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    processor = build_processor(image_size=16)
+    tiny_captioner(vocab_size=len(processor.tokenizer), max_position_embeddings=16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def caption(checkpoint):
+    return pipeline("image-captioning", model=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def images():
+    noise = np.random.default_rng(0)
+    return [Image.fromarray(noise.integers(0, 256, (20, 30, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+@pytest.mark.parametrize("guidance", [None, "rerank", "classifier-free", ["contrastive", "rerank"]])
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@torch.no_grad()
+def test_captions_and_scores_equal_generate_and_the_embeddings(caption, images, guidance, prompt):
+    model, processor = caption.model, caption.processor
+    results = caption(images[0], guidance=guidance, prompt=prompt, num_captions=2, **SHORT)
+    inputs = processor(images=images[:1], text=[prompt], caption_prompt=True, return_tensors="pt")
+    options = mome.guidance_mome.guidance_options(guidance)
+    options |= {} if "rerank_weight" in options else {"num_beams": 2}
+    sequences = model.generate(**inputs, **options, num_return_sequences=2, **SHORT)
+    assert [each["generated_text"] for each in results] == processor.post_process_image_text_to_text(sequences)
+    assert all(each["generated_text"].startswith(prompt) for each in results)
+    image = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    for row, result in zip(sequences.tolist(), results):
+        words = row[: row.index(2)] if 2 in row else row
+        text = model.get_text_features(torch.tensor([[*words, 2]])).pooler_output[0]
+        assert_close(torch.tensor(result["score"]), image @ text, atol=1e-5, rtol=0)
+
+
+class Pictures(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_every_kind_of_input_gives_the_same(caption, images, tmp_path):
+    expected = [caption(image, **SHORT) for image in images]
+    paths = [tmp_path / f"{index}.png" for index in range(len(images))]
+    for path, image in zip(paths, images):
+        image.save(path)
+    for inputs in (
+        images,
+        tuple(images),
+        [str(path) for path in paths],
+        paths,
+        [np.asarray(image) for image in images],
+        [{"image": image, "id": 7} for image in images],
+    ):
+        for batch_size in (1, 2, 8):
+            _same(caption(inputs, batch_size=batch_size, **SHORT), expected)
+    _same(list(caption((image for image in images), batch_size=2, **SHORT)), expected)
+    streamed = caption(Pictures([{"image": image} for image in images]), batch_size=2, **SHORT)
+    assert not isinstance(streamed, list)
+    _same(list(streamed), expected)
+    _same(caption(inputs=images, **SHORT), expected)
+    assert caption([]) == []
+
+
+def _same(actual, expected):
+    assert len(actual) == len(expected)
+    for some, others in zip(actual, expected):
+        assert [each["generated_text"] for each in some] == [each["generated_text"] for each in others]
+        scores = [torch.tensor([each["score"] for each in result]) for result in (some, others)]
+        assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_an_unreadable_image_is_named_and_can_be_skipped(caption, images, tmp_path, caplog):
+    paths = [tmp_path / f"{index}.png" for index in range(100)]
+    for index, path in enumerate(paths):
+        images[index % 5].save(path)
+    paths[57].write_bytes(paths[57].read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"images\[57\] \('.*57.png'\)") as error:
+        caption(paths, batch_size=10, **SHORT)
+    assert "\n" not in str(error.value)
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    results = caption(paths, batch_size=10, on_error="skip", **SHORT)
+    whole = caption(paths[:57] + paths[58:], batch_size=10, **SHORT)
+    _same(results[:57] + results[58:], whole)
+    assert results[57][0]["generated_text"] is None and results[57][0]["score"] is None
+    assert "57.png" in results[57][0]["error"]
+    assert caption(paths[57], on_error="skip")[0]["error"].startswith("image (")
+    assert len(caption([paths[57]] * 3, batch_size=2, on_error="skip")) == 3  # batches with nothing to caption
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": "rerang"}, "unknown guidance 'rerang': did you mean 'rerank'"),
+        ({"guidance": {"rerank_weight": 3}}, "rerank_weight=3 must be a number from 0 to 1"),
+        ({"num_captions": 0}, "num_captions=0 must be an integer of at least 1"),
+        ({"prompt": 7}, "prompt=7 is of type int"),
+        ({"on_error": "ignore"}, "on_error='ignore'"),
+        ({"num_beams": 3}, "unknown option 'num_beams' of image-captioning.*generate_kwargs"),
+        ({"generate_kwargs": {"num_beans": 3}}, "num_beans"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(caption, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        caption(images[0], **options)
+    with pytest.raises(ValueError, match="images=None"):
+        caption()
+
+
+def test_options_of_the_pipeline_and_of_a_call_go_together(checkpoint, images):
+    guided = pipeline("image-captioning", model=str(checkpoint), guidance="classifier-free", num_captions=2)
+    calls = []
+    guided.model.generate = lambda generate=guided.model.generate, **options: (
+        calls.append(options) or generate(**options)
+    )
+    assert len(guided(images[0], **SHORT)) == 2
+    assert calls[-1]["guidance_scale"] == 2.0 and calls[-1]["max_new_tokens"] == 5 and calls[-1]["num_beams"] == 2
+    guided(images[0], guidance="none", num_captions=1, generate_kwargs={"do_sample": True})
+    assert calls[-1]["guidance_scale"] == 1.0 and calls[-1]["do_sample"] and "num_beams" not in calls[-1]
+
+
+def test_a_saved_pipeline_has_its_processor_and_every_task(checkpoint, caption, images, tmp_path):
+    caption.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["custom_pipelines"] == mome.configuration_mome.CUSTOM_PIPELINES
+    assert config["auto_map"] == mome.configuration_mome.AUTO_MAP
+    AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "pipeline_mome.py").read_bytes() == (checkpoint / "pipeline_mome.py").read_bytes()
+    again = pipeline("image-captioning", model=str(tmp_path / "saved"))
+    _same(again(images, **SHORT), caption(images, **SHORT))
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "saved"))
+    assert classify(images[0], candidate_labels=["red", "blue"])
+
+
+REMOTE = """
+import sys
+from transformers import AutoModel, AutoModelForImageTextToText, pipeline
+folder, again, image = sys.argv[1:]
+assert "mome" not in sys.modules
+caption = pipeline("image-captioning", model=folder, trust_remote_code=True)
+print(caption(image, max_new_tokens=5, guidance="rerank"))
+assert type(caption.model.generation_config).__name__ == "MomeGenerationConfig"
+assert caption.model.generation_config.rerank_scale == 7.0
+caption.save_pretrained(again + "/pipeline")
+for name, auto_class in (("captioner", AutoModelForImageTextToText), ("model", AutoModel)):
+    auto_class.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"{again}/{name}")
+print(pipeline(model=again + "/pipeline", trust_remote_code=True)(image, max_new_tokens=5, guidance="rerank"))
+assert "mome" not in sys.modules
+"""
+
+
+def test_a_folder_brings_its_pipeline_along(checkpoint, images, tmp_path):
+    folder = tmp_path / "folder"
+    captioner = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    captioner.generation_config.rerank_scale = 7.0
+    captioner.save_pretrained(folder)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    images[0].save(tmp_path / "image.png")
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages), "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-S", "-c", REMOTE, str(folder), str(tmp_path), str(tmp_path / "image.png")]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    expected = pipeline("image-captioning", model=str(folder))(images[0], guidance="rerank", **SHORT)
+    first, second = run.stdout.strip().splitlines()
+    assert first == second == str(expected)
+    for name in ("pipeline", "captioner", "model"):
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == {path.name for path in folder.glob("*.py")}
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["custom_pipelines"] == mome.configuration_mome.CUSTOM_PIPELINES
+    assert "pipeline_mome.py" in {path.name for path in folder.glob("*.py")}

@@ -1,0 +1,82 @@
+"""Images to pixels: decoded, resized to what the model takes, and kept as 8-bit integers until it takes them."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..processing_mome import load_rgb_image
+
+
+def decode_image(value: Any) -> Image.Image:
+    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read."""
+    if isinstance(value, Image.Image):
+        return value
+    if not value or (value.get("bytes") is None and value.get("path") is None):
+        raise ValueError("no image")
+    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
+    image = Image.open(source)
+    image.load()
+    return image
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """What an image processor does to 8-bit pixels: (pixels · rescale_factor − mean) / std."""
+
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(images, channels, height, width) uint8 → float32."""
+        mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (self.mean, self.std))
+        return (pixels.float() * self.rescale_factor - mean) / std
+
+
+def pixel_scale(image_processor: Any) -> PixelScale | None:
+    """For a processor that only resizes to one size, rescales and normalises; `None` for any other."""
+    plain = image_processor.do_resize and image_processor.do_rescale and image_processor.do_normalize
+    if not plain or getattr(image_processor, "do_center_crop", False) or _side(image_processor) is None:
+        return None
+    return PixelScale(
+        image_processor.rescale_factor, tuple(image_processor.image_mean), tuple(image_processor.image_std)
+    )
+
+
+def _side(image_processor: Any) -> tuple[int, int] | None:
+    size = image_processor.size
+    get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
+    return (get("height"), get("width")) if get("height") and get("width") else None
+
+
+def to_pixels(images: list[Any], image_processor: Any) -> torch.Tensor:
+    """Images as `image_processor` would have them, kept as uint8 where `PixelScale` can do the rest.
+
+    Args:
+        images: PIL images of any mode, or RGB uint8 arrays (height, width, 3).
+
+    Returns:
+        (images, 3, height, width) uint8, or float32 pixel values.
+    """
+    if pixel_scale(image_processor) is None:
+        rgb = [load_rgb_image(each) for each in images]
+        return image_processor(rgb, return_tensors="pt")["pixel_values"]
+    height, width = _side(image_processor)
+    arrays = []
+    for each in images:
+        if not isinstance(each, np.ndarray) or each.shape != (height, width, 3) or each.dtype != np.uint8:
+            each = load_rgb_image(each)
+            if each.size != (width, height):
+                each = each.resize((width, height), resample=image_processor.resample)
+        arrays.append(np.asarray(each))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_pixel_values(images: list[Any], image_processor: Any) -> torch.Tensor:
+    """As `to_pixels`, (images, 3, height, width) float32 in any case."""
+    pixels = to_pixels(images, image_processor)
+    return pixel_scale(image_processor)(pixels) if pixels.dtype == torch.uint8 else pixels
