@@ -81,6 +81,16 @@ def test_a_colour_that_a_caption_names_is_that_of_the_icon():
     assert said > 100
 
 
+def test_faint_icons_are_seen_and_mixed_ones_have_no_colour_word():
+    faint, mixed = icon(), icon(box=(8, 8, 56, 56))
+    faint[..., -1] //= 5
+    mixed[10:56, 8:56, -1] = 70  # a firm edge, pale inside
+    assert compose([{"image": faint, "text": "x"}], plain=True)[0]["image"].min() == 24
+    items = [{"image": mixed, "text": "ball", "name": "ball"}] * 100
+    for item in compose(items, scene_share=0, sentence_share=1):
+        assert not set(re.sub(r"on an? \w+ background", "", item["text"]).split()) & set(NAMES)
+
+
 def test_a_background_that_a_caption_names_is_that_of_the_picture():
     said = 0
     for item in compose(examples(400), scene_share=0, sentence_share=1):
