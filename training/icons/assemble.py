@@ -92,11 +92,11 @@ class _Names:
     def _draft(self, icon: Icon, icon_set: IconSet, siblings: Collection[str]) -> _Draft | None:
         if icon.set == "openclipart":
             base, words = icon.raw, to_words(icon.aliases[0])
+            if "/flags/" in icon.raw and "flag" not in words:
+                words = ["flag", "of", *words]
             tags = [*icon.aliases[1:], *reversed(icon.raw.split("/")[:-1])]
             return _Draft(icon, base, icon_set.licence, words, "clipart", [], tags)
-        plain = TONE.sub("", icon.raw)
-        for pattern, replacement in SET_RULES.get(icon.set, ()):
-            plain = re.sub(pattern, replacement, plain)
+        plain = plain_identifier(icon.set, icon.raw)
         base, styles = strip_style(plain, siblings, icon_set.styles)
         entry = self._emoji(icon, base, to_words(base))
         if not keep_person(icon.source_id, entry, icon.raw):
@@ -111,8 +111,9 @@ class _Names:
         style = SET_STYLES.get(icon.set, "")
         if not style and entry is None and "emoji" not in icon.set:
             style = drawing_style(icon, base, styles, siblings, icon_set.styles)
-        aliases = [to_words(strip_style(alias, siblings, icon_set.styles)[0]) for alias in icon.aliases]
-        if entry and icon.set != "fluent-emoji-3d":
+        aliases = [plain_identifier(icon.set, alias) for alias in icon.aliases]
+        aliases = [to_words(strip_style(alias, siblings, icon_set.styles)[0]) for alias in aliases]
+        if entry and icon.set not in FLAG_SETS | {"fluent-emoji-3d"}:  # whose identifiers are codes
             aliases.append(entry.label.split() if entry.toned else to_words(base))
         tags = [*self.tags.get(icon.set, {}).get(base, ()), *(entry.tags if entry else ())]
         return _Draft(icon, base, icon_set.licence, words, style, aliases, tags)
@@ -138,6 +139,14 @@ def _without_topic(words: list[str], icon_set: IconSet) -> list[str]:
         return words
     lengths = [n for n in range(1, len(words)) if tuple(words[:n]) in icon_set.topics]
     return words[max(lengths, default=0) :]
+
+
+def plain_identifier(prefix: str, raw: str) -> str:
+    """An identifier without what its set adds to it, and without the skin tone."""
+    plain = TONE.sub("", raw)
+    for pattern, replacement in SET_RULES.get(prefix, ()):
+        plain = re.sub(pattern, replacement, plain)
+    return plain
 
 
 def flag_code(raw: str) -> str:
@@ -182,8 +191,8 @@ def drawing_style(
     for word, style in (("fill", "filled"), ("outline", "outline"), ("line", "outline"), ("stroke", "outline")):
         if word in default:
             return style
-    regular = any(re.sub("-regular$", f"-{word}", icon.raw) in siblings for word in ("fill", "filled", "solid"))
-    if icon.stroked or regular or any(f"{base}-{word}" in siblings for word in ("fill", "filled", "solid")):
+    stems = (f"{base}-", icon.raw.removesuffix("regular")) if icon.raw.endswith("-regular") else (f"{base}-",)
+    if icon.stroked or any(stem + word in siblings for stem in stems for word in ("fill", "filled", "solid")):
         return "outline"
     return "filled" if f"{base}-outline" in siblings or f"outline-{base}" in siblings else ""
 

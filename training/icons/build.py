@@ -13,9 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import resvg_py  # noqa: F401
+    import tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is missing: pip install 'mome[icons]'", name=error.name) from None
 
 from .assemble import Named, name_icons
 from .card import write_card
@@ -47,16 +53,17 @@ def build(output: Path, cache: Path, processes: int = 2, docs: Path | None = Non
     folders = fetch_sources(cache)
     skipped: dict[str, str] = {}
     sets = list(iter_sets(folders, skipped))
-    print(
-        f"{sum(len(one.icons) for one in sets):,} icons of {len(sets)} sets; {len(skipped)} sets left out", flush=True
-    )
+    total = sum(len(one.icons) for one in sets)
+    print(f"{total:,} icons of {len(sets)} sets; {len(skipped)} sets left out", flush=True)
     pictures = {
         picture.source_id: picture
         for picture in render_sets((icon for one in sets for icon in one.icons), cache / "rendered", processes)
     }
+    print(f"{total - len(pictures):,} of them are blank or cannot be rendered", flush=True)
     named = [row for row in name_icons(sets, folders) if row.source_id in pictures]
     for row in named:
-        row.style = row.style or ("colour" if pictures[row.source_id].mode == "RGBA" else "")
+        if pictures[row.source_id].mode == "RGBA" and row.style in ("", "bold", "filled", "outline", "thin"):
+            row.style = "colour"  # what a set calls outline has coloured areas as well
     print(f"{len(named):,} icons with a name and a picture", flush=True)
     rows, splits, dropped = split_rows(named, pictures)
     output.mkdir(parents=True, exist_ok=True)
@@ -148,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.processes < 1:
         parser.error(f"--processes {options.processes}: at least 1 is needed")
-    counts = build(options.output, options.cache or options.output / "cache", options.processes, options.docs)
+    try:
+        counts = build(options.output, options.cache or options.output / "cache", options.processes, options.docs)
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     print(", ".join(f"{split} {count:,}" for split, count in counts.items()))
 
 

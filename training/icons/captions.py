@@ -17,9 +17,12 @@ DIRECTIONS = frozenset(
     "over previous right south top under up upper vertical west".split()
 )
 LINKS = frozenset("and at behind for from in inside making of on over to under with without".split())
-SINGULAR_S = frozenset("atlas bus canvas cactus compass gas iris lens octopus pus tennis virus walrus".split())
+# What ends a singular: bus, glass, iris, lens, gas, atlas, canvas.
+SINGULAR_ENDS = ("us", "ss", "is", "lens", "gas", "atlas", "canvas")
+# Words that begin with the sound of a vowel: most vowels, a silent h, initials such as "svg".
 AN = re.compile(
-    r"(?:[aeio]|u(?!biq|fo|k|ni(?!n)|r[ln]|s[abeu]|til)|hono|hour|heir|(?:[fhlmnrsx]|mri|[ms]d|sms|rss|nfc|mp\d|html|x-ray)\b)"
+    r"(?:[aeio](?!ne\b|nce\b|u(?:ro|cal|gen))|u(?!biq|fo|k|ni(?!n)|r[ln]|s[abeu]|til)|hon(?:o|est)|hour(?!i)|heir"
+    r"|[fhlmnrsx]\b|[fhlmnrsx][bcdfghjklmnpqrstvwxz]{1,4}\d?\b|hdmi\b|mfa\b|mri\b|x-)"
 )
 EMOJI_SETS = frozenset("emojione emojione-monotone fxemoji noto noto-v1 streamline-emojis twemoji".split())
 STYLE_ADJECTIVES = {
@@ -51,12 +54,12 @@ def split_noun(name: str) -> tuple[str, str] | None:
         return "the", name
     ends = [place for place, word in enumerate(words) if place and word in LINKS]
     head = words[(ends[0] if ends else len(words)) - 1]
-    singular = head[:-1] if head.endswith("s") and head not in SINGULAR_S and not head.endswith("ss") else head
+    singular = head[:-1] if head.endswith("s") and not head.endswith(SINGULAR_ENDS) else head
     if head not in NOUNS and singular not in NOUNS or len(words) > 5 and not ends:
         return None
     if head in MARKS and len(words) > 1 and not ends and (words[0] in NOUNS or words[-2] in NOUNS):
         return None
-    if not ends and any(word in DIRECTIONS for word in words[:-1]):
+    if DIRECTIONS.difference(LINKS).intersection(words):  # "arrow in up right circle" is no phrase
         return None
     return ("", name) if singular != head else (article(name).split()[0], name)
 

@@ -34,7 +34,7 @@ SPLIT_NOTES = {
     "healthicons-test": "the other concepts of that set",
     "freehand": "an unseen hand-drawn set",
 }
-SHEET_COLUMNS, SHEET_CELL = 10, (178, 72)
+SHEET_COLUMNS, SHEET_CELL = 10, (190, 76)
 
 
 def write_card(
@@ -81,11 +81,19 @@ def attribution(sets: Sequence[IconSet], rows: Sequence[Named]) -> str:
             author = f" by {one.author}" if one.author else ""
             text = f" ([licence]({one.licence_url}))" if one.licence_url else ""
             home = f"[{one.title}]({one.url})" if one.url else one.title
-            lines.append(f"- {home}{author}{text}: {counts[one.prefix]:,} pictures, `{one.prefix}`")
+            lines.append(f"- {home}{author}{text}: {_pictures(counts[one.prefix])}, `{one.prefix}`")
     lines += ["", "## Packages that they and their texts came from", "", "| package | version | licence | gave |"]
     lines += ["|---|---|---|---|"]
     lines += [f"| {one.name} | {one.version} | {one.licence} | {one.holds} |" for one in SOURCES.values()]
+    lines += [
+        "",
+        "The list of countable nouns in captions was chosen with the help of WordNet 3.0, Princeton University.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _pictures(count: int) -> str:
+    return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
 def data_card(
@@ -142,9 +150,9 @@ def contact_sheet(
     ]  # fmt: skip
     width, height = SHEET_CELL
     sheet = Image.new("RGB", (SHEET_COLUMNS * width, -(-len(examples) // SHEET_COLUMNS) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for place, example in enumerate(compose_icons(examples, rng, scene_share=0.3, sentence_share=0.8)):
         left, top = place % SHEET_COLUMNS * width, place // SHEET_COLUMNS * height
         sheet.paste(Image.fromarray(example["image"]), (left + 4, top + 4))
-        draw.multiline_text((left + 72, top + 3), textwrap.fill(example["text"], 18), "black", font, spacing=1)
-    return sheet.quantize(64, dither=Image.Dither.NONE)
+        draw.multiline_text((left + 72, top + 3), textwrap.fill(example["text"], 20), "black", font, spacing=1)
+    return sheet

@@ -195,4 +195,5 @@ def clipart_name(stem: str, svg: str) -> str:
 
 def _keywords(svg: str) -> list[str]:
     bag = re.search(r"<dc:subject>(.*?)</dc:subject>", svg, re.DOTALL)
-    return [unescape(word).strip().lower() for word in re.findall(r"<rdf:li>([^<]*)</rdf:li>", bag[1])] if bag else []
+    words = re.findall(r"<rdf:li>([^<]*)</rdf:li>", bag[1]) if bag else []
+    return [unescape(word).strip().lower() for word in words if not word.lower().startswith("hash")]

@@ -22,6 +22,7 @@ BLACK, WHITE = NAMES.index("black"), NAMES.index("white")
 MIN_CONTRAST = 2.2  # below it an icon is hard to see
 TURN_SHARE, TURN_DEGREES = 0.2, 8.0
 COLOUR_SHARE = 0.6  # of the visible pixels: from here on a picture is said to have that colour
+FIRM = 0.6  # mean opacity of the ink from which on it has the colour that it is painted in
 PLAIN_INK = 24.0
 
 
@@ -32,6 +33,7 @@ def compose_icons(
     side: int = 64,
     scene_share: float = 0.15,
     sentence_share: float = 0.3,
+    name_share: float = 0.0,
     plain: bool = False,
 ) -> list[dict[str, Any]]:
     """Draws a picture for each example and puts its text into words.
@@ -47,6 +49,8 @@ def compose_icons(
         side: height and width of the pictures.
         scene_share: share of the examples that become scenes.
         sentence_share: share of the other examples whose text is put into a sentence.
+        name_share: share of the examples whose text becomes their `name` before that. Icons with many tags are called
+            by their name one time in many otherwise.
         plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
 
     Returns:
@@ -55,7 +59,8 @@ def compose_icons(
     Raises:
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
     """
-    for name, share in (("scene_share", scene_share), ("sentence_share", sentence_share)):
+    shares = {"scene_share": scene_share, "sentence_share": sentence_share, "name_share": name_share}
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must be between 0 and 1")
     if not examples:
@@ -64,6 +69,8 @@ def compose_icons(
     if plain:
         pictures, texts = _plain(icons, side), [example["text"] for example in examples]
         return [{**example, "image": pictures[i], "text": texts[i]} for i, example in enumerate(examples)]
+    named = rng.random(len(examples)) < name_share
+    examples = [{**one, "text": one.get("name") or one["text"]} if use else one for one, use in zip(examples, named)]
     scenes = _Scenes(examples, rng, scene_share)
     colours = _Colours(icons, scenes, rng)
     icons.turn(rng)
@@ -85,7 +92,12 @@ class _Icons:
                 )
         self.size = size
         self.coloured = np.array([array.shape[2] == 4 for array in arrays])
-        self.alpha = np.stack([array[..., -1] for array in arrays]).astype(np.float32) / 255
+        opacity = np.stack([array[..., -1] for array in arrays])
+        # Some sets draw everything faint; an icon of one colour is as dark as its darkest part.
+        peak = np.where(self.coloured, 255, np.maximum(opacity.max(axis=(1, 2)), 1)).astype(np.float32)
+        self.alpha = np.multiply(opacity, 1 / peak[:, None, None], dtype=np.float32)
+        squares = np.einsum("nyx,nyx->n", self.alpha, self.alpha)
+        self.firm = squares > FIRM * self.alpha.sum(axis=(1, 2))  # most of the ink shows its colour unmixed
         self.row = np.cumsum(self.coloured) - 1  # row of `rgb` of each coloured icon
         colours = [np.moveaxis(array[..., :3], -1, 0) for array in arrays if array.shape[2] == 4]
         self.rgb = np.stack(colours).astype(np.float32) if colours else np.zeros((0, 3, size, size), np.float32)
@@ -192,7 +204,8 @@ def _choose(rng: np.random.Generator, count: int, shares: Sequence[float], names
 def _paint(icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, rng: np.random.Generator) -> np.ndarray:
     """The pictures, uint8, (pictures, side, side, 3)."""
     drawn = np.empty((len(scenes.members), side, side, 3), np.uint8)
-    drawn[:] = (colours.ground + 0.5)[:, None, None]
+    rows = np.tile((colours.ground + 0.5).astype(np.uint8), side)  # a row of pixels of each background
+    drawn.reshape(len(drawn), side, -1)[:] = rows[:, None]
     boxes = _placements(scenes, side, rng).tolist()
     grounds, inks = colours.ground.tolist(), colours.ink.tolist()
     for picture, icon, (left, top, length), ink in zip(scenes.picture.tolist(), scenes.icon.tolist(), boxes, inks):
@@ -263,7 +276,7 @@ def _captions(
         if len(members) > 1:
             phrases = []
             for step, member in enumerate(members):
-                said = colours.mono[first + step] and inks[first + step] < 0.4
+                said = colours.mono[first + step] and icons.firm[member] and inks[first + step] < 0.4
                 colour = NAMES[colours.ink_name[first + step]] if said else ""
                 phrases.append(thing(scene_name(examples[member]), colour, _kind(examples[member])))
             text = scene_caption(phrases, bool(scenes.vertical[index]), draws[index, 0])
@@ -279,7 +292,7 @@ def _sentence(
     example: dict[str, Any], index: int, icons: _Icons, colours: _Colours, placement: int, draws: np.ndarray
 ) -> str:
     name = example["text"] if split_noun(example["text"]) else example.get("name") or example["text"]
-    ink = colours.ink_name[placement] if colours.mono[placement] else -1
+    ink = colours.ink_name[placement] if colours.mono[placement] and icons.firm[index] else -1
     if draws[2] < 0.6 and not colours.mono[placement]:
         ink = icons.main_colour(index)
     colour = NAMES[ink] if ink >= 0 and draws[2] < 0.6 else ""

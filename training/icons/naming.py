@@ -60,6 +60,10 @@ NUMBERED_WORDS = frozenset(
     "hour iso layout level looks number numeric octagon page pentagon plus rating replay rewind row rows sim "
     "skip speed square star stars step target timer window x".split()
 )
+# Words of their own, whatever their halves say side by side.
+WHOLE_WORDS = frozenset(
+    "headshot homework northeast northwest snowcapped southeast southwest upright wristwatch".split()
+)
 NUMBERED_TERMS = frozenset("base64 css3 html5 ipv4 ipv6 md5 mp3 mp4 usb2 usb3 utf8 web2 web3".split())
 EXPANSIONS = {
     "bg": "background",
@@ -172,7 +176,7 @@ def fused_words(names: Iterable[Iterable[str]], ratio: float = 1.5) -> dict[str,
     for (first, second), count in pairs.items():
         fused = singles.get(first + second, 0)
         long_enough = len(first) > 1 and len(second) > 2 and first.isalpha() and second.isalpha()
-        if fused and long_enough and count > max(1, ratio * fused):
+        if fused and long_enough and first + second not in WHOLE_WORDS and count > max(1, ratio * fused):
             splits[first + second] = f"{first} {second}"
     return splits
 

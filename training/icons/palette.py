@@ -60,7 +60,8 @@ def name_colours(rgb: np.ndarray) -> np.ndarray:
     hue = 60 * np.where((high != red) & (high != green), (red - green) / span + 4, hue)
     hsv = np.stack([hue, (high - low) / np.maximum(high, 1e-6), high / 255], axis=-1)[..., None, :]
     turned = hsv + np.array([360.0, 0.0, 0.0], np.float32)  # red goes across 360 degrees
-    slack = np.array([1.0, 0.01, 0.01], np.float32)
+    # What rounding to whole numbers moves: the darker a colour, the more its saturation.
+    slack = np.stack(np.broadcast_arrays(1.0, 0.01 + 1.5 / np.maximum(high, 1), 0.01), axis=-1)[..., None, :]
     inside = ((hsv >= _LOW - slack) & (hsv <= _HIGH + slack)).all(axis=-1)
     inside |= ((turned >= _LOW - slack) & (turned <= _HIGH + slack)).all(axis=-1)
     return np.where(inside.any(axis=-1), inside.argmax(axis=-1), -1)

@@ -7,6 +7,9 @@ found by halving the chunk and recorded as failed.
 
 import hashlib
 import io
+import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import resvg_py
 from PIL import Image
+from tqdm import tqdm
 
 from .collect import SIDE, Icon
 
@@ -50,12 +55,10 @@ def render_sets(icons: Iterable[Icon], cache: Path, processes: int = 2) -> Itera
     cache.mkdir(parents=True, exist_ok=True)
     chunks = list(_chunks(icons))
     missing = [chunk for chunk in chunks if not _chunk_path(cache, chunk).exists()]
-    done = 0
-    for chunk, rows in _in_processes(render_chunk, missing, processes):
-        _write(_chunk_path(cache, chunk), rows)
-        done += len(chunk)
-        print(f"\rrendered {done:,} of {sum(map(len, missing)):,} icons ({chunk[0].set})      ", end="", flush=True)
-    print() if missing else None
+    with tqdm(total=sum(map(len, missing)), desc="rendering", unit=" icons", disable=not missing) as progress:
+        for chunk, rows in _in_processes(render_chunk, missing, processes):
+            _write(_chunk_path(cache, chunk), rows)
+            progress.update(len(chunk))
     for chunk in chunks:
         table = pq.read_table(_chunk_path(cache, chunk)).to_pydict()
         for values in zip(*(table[name] for name in Rendered._fields)):
@@ -78,8 +81,6 @@ def render_chunk(icons: Sequence[Icon]) -> list[Rendered]:
 
 def render(icon: Icon) -> Image.Image:
     """The drawing as an RGBA image of 64 x 64 pixels, centred, aspect ratio kept."""
-    import resvg_py
-
     if isinstance(icon.drawing, Path) and icon.drawing.suffix != ".svg":
         image = Image.open(icon.drawing).convert("RGBA")
         return image.resize(
@@ -179,22 +180,38 @@ def _in_processes(
     work: Callable[[Sequence[Icon]], list[Rendered]], chunks: Sequence[list[Icon]], processes: int
 ) -> Iterator[tuple[list[Icon], list[Rendered]]]:
     """Runs `work` on every chunk in child processes and outlives their death."""
-    waiting, pool = deque(chunks), ProcessPoolExecutor(processes)
+    waiting, pool = deque(chunks), _new_pool(processes)
     running: deque[tuple[list[Icon], Future]] = deque()
-    while waiting or running:
-        while waiting and len(running) < 2 * processes:
-            chunk = waiting.popleft()
-            running.append((chunk, pool.submit(work, chunk)))
-        chunk, future = running.popleft()
-        try:
-            rows = future.result(timeout=SECONDS_PER_CHUNK)
-        except (BrokenProcessPool, FutureTimeout):
-            _kill(pool)
-            pool = ProcessPoolExecutor(processes)
-            rows = [row for part in _halves(chunk) for row in _alone(work, part)]
-            running = deque((other, pool.submit(work, other)) for other, _ in running)
-        yield chunk, rows
-    pool.shutdown()
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2 * processes:
+                chunk = waiting.popleft()
+                running.append((chunk, pool.submit(work, chunk)))
+            chunk, future = running.popleft()
+            try:
+                rows = future.result(timeout=SECONDS_PER_CHUNK)
+            except (BrokenProcessPool, FutureTimeout):
+                _kill(pool)
+                pool = _new_pool(processes)
+                rows = [row for part in _halves(chunk) for row in _alone(work, part)]
+                running = deque((other, pool.submit(work, other)) for other, _ in running)
+            yield chunk, rows
+    finally:  # also where the caller stops early or is interrupted
+        _kill(pool)
+
+
+def _new_pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Ends a child when its parent is killed; it would wait for work forever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _halves(chunk: list[Icon]) -> list[list[Icon]]:
@@ -203,7 +220,7 @@ def _halves(chunk: list[Icon]) -> list[list[Icon]]:
 
 def _alone(work: Callable[[Sequence[Icon]], list[Rendered]], chunk: list[Icon]) -> list[Rendered]:
     """Runs a chunk in a process of its own, halving it as long as the process dies."""
-    pool = ProcessPoolExecutor(1)
+    pool = _new_pool(1)
     try:
         return pool.submit(work, chunk).result(timeout=SECONDS_PER_CHUNK if len(chunk) > 1 else 30)
     except (BrokenProcessPool, FutureTimeout):

@@ -30,13 +30,15 @@ _AXES = (
 _GOOGLE = ((r"^nest-", "brand-"), (r"^local-(?!see)", ""))
 _COUNTED = ((r"(?<=.)-(one|two|three|four|five)$", ""),)
 SET_RULES: dict[str, tuple[tuple[str, str], ...]] = {
-    "bx": (("^bxl-", "brand-"), ("^bxs-", "")),
+    "bx": (("^bxl-", "brand-"), ("^bxs?-", "")),
     "clarity": (
         (r"-solid-(badged|alerted)$", r"-\1-filled"),
         (r"-outline-(badged|alerted)$", r"-\1"),
         ("-line$", "-outline"),
     ),
     "dinkie-icons": ((r"-small(-filled)?$", r"\1"),),
+    "emojione": ((r"^flag-for-(flag-)?", "flag-of-"),),
+    "emojione-monotone": ((r"^flag-for-(flag-)?", "flag-of-"),),
     "fluent-mdl2": (("-solid$", "-filled"),),
     "garden": ((r"-fill-\d+$", "-filled"), (r"-stroke-\d+$", "-outlined")),
     "ic": ((r"^(\w+)-local-(?!see)", r"\1-"),),

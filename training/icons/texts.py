@@ -19,7 +19,7 @@ STOP_TAGS = frozenset(
     "brand brands category clip art clipart color contour cpan deprecated design dev emoji etc general how i did it "
     "icon icons image logo misc monochrome new none other others outline png random svg symbol symbols template test "
     "uncategorized unknown unsorted vector various web".split()
-) | {"clip art", "how i did it", "line art", "clip-art", "public domain", "web2.0"}
+) | {"clip art", "how i did it", "line art", "clip-art", "public domain", "web2.0", "signs and symbols"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def load_emoji(emojibase: Path, cldr: Path) -> dict[str, Emoji]:
     found = {}
     for entry in json.loads((emojibase / "en/data.json").read_text()):
         base = natural_label(entry["label"])
+        country = base.startswith("flag of")  # two letters are its code
         tags = (*entry.get("tags", ()), *annotations.get(entry["emoji"], {}).get("default", ()))
+        tags = tuple(tag for tag in tags if not country or len(tag) > 2)
         person = entry.get("group") == 1
         for variant in (entry, *entry.get("skins", ())):
             toned = variant is not entry
@@ -88,7 +90,7 @@ def load_tags(folders: Mapping[str, Path]) -> dict[str, dict[str, list[str]]]:
 
 def clean_tag(tag: str) -> str:
     """A tag as natural words, or an empty string if it says nothing about a picture."""
-    text = to_name(to_words(tag.strip("* ")))
+    text = "" if tag.strip().isdigit() else to_name(to_words(tag.strip("* ")))
     plain = re.search(r"[a-z]{2}", text) and len(text) <= 32 and len(text.split()) <= 4
     return text if plain and text not in STOP_TAGS else ""
 

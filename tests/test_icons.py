@@ -1,0 +1,174 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from mome.training.icons import build, render, sources, splits
+from mome.training.icons.assemble import Named
+from mome.training.icons.card import attribution, contact_sheet, data_card
+from mome.training.icons.collect import Icon, IconSet
+from mome.training.icons.naming import concept_key
+
+HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64" viewBox="0 0 64 64">'
+SQUARE = HEAD + '<path d="M10 10h40v40h-40z"/></svg>'
+
+
+def row(name, icon_set="mdi", raw=None, texts=(), licence="MIT", style=""):
+    return Named(f"{icon_set}:{raw or name.replace(' ', '-')}", icon_set, licence, name, style, [name, *texts])
+
+
+def picture(identifier, pixels):
+    """A rendered icon whose alpha is `pixels`, (64, 64)."""
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[..., 3] = pixels
+    return render._encode(identifier, Image.fromarray(rgba))
+
+
+def blob(seed):
+    """Alpha of a random drawing: big blocks."""
+    return np.kron(np.random.default_rng(seed).integers(0, 2, (8, 8)), np.ones((8, 8))).astype(np.uint8) * 255
+
+
+def test_concepts_are_held_out_in_any_word_order_and_number():
+    assert concept_key("arrows left") == concept_key("left arrow") != concept_key("right arrow")
+    names = [f"thing {number}" for number in range(4000)]
+    assert 0.04 < np.mean([splits.is_held_out(name) for name in names]) < 0.06
+
+
+def test_no_concept_is_on_two_sides():
+    names = [f"thing {number}" for number in range(3000)]
+    sides = {split: set() for split in splits.SPLITS}
+    for icon_set in ("mdi", "lucide", "healthicons", "streamline-freehand-color"):
+        for name in names:
+            sides[splits.assign_split(icon_set, name)].add(name)
+    assert all(sides.values())
+    assert not sides["train"] & (sides["validation"] | sides["test"])
+    assert not sides["validation"] & sides["test"]
+    assert not sides["healthicons-train"] & (sides["healthicons-test"] | sides["validation"] | sides["test"])
+    assert sides["freehand"] == set(names)
+
+
+def held_out_names(split, count):
+    names = (f"thing {number}" for number in range(100_000))
+    return [name for name in names if splits.assign_split("mdi", name) == split][:count]
+
+
+def test_look_alikes_leave_train_and_small_marks_are_no_look_alikes():
+    drawing, other, marked = blob(0), blob(1), blob(0)
+    marked[24:40, 24:40] = 255 - marked[24:40, 24:40]
+    nearly = drawing.copy()
+    nearly[0, 0:3] = 255 - nearly[0, 0:3]
+    (tested,), (trained, again, different, small) = held_out_names("test", 1), held_out_names("train", 4)
+    rows = [row(name) for name in (tested, trained, again, different, small)]
+    images = (drawing, drawing, nearly, other, marked)
+    pictures = {one.source_id: picture(one.source_id, pixels) for one, pixels in zip(rows, images)}
+    kept, kept_splits, dropped = build.split_rows(rows, pictures)
+    assert [one.name for one in kept] == [tested, different, small]
+    assert kept_splits == ["test", "train", "train"]
+    assert dropped == {"repetitions": 0, "look-alikes across splits": 2}
+
+
+def test_the_same_name_and_picture_counts_once_and_train_never_names_what_is_held_out():
+    (tested,), (trained,) = held_out_names("test", 1), held_out_names("train", 1)
+    rows = [row(trained, raw="x", texts=[tested, "pet"]), row(trained, raw="y"), row(tested, texts=[trained])]
+    pictures = {one.source_id: picture(one.source_id, blob(seed)) for one, seed in zip(rows, (0, 0, 1))}
+    kept, _, dropped = build.split_rows(rows, pictures)
+    assert [one.texts for one in kept] == [[trained, "pet"], [tested, trained]]
+    assert dropped["repetitions"] == 1
+
+
+def test_a_drawing_is_rendered_centred_in_one_colour_or_in_its_own():
+    rows = render.render_chunk(
+        [
+            Icon("s", "square", SQUARE),
+            Icon("s", "red", SQUARE.replace("<path", '<path fill="red"')),
+            Icon("s", "blank", HEAD + "</svg>"),
+            Icon("s", "broken", "<svg"),
+        ]
+    )
+    assert [one.mode for one in rows] == ["LA", "RGBA", "", ""]
+    image = Image.open(io.BytesIO(rows[0].png))
+    assert image.size == (64, 64) and image.getchannel("A").getbbox() == (10, 10, 50, 50)
+
+
+def test_margins_of_a_clipart_are_cropped(tmp_path):
+    path = tmp_path / "far.svg"
+    path.write_text(HEAD + '<path d="M0 0h8v4h-8z"/></svg>')
+    assert render.render(Icon("openclipart", "far", path, crop=True)).getchannel("A").getbbox() == (2, 17, 62, 47)
+
+
+def test_what_is_rendered_is_not_rendered_again(tmp_path, monkeypatch):
+    icons = [Icon("s", str(number), SQUARE) for number in range(3)]
+    first = list(render.render_sets(icons, tmp_path, processes=1))
+    monkeypatch.setattr(render, "render_chunk", None)  # would fail if it were called
+    assert list(render.render_sets(icons, tmp_path, processes=1)) == first
+    assert [one.source_id for one in first] == ["s:0", "s:1", "s:2"]
+
+
+def die_at_two(icons):
+    """Stands for a renderer that takes its process down."""
+    if any(icon.raw == "2" for icon in icons):
+        os._exit(1)
+    return render.render_chunk(icons)
+
+
+def test_a_drawing_that_kills_its_process_costs_only_itself():
+    icons = [Icon("s", str(number), SQUARE) for number in range(5)]
+    [(chunk, rows)] = render._in_processes(die_at_two, [icons], processes=1)
+    assert chunk == icons and [one.mode for one in rows] == ["LA", "LA", "", "LA", "LA"]
+
+
+def test_an_archive_with_another_hash_is_refused(tmp_path):
+    archive = tmp_path / "archives" / "lucide-static-1.62.0.tgz"
+    archive.parent.mkdir()
+    archive.write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match="expected 386f90.*: delete it and run again"):
+        sources._download(sources.SOURCES["lucide-static"], archive.parent)
+
+
+def test_the_files_load_as_a_hugging_face_data_set(tmp_path):
+    names = [*held_out_names("test", 3), *held_out_names("train", 3), *held_out_names("validation", 2)]
+    rows = [row(name, texts=["pet"], style="outline") for name in names]
+    rows.append(row("syringe", "healthicons"))
+    pictures = {one.source_id: picture(one.source_id, blob(seed)) for seed, one in enumerate(rows)}
+    labels = [splits.assign_split(one.set, one.name) for one in rows]
+    counts = build.write_splits(tmp_path, rows, labels, pictures)
+    (tmp_path / "README.md").write_text(data_card(made_up_sets(), rows, labels, {}, {}))
+    data = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(part) for name, part in data.items()} == {"train": 3, "validation": 2, "test": 3}
+    assert sum(counts.values()) == len(rows)
+    example = data["test"][0]
+    assert example["texts"] == [example["name"], "pet"] and example["license"] == "MIT"
+    assert example["image"].mode == "LA" and example["image"].size == (64, 64)
+    build.write_splits(tmp_path, rows[:1], labels[:1], pictures)  # another build replaces it
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def made_up_sets():
+    licence = "https://example.org/licence"
+    return [
+        IconSet("mdi", "Material", "Ann", "https://example.org/ann", "MIT", licence),
+        IconSet("healthicons", "Health", "", "https://example.org/health", "CC-BY-4.0"),
+        IconSet("unused", "Unused", "Bob", "https://example.org/bob", "MIT"),
+    ]
+
+
+def test_the_attribution_names_every_set_that_is_in_the_data_and_no_other():
+    text = attribution(made_up_sets(), [row("dog"), row("cat"), row("syringe", "healthicons", licence="CC-BY-4.0")])
+    assert "## MIT" in text and "## CC-BY-4.0" in text
+    assert "[Material](https://example.org/ann) by Ann ([licence](https://example.org/licence)): 2 pictures" in text
+    assert "[Health](https://example.org/health): 1 picture," in text
+    assert "Unused" not in text
+    assert all(source.name in text and source.version in text for source in sources.SOURCES.values())
+
+
+def test_the_card_counts_and_the_sheet_shows():
+    rows = [row(f"thing {number}") for number in range(12)]
+    card = data_card(made_up_sets(), rows, ["train"] * 10 + ["test"] * 2, {"x": "logos"}, {"repetitions": 7})
+    assert "| train | 10 | 10 |" in card and "| test | 2 | 2 |" in card and "7 repetitions" in card
+    images = {one.source_id: picture(one.source_id, blob(seed)).png for seed, one in enumerate(rows)}
+    sheet = contact_sheet(rows, ["train"] * 12, images, count=12)
+    assert sheet.size == (1900, 152) and np.asarray(sheet).std() > 10
