@@ -25,7 +25,9 @@ class Evaluation:
         dataset, dataset_options, split, image_column, text_column: as in `Recipe`. The first text of a row is its
             label; all of its texts are references for its caption.
         max_samples: rows that are looked at, drawn with a fixed seed.
-        pool: distinct labels that retrieval and classification choose from, one image each.
+        pool: images that retrieval and classification choose from.
+        every_image: several images may have one label; without it the first one stands for all.
+        all_texts: retrieval by all texts of the images, any of an image's own counts (COCO's way); else by labels.
         classes: labels that zero-shot classification chooses from.
         captions: images that are captioned.
         max_new_tokens: of a caption.
@@ -41,6 +43,8 @@ class Evaluation:
     text_column: str = "text"
     max_samples: int | None = None
     pool: int = 1000
+    every_image: bool = False
+    all_texts: bool = False
     classes: int = 100
     captions: int = 256
     max_new_tokens: int = 16
@@ -79,20 +83,11 @@ class Evaluation:
 
     def _run(self, captioner, processor, progress: bool) -> dict[str, float]:
         examples = self.examples(processor)
-        pool = one_each(examples)[: self.pool]
-        labels = [each["text"] for each in pool]
+        pool = (examples if self.every_image else one_each(examples))[: self.pool]
         image_embeds = embed_images(captioner, processor, [each["image"] for each in pool], self.batch_size, progress)
-        texts = [self.template.replace("{}", label) for label in labels]
-        text_embeds = embed_texts(captioner, processor, texts, self.batch_size)
-        similarity, positives = image_embeds @ text_embeds.T, torch.eye(len(pool), dtype=torch.bool)
         figures: dict[str, float] = {"images": len(pool)}
-        for direction, matrix, hits in (
-            ("text_to_image", similarity.T, positives.T),
-            ("image_to_text", similarity, positives),
-        ):
-            figures |= {f"{direction}_r{k}": value for k, value in retrieval_recall(matrix, hits).items()}
-        accuracy = zero_shot_accuracy(similarity, torch.arange(len(pool)), self.classes)
-        figures |= {f"zero_shot_top{k}": value for k, value in accuracy.items()}
+        figures |= self._retrieval(captioner, processor, pool, image_embeds)
+        figures |= self._zero_shot(captioner, processor, pool, image_embeds)
         if chosen := examples[: self.captions]:
             captions = caption_images(
                 captioner,
@@ -104,6 +99,29 @@ class Evaluation:
             )
             figures |= caption_metrics(captions, [each["references"] for each in chosen])
         return figures
+
+    def _retrieval(self, captioner, processor, pool: list[dict], image_embeds: torch.Tensor) -> dict[str, float]:
+        own = [each["references"] if self.all_texts else [each["text"]] for each in pool]
+        texts = list(dict.fromkeys(text for each in own for text in each))
+        positives = torch.tensor([[text in each for text in texts] for each in map(set, own)])
+        similarity = image_embeds @ self._embed_labels(captioner, processor, texts).T
+        figures = {}
+        for direction, each, hits in (
+            ("text_to_image", similarity.T, positives.T),
+            ("image_to_text", similarity, positives),
+        ):
+            figures |= {f"{direction}_r{k}": value for k, value in retrieval_recall(each, hits).items()}
+        return figures
+
+    def _zero_shot(self, captioner, processor, pool: list[dict], image_embeds: torch.Tensor) -> dict[str, float]:
+        labels = list(dict.fromkeys(each["text"] for each in pool))
+        own = torch.tensor([labels.index(each["text"]) for each in pool])
+        similarity = image_embeds @ self._embed_labels(captioner, processor, labels).T
+        return {f"zero_shot_top{k}": v for k, v in zero_shot_accuracy(similarity, own, self.classes).items()}
+
+    def _embed_labels(self, captioner, processor, texts: list[str]) -> torch.Tensor:
+        texts = [self.template.replace("{}", text) for text in texts]
+        return embed_texts(captioner, processor, texts, self.batch_size)
 
     def examples(self, processor: MomeProcessor) -> list[dict]:
         """Rows that can be used, as examples with `image`, `text` (the label) and `references` (all texts)."""

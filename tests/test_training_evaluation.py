@@ -1,0 +1,64 @@
+"""An evaluation of figures that are known beforehand: a stand-in whose embeddings are one-hot."""
+
+import datasets
+import pytest
+import torch
+
+from builders import build_processor
+from models import tiny_captioner
+from mome.training import evaluate
+from mome.training.evaluate import Evaluation
+from test_training_data import as_dataset, text_of
+
+
+@pytest.fixture
+def data(tmp_path):
+    """20 images of 4 colours; every image has its colour's text and one of its own."""
+    texts = [[text_of(index), f"picture {'on' if index % 2 else 'of'} {index}"] for index in range(20)]
+    datasets.DatasetDict({"validation": as_dataset(texts=texts)}).save_to_disk(tmp_path / "data")
+    return {"dataset": str(tmp_path / "data"), "text_column": "texts", "captions": 0}
+
+
+@pytest.fixture
+def colour_blind(monkeypatch):
+    """Images and texts are known by their colour, so that images of one colour can't be told apart."""
+    colours = ["red", "green", "blue", "white"]
+
+    def embed_texts(captioner, processor, texts, batch_size):
+        words = [[word for word in text.split() if word in colours] for text in texts]
+        return torch.tensor([[float(colour in each) for colour in colours] for each in words])
+
+    def embed_images(captioner, processor, images, batch_size, progress):
+        pixels = torch.tensor([image.convert("RGB").getpixel((5, 5)) for image in images])
+        known = torch.tensor([(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)])
+        return (pixels[:, None] == known).all(dim=2).float()
+
+    monkeypatch.setattr(evaluate, "embed_texts", embed_texts)
+    monkeypatch.setattr(evaluate, "embed_images", embed_images)
+
+
+def test_one_image_for_each_label_is_found_by_it(data, colour_blind):
+    figures = Evaluation(**data).run(tiny_captioner(), build_processor())
+    assert figures["images"] == 4
+    assert figures["text_to_image_r1"] == figures["image_to_text_r1"] == figures["zero_shot_top1"] == 1.0
+
+
+def test_every_image_with_a_label_counts_as_found_by_it(data, colour_blind):
+    figures = Evaluation(**data, every_image=True).run(tiny_captioner(), build_processor())
+    assert figures["images"] == 20
+    assert figures["text_to_image_r1"] == figures["image_to_text_r1"] == 1.0  # any of the five images of a colour
+
+
+def test_any_text_of_an_image_counts_and_all_of_them_ask(data, colour_blind):
+    figures = Evaluation(**data, every_image=True, all_texts=True).run(tiny_captioner(), build_processor())
+    # 4 texts with a colour find one of their images first; 20 without one find nothing, ties count against them.
+    assert figures["text_to_image_r1"] == pytest.approx(4 / 24)
+    assert figures["image_to_text_r1"] == 1.0
+    assert figures["zero_shot_top1"] == 1.0
+
+
+def test_evaluating_leaves_the_model_in_its_mode_and_the_generator_alone(data):
+    captioner, before = tiny_captioner().train(), torch.get_rng_state()
+    figures = Evaluation(**data | {"captions": 4}).run(captioner, build_processor(image_size=16))
+    assert captioner.training and torch.equal(torch.get_rng_state(), before)
+    assert 0 <= figures["caption_f1"] <= 1 and {"caption_exact", "caption_bleu4", "caption_cider"} <= figures.keys()
