@@ -1,0 +1,42 @@
+# Everything sets itself up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+# The release of transformers that the package still supports, for `make test-oldest`.
+OLDEST = 5.17.0
+
+.PHONY: quickstart test test-oldest lint bench clean
+
+quickstart: $(VENV)/.installed
+	$(RUN) -m mome.quickstart
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest tests -n 2
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest tests -n 2
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
+	$(RUN) -m mome.benchmarks.inference --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
+
+clean:
+	rm -rf .venv .venv-oldest .cache build *.egg-info
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLDEST) -e ".[test]"
+	touch $@
