@@ -7,7 +7,7 @@
 - `guided`: re-ranking of 4 candidates against the 4 beams that they come from; classifier-free and contrastive
   guidance against greedy captions without it.
 
-Random weights, bfloat16, exactly 20 new tokens for everyone; the image encoder is a ViT-B (12 × 768, patch 32 unless
+Random weights, one dtype, exactly 20 new tokens for everyone; the image encoder is a ViT-B (12 × 768, patch 32 unless
 `--patch-size` says otherwise) at 224 px in all three. MoME and BLIP decode with 12 × 768, CoCa with the narrower text
 layers that it was published with (12 + 12 × 512). Its vocabulary of 49,408 is everyone's. Turns, medians and ratios
 are those of `mome.benchmarks.inference`.
@@ -29,7 +29,6 @@ from torch import nn
 from ..evaluation.results import append_rows, environment
 from .inference import (
     BASE,
-    BF16,
     CAPTION_BATCHES,
     CAPTION_TOKENS,
     QUICK,
@@ -125,9 +124,10 @@ def generate_call(model: nn.Module, **options):
 
 def race_each_batch(race: Race, title: str, calls: dict, pairs: list[tuple[str, str]]):
     for batch in CAPTION_BATCHES:
-        inputs = {"pixel_values": race.pixels(batch, BF16)}
+        (dtype,) = race.dtypes
+        inputs = {"pixel_values": race.pixels(batch, dtype)}
         competitors = [Competitor(name, call, inputs, batch).counted() for name, call in calls.items()]
-        race.run(f"{title} of {CAPTION_TOKENS} tokens, batch {batch}", competitors, BF16, pairs)
+        race.run(f"{title} of {CAPTION_TOKENS} tokens, batch {batch}", competitors, dtype, pairs)
 
 
 @torch.no_grad()
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
     parser.add_argument("--patch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor has no bfloat16 products")
     parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
     parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
     options = parser.parse_args(argv)
@@ -182,8 +183,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     shape, text = (QUICK, QUICK_TEXT) if options.quick else (BASE | {"vocab_size": VOCABULARY}, COCA_TEXT)
     shape = shape if options.quick else shape | {"patch_size": options.patch_size}
     builders = {"MoME": mome_captioner, "BLIP": blip, "CoCa": functools.partial(coca, text=text)}
-    models = {name: model.to(BF16).eval() for name, model in available(builders, shape)}
-    race = Race(shape, options.rounds, compile_models=False)
+    dtype = getattr(torch, options.dtype)
+    models = {name: model.to(dtype).eval() for name, model in available(builders, shape)}
+    race = Race(shape, options.rounds, compile_models=False, dtypes=(dtype,))
     for section in options.only.split(","):
         SECTIONS[section](race, models)
     if options.results:
