@@ -61,6 +61,13 @@ class Evaluation:
             raise RecipeError(f"evaluation {name!r} names no dataset")
         return cls(**values)
 
+    @property
+    def source(self) -> str:
+        """The data in words: the data set, or the files where that is only a kind of file."""
+        files = self.dataset_options.get("data_files", {})
+        files = files.values() if isinstance(files, dict) else [files]
+        return ", ".join([self.dataset, *map(str, files)])
+
     def load(self) -> tuple[datasets.Dataset, str]:
         """The rows to look at, images still encoded, and the name of the image column."""
         rows, image_column = load_rows(

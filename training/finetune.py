@@ -312,7 +312,7 @@ class Trainer:
                 if self.recipe.sheet_images:
                     self._draw_sheet(captioner, name, evaluation)
                 if self.recipe.results and stage != "during":
-                    data = f"{evaluation.dataset}, split {evaluation.split}, {self.progress.pairs} pairs trained on"
+                    data = f"{evaluation.source}, split {evaluation.split}, {self.progress.pairs} pairs trained on"
                     report.write_results(Path(self.recipe.results), name, data, figures[name], stage)
         flat = {f"{name}/{key}": value for name, values in figures.items() for key, value in values.items()}
         self.accelerator.log(flat, step=step)
