@@ -19,8 +19,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_snippets_run_one_after_the_other(checkpoint, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # the last snippet sets it, this takes it back
+@torch._inductor.config.patch(freezing=False)  # the last snippet sets it, this takes it back
+def test_the_snippets_run_one_after_the_other(checkpoint):
     namespace = {}
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(snippets) == 4
