@@ -45,13 +45,13 @@ class Checkpoint:
         return key in self.shapes
 
     def shape(self, key: str, dimensions: int) -> torch.Size:
-        """Raises ConversionError if the key is missing or has another number of dimensions."""
+        """Raises ConversionError if the key is missing, is empty or has another number of dimensions."""
         if key not in self.shapes:
             raise ConversionError(f"checkpoint {self.path} holds no {key}: it is incomplete or of another kind")
         shape = self.shapes[key]
-        if len(shape) != dimensions:
+        if len(shape) != dimensions or 0 in shape:
             raise ConversionError(
-                f"checkpoint {self.path}: {key} has shape {tuple(shape)}, expected {dimensions} dimensions"
+                f"checkpoint {self.path}: {key} has shape {tuple(shape)}, expected {dimensions} dimensions, none 0"
             )
         return shape
 

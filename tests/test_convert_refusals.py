@@ -145,7 +145,7 @@ LAYER = "beit3.encoder.layers.1"
         ("beit3.encoder.layer_norm.A.bias", torch.zeros(30), "beit3.encoder.layer_norm.A.bias of shape (30,)"),
         ("beit3.encoder.embed_positions.A.weight", torch.zeros(9, 32), "embed_positions.A.weight has 9 rows"),
         ("beit3.text_embed.weight", torch.zeros(100), "text_embed.weight has shape (100,), expected 2 dimensions"),
-        ("beit3.text_embed.weight", torch.zeros(0, 32), "the checkpoint 0 words"),
+        ("beit3.text_embed.weight", torch.zeros(0, 32), "text_embed.weight has shape (0, 32)"),
         ("vision_head.bias", torch.zeros(32), "vision_head.bias has no place"),
         ("vision_head.weight", torch.full((32, 32), torch.nan), "vision_head.weight holds NaN"),
         ("vision_head.weight", torch.zeros(32, 32, dtype=torch.int64), "weights of type torch.int64"),

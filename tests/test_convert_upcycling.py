@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from models import VARIANTS, random_batch, tiny_captioner
+from mome.convert import upcycle_checkpoint
 from mome.convert.__main__ import main
 from upstream import golden, run, under
 
@@ -42,6 +43,16 @@ def test_conversion_and_upcycling_in_one_go_equal_the_dense_conversion(kind, nam
     assert_close(outputs[0].image_embeds, outputs[1].image_embeds, atol=1e-5, rtol=0)
     assert_close(outputs[0].text_embeds, outputs[1].text_embeds, atol=1e-5, rtol=0)
     assert "4 copies, of which a token uses 2" in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_embeddings_alone_stays_one(tmp_path):
+    dense = tiny_captioner("vlmo").model
+    dense.save_pretrained(tmp_path / "dense")
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "routed", experts_per_group=3)
+    routed, batch = AutoModel.from_pretrained(tmp_path / "routed"), random_batch(dense.config)
+    assert routed.config.experts_per_group == 3
+    assert_close(routed(**batch).logits_per_image, dense(**batch).logits_per_image, atol=1e-5, rtol=0)
 
 
 def test_training_separates_upcycled_experts(tmp_path):
