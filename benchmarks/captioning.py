@@ -82,8 +82,8 @@ class StandIn(type):
         return name
 
 
-def import_coca() -> type[nn.Module]:
-    """open_clip's CoCa. At import it wants torchvision, for image transforms that no caption needs."""
+def import_coca() -> tuple[type[nn.Module], type[nn.Module]]:
+    """open_clip's CoCa and its loss. At import it wants torchvision, for image transforms that no caption needs."""
     names = "torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops"
     stand_ins = {name: ModuleType(name) for name in (*names, "torchvision.ops.misc")}
     for name, module in stand_ins.items():
@@ -95,7 +95,11 @@ def import_coca() -> type[nn.Module]:
     transformers.BeamSearchScorer = BeamBookkeeping
     with mock.patch.dict(sys.modules, stand_ins):
         from open_clip.coca_model import CoCa
-    return CoCa
+        from open_clip.loss import CoCaLoss
+
+        ours = {name: module for name, module in sys.modules.items() if name.startswith("open_clip")}
+    sys.modules.update(ours)  # compilation looks its modules up
+    return CoCa, CoCaLoss
 
 
 def coca(shape: dict, text: dict) -> nn.Module:
@@ -107,7 +111,7 @@ def coca(shape: dict, text: dict) -> nn.Module:
     vision |= {"attentional_pool": True, "attn_pooler_heads": text["heads"], "output_tokens": True}
     decoder = {**text, "attn_pooler_heads": text["heads"]}
     encoder = {**text, "embed_cls": True, "output_tokens": True}
-    return import_coca()(text["width"], decoder, encoder, vision)
+    return import_coca()[0](text["width"], decoder, encoder, vision)
 
 
 def coca_call(model: nn.Module, beams: int):

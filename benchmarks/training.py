@@ -14,7 +14,6 @@ Turns, medians and ratios are those of `mome.benchmarks.inference`.
 import argparse
 import json
 import multiprocessing
-import resource
 import shlex
 import sys
 from dataclasses import replace
@@ -32,7 +31,7 @@ from ..training.data import Batch
 from ..training.optimisation import build_optimizer
 from ..training.pixels import PixelScale
 from ..training.recipe import Recipe
-from .captioning import coca
+from .captioning import coca, import_coca
 from .inference import BF16, FP32, Competitor, Race
 
 # The small icon model of the design: 20.6 million parameters, 16 patches.
@@ -81,9 +80,7 @@ def coca_trainer(shape: dict):
     width, heads = shape["hidden_size"], shape["num_attention_heads"]
     text = {"context_length": TOKENS, "vocab_size": shape["vocab_size"], "width": width, "heads": heads}
     model = coca(shape, text | {"layers": shape["num_hidden_layers"]}).train()
-    from open_clip.loss import CoCaLoss
-
-    loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=0)
+    loss = import_coca()[1](caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     scale = PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3)
 
@@ -121,7 +118,13 @@ def _peak(shape: dict, count: int, threads: int, connection):
     batch = pairs_for(shape, count)
     _, run = mome_trainer(shape, caption_weight=0.0, chunk_size=CHUNK)
     run(batch)
-    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    connection.send(_peak_of_this_process())
+
+
+def _peak_of_this_process() -> float:
+    """Peak resident memory in MiB. `ru_maxrss` is no use here: a process starts with its parent's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def memory(race: Race):
