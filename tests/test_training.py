@@ -324,6 +324,12 @@ def test_a_loss_that_is_no_number_stops_the_run(fields):
         run(fields, learning_rate=float("inf"), max_grad_norm=0.0)
 
 
+def test_ruined_weights_are_never_saved_between_two_lines_of_the_log(fields):
+    with pytest.raises(RecipeError, match="the loss is nan at step 3"):
+        run(fields, learning_rate=float("inf"), max_grad_norm=0.0, log_every=100, checkpoint_every=3)
+    assert not list(Path(fields["output"]).glob("checkpoint-*"))
+
+
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 

@@ -26,8 +26,6 @@ from .augment import Augmentation, Example
 from .pixels import decode_image, to_pixels
 from .recipe import RecipeError
 
-MAX_REPORTED = 5  # names of bad rows that one batch reports
-
 
 @dataclass
 class Batch:

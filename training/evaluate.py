@@ -89,7 +89,7 @@ class Evaluation:
             captioner.train(was_training)
 
     def _run(self, captioner, processor, progress: bool) -> dict[str, float]:
-        examples = self.examples(processor)
+        examples = self.examples()
         pool = (examples if self.every_image else one_each(examples))[: self.pool]
         image_embeds = embed_images(captioner, processor, [each["image"] for each in pool], self.batch_size, progress)
         figures: dict[str, float] = {"images": len(pool)}
@@ -130,7 +130,7 @@ class Evaluation:
         texts = [self.template.replace("{}", text) for text in texts]
         return embed_texts(captioner, processor, texts, self.batch_size)
 
-    def examples(self, processor: MomeProcessor) -> list[dict]:
+    def examples(self) -> list[dict]:
         """Rows that can be used, as examples with `image`, `text` (the label) and `references` (all texts)."""
         rows, image_column = self.load()
         examples = []

@@ -42,9 +42,6 @@ from .recipe import Recipe, RecipeError
 logger = get_logger(__name__)
 
 
-# --------------------------------------------------------------------------------------------------- the run
-
-
 class StopSignal:
     """SIGTERM and Ctrl-C end the run after the step in hand; a second one ends it at once."""
 
@@ -183,9 +180,11 @@ class Trainer:
                 if progress.step % recipe.log_every == 0 or progress.step == self.steps:
                     self._log(losses, speed, bar)
                 if stop.anywhere(self.accelerator):
+                    self._check_finite(losses)
                     self._stop(stop.received)
                     return None
                 if recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0:
+                    self._check_finite(losses)
                     self.checkpoints.save(progress.step)
                     speed.restart(progress.step)
                 if recipe.evaluate_every and progress.step % recipe.evaluate_every == 0 and progress.step < self.steps:
@@ -264,11 +263,7 @@ class Trainer:
     def _log(self, losses: StepLosses, speed: report.Speed, bar: tqdm):
         step = self.progress.step
         figures = {name: getattr(losses, name).item() for name in ("loss", "contrastive", "caption", "router")}
-        if not math.isfinite(figures["loss"]):
-            raise RecipeError(
-                f"the loss is {figures['loss']} at step {step}: lower learning_rate={self.recipe.learning_rate:g}; "
-                f"the checkpoints in {self.output} are untouched"
-            )
+        self._check_finite(losses)
         figures |= {"epoch": self.progress.epoch, "learning_rate": self.optimizer.param_groups[-1]["lr"]}
         figures |= {"bad": self.progress.bad, **report.routing_figures(losses.assignments)}
         timing = speed.since_last(step)
@@ -277,6 +272,15 @@ class Trainer:
             self.log.write(step, **figures, **timing)
             shown = {name: f"{figures[name]:.3f}" for name in ("contrastive", "caption")}
             bar.set_postfix(**shown, pairs_per_s=f"{timing['pairs_per_s']:.0f}", gemm=f"{timing['share_of_gemm']:.0%}")
+
+    def _check_finite(self, losses: StepLosses):
+        """Before anything is logged or saved: a checkpoint of ruined weights would push out the good ones."""
+        loss = losses.loss.item()
+        if not math.isfinite(loss):
+            raise RecipeError(
+                f"the loss is {loss} at step {self.progress.step}: lower learning_rate="
+                f"{self.recipe.learning_rate:g}; the checkpoints in {self.output} are untouched"
+            )
 
     def _stop(self, received: str | None):
         saved = self.checkpoints.save(self.progress.step)
@@ -321,7 +325,7 @@ class Trainer:
 
     def _draw_sheet(self, captioner: nn.Module, name: str, evaluation: Evaluation):
         few = dataclasses.replace(evaluation, max_samples=self.recipe.sheet_images)
-        examples = few.examples(self.processor)
+        examples = few.examples()
         images = [each["image"] for each in examples]
         captions = caption_images(captioner, self.processor, images, max_new_tokens=evaluation.max_new_tokens)
         folder = self.output / "sheets"
