@@ -582,6 +582,11 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head.decoder = value
 
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """(), log of the inverse temperature, as `MomeModel` has it."""
+        return self.model.logit_scale
+
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See `MomeModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)

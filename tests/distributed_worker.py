@@ -21,7 +21,7 @@ PAIRS = 32
 
 
 def whole_batch(config) -> Batch:
-    """32 pairs with equal captions, equal groups, padding and two rows that can't be used."""
+    """32 pairs with equal captions, equal groups, padding, a teacher, and two rows that can't be used."""
     given = random_batch(config, size=PAIRS)
     given["input_ids"][5] = given["input_ids"][20]
     given["attention_mask"][5] = given["attention_mask"][20]
@@ -29,7 +29,18 @@ def whole_batch(config) -> Batch:
     valid[[3, 17]] = False
     positive_ids = torch.stack([torch.arange(PAIRS), torch.arange(PAIRS) % 11 + 100], dim=1)
     positive_ids[5, 0] = 20
-    return Batch(given["pixel_values"].double(), given["input_ids"], given["attention_mask"], positive_ids, valid)
+    generator = torch.Generator().manual_seed(3)
+    teacher_embeds = torch.randn(PAIRS, config.projection_dim, dtype=torch.double, generator=generator)
+    teacher_embeds = torch.nn.functional.normalize(teacher_embeds, dim=1) * valid[:, None]
+    teacher_embeds[[1, 2, 9]] = 0  # texts that the teacher doesn't know
+    return Batch(
+        given["pixel_values"].double(),
+        given["input_ids"],
+        given["attention_mask"],
+        positive_ids,
+        valid,
+        teacher_embeds=teacher_embeds,
+    )
 
 
 def gradients(variant: str, chunk_size: int | None = None, dropout: float = 0.0, **recipe) -> dict[str, torch.Tensor]:
@@ -47,7 +58,7 @@ def gradients(variant: str, chunk_size: int | None = None, dropout: float = 0.0,
     own = batch.chunks(size)[accelerator.process_index]
     torch.manual_seed(7)
     losses, totals = objective.backward(accelerator, model, own, settings)
-    assert (totals.pairs, totals.bad) == (PAIRS - 2, 2)
+    assert (totals.pairs, totals.bad, totals.taught) == (PAIRS - 2, 2, PAIRS - 5)
     found = {name: each.grad for name, each in captioner.named_parameters() if each.grad is not None}
     return found | {"loss": losses.loss}
 
@@ -65,7 +76,7 @@ def all_at_once(accelerator, model, batch, chunks, terms, recipe) -> objective.S
         sums = [None if each[0] is None else sum(each) for each in list(zip(*outputs))[3:]]
         embeds = [torch.cat(each) for each in list(zip(*outputs))[:2]]
         joined = objective.PairOutputs(*embeds, outputs[0].logit_scale, *sums)
-        losses = terms.of(joined, objective._sum_over_ranks(joined.assignments))
+        losses = terms.of(joined, batch, objective._sum_over_ranks(joined.assignments))
         contrastive = objective._contrastive(joined, batch)
         loss = losses.loss + recipe.contrastive_weight * contrastive
         loss.backward()

@@ -25,6 +25,7 @@ from ..processing_mome import MomeProcessor
 from .augment import Augmentation, Example
 from .pixels import decode_image, to_pixels
 from .recipe import RecipeError
+from .teacher import Teacher
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Batch:
         valid: (pairs,) bool, False for a row that could not be used.
         texts: the texts as they were tokenised.
         bad: name and reason of rows that could not be used.
+        teacher_embeds: (pairs, projection_dim) float32, L2-normalised, zeros where the teacher does not know the text;
+            `None` without a teacher.
     """
 
     pixel_values: torch.Tensor
@@ -47,6 +50,7 @@ class Batch:
     valid: torch.Tensor
     texts: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    teacher_embeds: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.valid)
@@ -62,7 +66,8 @@ class Batch:
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
         parts = []
         for start in range(0, len(self), size):
-            parts.append(replace(self, **{key: value[start : start + size] for key, value in tensors.items()}))
+            own = {key: value[start : start + size] for key, value in tensors.items() if value is not None}
+            parts.append(replace(self, **own))
         return parts
 
 
@@ -157,6 +162,7 @@ class Collator:
     Args:
         max_text_tokens: texts are cut and padded to so many tokens.
         text_column, image_column, positive_column: see `Recipe`.
+        teacher: knows what texts shall mean.
     """
 
     processor: MomeProcessor
@@ -165,6 +171,7 @@ class Collator:
     text_column: str = "text"
     positive_column: str | None = None
     augmentations: list[Augmentation] = field(default_factory=list)
+    teacher: Teacher | None = None
 
     def __call__(self, rows: list[Example], names: list[str], rng: np.random.Generator) -> Batch:
         """rows, what error messages call them, and a generator → one batch of `len(rows)` pairs."""
@@ -217,6 +224,7 @@ class Collator:
             valid,
             texts,
             bad,
+            self.teacher.embed(texts) * valid[:, None] if self.teacher else None,
         )
 
 

@@ -34,10 +34,11 @@ from .checkpoint import Checkpoints, Progress
 from .data import Batch, Batches, Collator, Slice, epoch_of_batches, load_rows
 from .evaluate import Evaluation, caption_images
 from .model import build_model, give_scalars_a_dimension, plain_name
-from .objective import PairModel, StepLosses, Totals, backward
+from .objective import LOSSES, PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
 from .pixels import pixel_scale
 from .recipe import Recipe, RecipeError
+from .teacher import Teacher
 
 logger = get_logger(__name__)
 
@@ -118,7 +119,13 @@ class Trainer:
             raise RecipeError(f"max_text_tokens={self.tokens} is more than the model's {longest}")
         augmentations = build_augmentations(recipe.augmentations)
         self.collator = Collator(
-            self.processor, self.tokens, image_column, recipe.text_column, recipe.positive_column, augmentations
+            self.processor,
+            self.tokens,
+            image_column,
+            recipe.text_column,
+            recipe.positive_column,
+            augmentations,
+            self._teacher(captioner),
         )
         if recipe.steps is not None:
             self.steps = recipe.steps
@@ -129,6 +136,17 @@ class Trainer:
             logger.info(f"{len(unreached)} parameters that no loss reaches stay as they are: {unreached[0]}, …")
         self.twin = copy.deepcopy(captioner)  # for evaluating and saving: plain, whole, not compiled
         self.captioner = captioner
+
+    def _teacher(self, captioner: nn.Module) -> Teacher | None:
+        """The recipe's teacher; a model that starts from scratch takes its word embeddings from it."""
+        if self.recipe.teacher is None:
+            return None
+        teacher = Teacher(self.recipe.teacher, captioner.config.projection_dim)
+        if self.recipe.checkpoint is None:
+            tokenizer = self.processor.tokenizer
+            tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+            teacher.initialise_words(captioner.get_input_embeddings(), tokens)
+        return teacher
 
     def _prepare(self):
         recipe, accelerator, config = self.recipe, self.accelerator, self.captioner.config
@@ -262,7 +280,7 @@ class Trainer:
 
     def _log(self, losses: StepLosses, speed: report.Speed, bar: tqdm):
         step = self.progress.step
-        figures = {name: getattr(losses, name).item() for name in ("loss", "contrastive", "caption", "router")}
+        figures = {name: getattr(losses, name).item() for name in LOSSES}
         self._check_finite(losses)
         figures |= {"epoch": self.progress.epoch, "learning_rate": self.optimizer.param_groups[-1]["lr"]}
         figures |= {"bad": self.progress.bad, **report.routing_figures(losses.assignments)}

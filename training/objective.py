@@ -26,8 +26,10 @@ from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, wor
 from .data import Batch
 from .pixels import PixelScale
 from .recipe import Recipe
+from .teacher import distillation_loss
 
 GROUPS = ("image", "text")  # the groups of experts that these losses reach
+LOSSES = ("loss", "contrastive", "caption", "router", "teacher")  # of `StepLosses`
 
 
 class PairOutputs(NamedTuple):
@@ -171,11 +173,18 @@ def caption_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, valid:
 
 @dataclass
 class Totals:
-    """Numbers of the whole batch over all processes: pairs, rows that can't be used, tokens that captions predict."""
+    """Numbers of the whole batch over all processes.
+
+    Attributes:
+        pairs, bad: rows that can and can't be used.
+        caption_tokens: tokens that captions predict.
+        taught: rows whose text the teacher knows.
+    """
 
     pairs: int
     bad: int
     caption_tokens: int
+    taught: int
 
     @classmethod
     def of(cls, batch: Batch, image_dropout: float = 0.0, chunk_size: int | None = None) -> "Totals":
@@ -183,7 +192,9 @@ class Totals:
         for chunk in batch.chunks(chunk_size):
             predicted = (caption_labels(chunk.input_ids, chunk.attention_mask, chunk.valid)[:, 1:] != -100).sum(dim=1)
             tokens += int(predicted.sum()) + int(predicted[: round(image_dropout * len(chunk))].sum())
-        counts = torch.tensor([int(batch.valid.sum()), int((~batch.valid).sum()), tokens], device=batch.valid.device)
+        taught = 0 if batch.teacher_embeds is None else int(batch.teacher_embeds.any(dim=1).sum())
+        valid = int(batch.valid.sum())
+        counts = torch.tensor([valid, len(batch) - valid, tokens, taught], device=batch.valid.device)
         if world_size() > 1:
             distributed.all_reduce(counts)
         return cls(*counts.tolist())
@@ -191,12 +202,16 @@ class Totals:
 
 @dataclass
 class StepLosses:
-    """Losses of one batch, means over the whole batch, and its routing (layers, groups, experts) as token counts."""
+    """Losses of one batch, means over the whole batch, and its routing (layers, groups, experts) as token counts.
+
+    `teacher` is 1 − cosine to the teacher's embeddings, 0 without a teacher; `loss` is the weighted sum of the others.
+    """
 
     loss: torch.Tensor
     contrastive: torch.Tensor
     caption: torch.Tensor
     router: torch.Tensor
+    teacher: torch.Tensor
     assignments: torch.Tensor | None = None
 
 
@@ -230,7 +245,7 @@ def backward(accelerator: Accelerator, model: nn.Module, batch: Batch, recipe: R
     terms = _Terms(accelerator.unwrap_model(model).config, recipe, totals)
     if len(chunks) == 1:
         outputs = _run(model, batch)
-        losses = terms.of(outputs, _sum_over_ranks(outputs.assignments))
+        losses = terms.of(outputs, batch, _sum_over_ranks(outputs.assignments))
         contrastive = _contrastive(outputs, batch) if recipe.contrastive_weight else losses.contrastive
         loss = losses.loss + recipe.contrastive_weight * contrastive
         accelerator.backward(loss)
@@ -247,7 +262,7 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
     assignments = None
     if first[0].assignments is not None:
         assignments = _sum_over_ranks(torch.stack([each.assignments for each in first]).sum(dim=0))
-    sums = StepLosses(*(first[0].image_embeds.new_zeros(()) for _ in range(4)), assignments)
+    sums = StepLosses(*(first[0].image_embeds.new_zeros(()) for _ in LOSSES), assignments)
     gradients = None
     if recipe.contrastive_weight:
         embeds = [torch.cat([each[side] for each in first]) for side in (0, 1)]
@@ -263,7 +278,7 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             with state.replayed():
                 outputs = _run(model, chunk)
-            losses = terms.of(outputs, assignments)
+            losses = terms.of(outputs, chunk, assignments)
             surrogate = losses.loss
             if gradients is not None:
                 rows = slice(start, start + len(chunk))
@@ -272,13 +287,13 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
                 surrogate = surrogate + outputs.logit_scale * gradients[2] / len(chunks)
             accelerator.backward(surrogate)
         start += len(chunk)
-        for name in ("loss", "caption", "router"):
+        for name in ("loss", "caption", "router", "teacher"):
             setattr(sums, name, getattr(sums, name) + getattr(losses, name).detach())
     return _mean_over_ranks(sums)
 
 
 class _Terms:
-    """The caption and router terms of a chunk, each divided by its number in the whole batch."""
+    """The caption, router and teacher terms of a chunk, each divided by its number in the whole batch."""
 
     def __init__(self, config, recipe: Recipe, totals: Totals):
         self.config, self.recipe, self.totals = config, recipe, totals
@@ -288,7 +303,7 @@ class _Terms:
         """The balance loss of a chunk needs the assignments of the whole batch, caption tokens included."""
         return self.config.experts_per_group > 1 and bool(self.recipe.caption_weight)
 
-    def of(self, outputs: PairOutputs, assignments: torch.Tensor | None) -> StepLosses:
+    def of(self, outputs: PairOutputs, batch: Batch, assignments: torch.Tensor | None) -> StepLosses:
         caption = outputs.caption_loss * world_size() / max(self.totals.caption_tokens, 1)
         router = caption.new_zeros(())
         if assignments is not None:
@@ -297,8 +312,12 @@ class _Terms:
             balance, z_loss = router_losses_of(assignments, outputs.probabilities, outputs.squared_logsumexp, tokens)
             weighted = self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z_loss
             router = weighted.sum() / self.config.num_hidden_layers
-        loss = self.recipe.caption_weight * caption + router
-        return StepLosses(loss, caption.new_zeros(()), caption, router, assignments)
+        teacher = caption.new_zeros(())
+        if batch.teacher_embeds is not None:
+            distance = distillation_loss(outputs.text_embeds, batch.teacher_embeds)
+            teacher = distance * world_size() / max(self.totals.taught, 1)
+        loss = self.recipe.caption_weight * caption + router + self.recipe.teacher_weight * teacher
+        return StepLosses(loss, caption.new_zeros(()), caption, router, teacher, assignments)
 
 
 def _run(model: nn.Module, batch: Batch, embed_only: bool = False) -> PairOutputs:
@@ -319,7 +338,7 @@ def _sum_over_ranks(assignments: torch.Tensor | None) -> torch.Tensor | None:
 
 def _mean_over_ranks(losses: StepLosses) -> StepLosses:
     """Every process's share is already times the number of processes."""
-    values = torch.stack([losses.loss, losses.contrastive, losses.caption, losses.router]).detach().float()
+    values = torch.stack([getattr(losses, name) for name in LOSSES]).detach().float()
     if world_size() > 1:
         distributed.all_reduce(values)
         values = values / world_size()

@@ -65,6 +65,9 @@ class Recipe:
         compile: `torch.compile` the training forward.
         gradient_checkpointing: recompute activations in the backward pass.
         contrastive_weight, caption_weight: weights of the two losses (CoCa, 2205.01917: 1 and 2).
+        teacher: parquet file with the embeddings of texts by another model (columns `text` and `embedding`), which
+            those of the same texts are drawn to; a model that starts from scratch takes its word embeddings from it.
+        teacher_weight: weight of 1 − cosine to the teacher.
         label_smoothing: of the caption loss.
         image_dropout: share of the rows whose caption is also learnt without its image, as classifier-free guidance
             needs (2307.16686).
@@ -122,6 +125,8 @@ class Recipe:
     # Objectives.
     contrastive_weight: float = 1.0
     caption_weight: float = 2.0
+    teacher: str | None = None
+    teacher_weight: float = 1.0
     label_smoothing: float = 0.0
     image_dropout: float = 0.0
     # The run.
@@ -169,7 +174,7 @@ class Recipe:
             if value is not None and value < 1:
                 raise RecipeError(f"{name}={value}: must be at least 1")
         not_negative = "num_workers warmup_steps weight_decay checkpoint_every evaluate_every sheet_images"
-        for name in (*not_negative.split(), "contrastive_weight", "caption_weight", "max_grad_norm"):
+        for name in (*not_negative.split(), "contrastive_weight", "caption_weight", "teacher_weight", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("max_bad_share", "label_smoothing", "image_dropout", "final_learning_rate_share", "layer_decay"):

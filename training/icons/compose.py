@@ -34,6 +34,7 @@ def compose_icons(
     scene_share: float = 0.15,
     sentence_share: float = 0.3,
     name_share: float = 0.0,
+    colour_share: float = 1.0,
     plain: bool = False,
 ) -> list[dict[str, Any]]:
     """Draws a picture for each example and puts its text into words.
@@ -51,6 +52,8 @@ def compose_icons(
         sentence_share: share of the other examples whose text is put into a sentence.
         name_share: share of the examples whose text becomes their `name` before that. Icons with many tags are called
             by their name one time in many otherwise.
+        colour_share: share of the pictures whose background, and whose icons of one colour, get colours; the others
+            are black on white. Shapes are learnt from few of them sooner, so that a run may begin with a small share.
         plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
 
     Returns:
@@ -60,7 +63,7 @@ def compose_icons(
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
     """
     shares = {"scene_share": scene_share, "sentence_share": sentence_share, "name_share": name_share}
-    for name, share in shares.items():
+    for name, share in (shares | {"colour_share": colour_share}).items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must be between 0 and 1")
     if not examples:
@@ -72,7 +75,7 @@ def compose_icons(
     named = rng.random(len(examples)) < name_share
     examples = [{**one, "text": one.get("name") or one["text"]} if use else one for one, use in zip(examples, named)]
     scenes = _Scenes(examples, rng, scene_share)
-    colours = _Colours(icons, scenes, rng)
+    colours = _Colours(icons, scenes, colour_share, rng)
     icons.turn(rng)
     pictures = _paint(icons, scenes, colours, side, rng)
     captions = _captions(examples, icons, scenes, colours, sentence_share, rng)
@@ -166,13 +169,16 @@ def scene_name(example: dict[str, Any]) -> str:
 class _Colours:
     """Colours of a batch: `ink` (placements, 3) and `ground` (pictures, 3), each with its names (-1: none)."""
 
-    def __init__(self, icons: _Icons, scenes: _Scenes, rng: np.random.Generator):
+    def __init__(self, icons: _Icons, scenes: _Scenes, colour_share: float, rng: np.random.Generator):
         pictures = len(scenes.members)
+        plain = rng.random(pictures) >= colour_share
         self.ground_name = _choose(rng, pictures, (0.52, 0.13, 0.12), (WHITE, -1, BLACK))
+        self.ground_name[plain] = WHITE
         self.ground = sample_colours(np.where(self.ground_name < 0, WHITE, self.ground_name), rng)
         tint = rng.uniform(0.82, 1.0, (pictures, 3)).astype(np.float32)
         self.ground = np.where((self.ground_name < 0)[:, None], self.ground * tint, self.ground)
         self.ink_name = _choose(rng, len(scenes.icon), (0.45, 0.1), (BLACK, WHITE))
+        self.ink_name[plain[scenes.picture]] = BLACK
         self.ink = sample_colours(self.ink_name, rng)
         self.mono = ~icons.coloured[scenes.icon]
         means = np.zeros((len(icons.alpha), 3), np.float32)

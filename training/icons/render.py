@@ -79,30 +79,30 @@ def render_chunk(icons: Sequence[Icon]) -> list[Rendered]:
     return rows
 
 
-def render(icon: Icon) -> Image.Image:
-    """The drawing as an RGBA image of 64 x 64 pixels, centred, aspect ratio kept."""
+def render(icon: Icon, side: int = SIDE) -> Image.Image:
+    """The drawing as an RGBA image of `side` x `side` pixels, centred, aspect ratio kept."""
     if isinstance(icon.drawing, Path) and icon.drawing.suffix != ".svg":
         image = Image.open(icon.drawing).convert("RGBA")
         return image.resize(
-            (SIDE, SIDE), Image.Resampling.BOX if image.width % SIDE == 0 else Image.Resampling.LANCZOS
+            (side, side), Image.Resampling.BOX if image.width % side == 0 else Image.Resampling.LANCZOS
         )
     svg = icon.drawing if isinstance(icon.drawing, str) else icon.drawing.read_text(errors="replace")
-    width = LARGE if icon.crop else SIDE
+    width = max(LARGE, side) if icon.crop else side
     png = resvg_py.svg_to_bytes(svg_string=svg, width=width, skip_system_fonts=True, dpi=96)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
-    return _fit(image) if icon.crop or image.size != (SIDE, SIDE) else image
+    return _fit(image, side) if icon.crop or image.size != (side, side) else image
 
 
-def _fit(image: Image.Image) -> Image.Image:
-    """Crops to what is visible, scales it to 60 pixels and centres it."""
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """Crops to what is visible, scales it to 60 of 64 parts and centres it."""
     box = image.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if box is None:
         raise ValueError("nothing is visible")
     image = image.crop(box)
-    scale = (SIDE - 4) / max(image.size)
+    scale = side * (1 - 4 / SIDE) / max(image.size)
     size = tuple(max(1, round(edge * scale)) for edge in image.size)
-    canvas = Image.new("RGBA", (SIDE, SIDE))
-    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    canvas = Image.new("RGBA", (side, side))
+    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((side - size[0]) // 2, (side - size[1]) // 2))
     return canvas
 
 

@@ -116,6 +116,14 @@ SOURCES: dict[str, Source] = {
             "MIT",
             "emoji names and keywords",
         ),
+        Source(
+            "wamerican-small",
+            "2020.12.07-2",
+            "debian",
+            "bfebd3ce5f04a62f5fbeb6707ea1160e37d645754145138343009209f0deadb6",
+            "SCOWL",
+            "English words for the tokenizer",
+        ),
     )
 }
 
@@ -132,7 +140,12 @@ def fetch_sources(cache: Path) -> dict[str, Path]:
     Raises:
         RuntimeError: if a client is missing, a download fails, or an archive has another hash than the pinned one.
     """
-    return {slug: _unpack(source, _download(source, cache / "archives"), cache) for slug, source in SOURCES.items()}
+    return {slug: fetch_source(source, cache) for slug, source in SOURCES.items()}
+
+
+def fetch_source(source: Source, cache: Path) -> Path:
+    """The folder of one source; see `fetch_sources`."""
+    return _unpack(source, _download(source, cache / "archives"), cache)
 
 
 def _download(source: Source, folder: Path) -> Path:

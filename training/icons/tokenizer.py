@@ -1,6 +1,9 @@
 """The processor of models for icons: a WordPiece tokenizer learnt from the texts of the data set, and 64-pixel images.
 
-python -m mome.training.icons.tokenizer --data DIR --output DIR [--vocabulary 6000] [--max-tokens 16]
+python -m mome.training.icons.tokenizer --data DIR --output DIR [--cache DIR] [--vocabulary 6000] [--max-tokens 16]
+
+General English words are learnt from as well, each counted once, so that words which no icon is called by fall into
+natural pieces.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 from ...processing_mome import MomeProcessor
 from .captions import STYLE_ADJECTIVES
 from .palette import NAMES
+from .sources import SOURCES, fetch_source
 
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "<image>", "[UNK]", "[MASK]")
 SENTENCE = "a an the icon of on in with left right above below to next and {} background at top bottom between"
@@ -57,10 +61,17 @@ def build_processor(texts: Iterable[str], vocabulary: int, max_tokens: int, side
     return MomeProcessor(image_processor, train_tokenizer(texts, vocabulary, max_tokens))
 
 
-def texts_to_learn_from(rows: datasets.Dataset) -> Iterable[str]:
-    """All texts of the rows, and the words that captions add to them."""
+def english_words(cache: Path) -> list[str]:
+    """The words of a small English dictionary, lower case, without names and genitives."""
+    words = (fetch_source(SOURCES["wamerican-small"], cache) / "dict/american-english-small").read_text().split()
+    return [word for word in words if word.isascii() and word.isalpha() and word.islower()]
+
+
+def texts_to_learn_from(rows: datasets.Dataset, words: Iterable[str] = ()) -> Iterable[str]:
+    """All texts of the rows, general words, and the words that captions add to them."""
     for texts in rows["texts"]:
         yield from texts
+    yield from words
     frame = " ".join([SENTENCE.replace("{}", ""), *NAMES, *STYLE_ADJECTIVES])
     yield from [frame] * 1000
 
@@ -69,12 +80,14 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the processor")
+    parser.add_argument("--cache", type=Path, help="folder of downloads, as of the build (default: DATA/cache)")
     parser.add_argument("--vocabulary", type=int, default=6000)
     parser.add_argument("--max-tokens", type=int, default=16)
     options = parser.parse_args(arguments)
     files = {"train": str(options.data / "train-*.parquet")}
     rows = datasets.load_dataset("parquet", data_files=files, split="train").select_columns("texts")
-    processor = build_processor(texts_to_learn_from(rows), options.vocabulary, options.max_tokens)
+    words = english_words(options.cache or options.data / "cache")
+    processor = build_processor(texts_to_learn_from(rows, words), options.vocabulary, options.max_tokens)
     processor.save_pretrained(options.output)
     print(f"{len(processor.tokenizer):,} tokens in {options.output}")
 
