@@ -8,7 +8,7 @@ OLDEST = 5.17.0
 .PHONY: quickstart test test-oldest lint bench clean
 
 quickstart: $(VENV)/.installed
-	$(RUN) -m mome.quickstart
+	$(RUN) -m mome.quickstart $(IMAGES)
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest tests -n 2

@@ -1,157 +1,193 @@
-"""The quickstart: learn to read small pictures from scratch, then caption, classify and search unseen ones.
+"""The quickstart: caption, label and search pictures with the weights that come with the project.
 
-    make quickstart        about a minute on two cores once everything is installed, no network
+    make quickstart                   the pictures of samples/, whose concepts were held out from training
+    make quickstart IMAGES=folder     your own
+    python -m mome.quickstart --help  more: other sentences, labels, weights
 
-Draws pictures of a coloured shape at one of four places ("a red circle at the top"), trains a MoME of 0.4 million
-parameters on all but a few combinations, and tries those that it never saw. The checkpoint stays in
-`.cache/quickstart`, for the snippets of the README.
+Prints what the model makes of each picture and writes a contact sheet with all of it. The weights know icons, emoji,
+pictograms and cliparts; they are not for photographs.
+
+    pictures ─┬─ image-captioning ─────────────────── caption, cosine ─────┐
+              ├─ open-vocabulary-image-classification ─ label, probability ┼─ printed, contact sheet
+              └─ image embeddings · sentence embeddings ─ hits, cosine ────┘
 """
 
-import random
+import argparse
+import json
+import sys
+import textwrap
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from tqdm import trange
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, pipeline
+from PIL import Image, ImageDraw, ImageFont
+from transformers import pipeline
 
-from .configuration_mome import MomeConfig
-from .modeling_mome import MomeForConditionalGeneration, MomeModel
-from .processing_mome import MomeProcessor
+from .modeling_mome import MomeForConditionalGeneration
+from .processing_mome import MomeProcessor, load_rgb_image
 
-COLOURS = {"red": "#e03131", "green": "#2f9e44", "blue": "#1971c2", "yellow": "#f5d90a", "white": "#ffffff"}
-SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = {"top": (16, 8), "bottom": (16, 24), "left": (8, 16), "right": (24, 16)}
-SIDE, RADIUS = 32, 6
-FOLDER = Path(".cache") / "quickstart"
+ROOT = Path(__file__).resolve().parent
+CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
+SAMPLES = ROOT / "samples"
+LABELS = ROOT / "training" / "icons" / "nouns.txt"
+SENTENCES = ("something sweet to eat", "an insect", "music", "bad weather", "a tower in paris")
+HITS = 3
 
 
-def caption_of(colour: str, shape: str, place: str) -> str:
-    return f"a {colour} {shape} at the {place}"
+@dataclass
+class Result:
+    """What the model makes of one picture.
+
+    Attributes:
+        name: what the file is called, or what is known to be on it.
+        image: RGB.
+        caption, cosine: greedy caption, and how well it fits the picture, -1 to 1.
+        labels: the best labels with their probabilities.
+    """
+
+    name: str
+    image: Image.Image
+    caption: str
+    cosine: float
+    labels: list[tuple[str, float]]
 
 
-def draw(colour: str, shape: str, place: str, jitter: random.Random) -> Image.Image:
-    """One picture of 32 × 32 pixels; place and size vary a little."""
-    image = Image.new("RGB", (SIDE, SIDE), "#202020")
-    pen, radius = ImageDraw.Draw(image), RADIUS + jitter.uniform(-1, 1)
-    x, y = (centre + jitter.uniform(-1.5, 1.5) for centre in PLACES[place])
-    box = (x - radius, y - radius, x + radius, y + radius)
-    fill = COLOURS[colour]
-    if shape == "circle":
-        pen.ellipse(box, fill=fill)
-    elif shape == "square":
-        pen.rectangle(box, fill=fill)
-    elif shape == "triangle":
-        pen.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
-    else:
-        pen.line([(x - radius, y), (x + radius, y)], fill=fill, width=3)
-        pen.line([(x, y - radius), (x, y + radius)], fill=fill, width=3)
-    return image
+def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
+    """Name and RGB picture of every image file of a folder; files that are none are named and left out.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}: name one with images")
+    names = {}
+    if (folder / "metadata.jsonl").exists():
+        records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        names = {record["file_name"]: record["text"] for record in records}
+    known, images = Image.registered_extensions(), []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in known:
+            continue
+        try:
+            images.append((names.get(path.name, path.name), load_rgb_image(str(path))))
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not images:
+        raise FileNotFoundError(f"no image in {str(folder)!r}: PNG, JPEG, WebP, GIF and the like are read")
+    return images
 
 
-def build_processor() -> MomeProcessor:
-    """A word-level tokenizer over the words of the captions, and 32-pixel images."""
-    words = "[PAD] [BOS] [EOS] <image> [UNK] a at the".split() + [*COLOURS, *SHAPES, *PLACES]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        unk_token="[UNK]",
-        extra_special_tokens=["<image>"],
-        model_max_length=12,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    size = {"height": SIDE, "width": SIDE}
-    image_processor = CLIPImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False)
-    return MomeProcessor(image_processor, fast)
+def label_set(names: Sequence[str] = ()) -> list[str]:
+    """Nouns that icons are often called by, and further names."""
+    return list(dict.fromkeys([*LABELS.read_text().split(), *names]))
 
 
-def train(captioner: MomeForConditionalGeneration, processor: MomeProcessor, seen: list, steps: int):
-    """Joint contrastive and caption loss, 64 pictures a step."""
-    optimizer = torch.optim.AdamW(captioner.parameters(), lr=1.5e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
-    jitter, progress = random.Random(0), trange(steps, desc="training", unit="step")
-    for _ in progress:
-        chosen = jitter.choices(seen, k=64)
-        batch = processor(
-            images=[draw(*each, jitter) for each in chosen],
-            text=[caption_of(*each) for each in chosen],
-            return_tensors="pt",
-        )
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        outputs = captioner(**batch, labels=labels)
-        optimizer.zero_grad()
-        outputs.loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(
-            contrastive=f"{outputs.contrastive_loss:.2f}", caption=f"{outputs.caption_loss:.2f}", refresh=False
-        )
+@torch.no_grad()
+def search(
+    model: MomeForConditionalGeneration, processor: MomeProcessor, images: list[Image.Image], sentences: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best pictures for each sentence: cosines and indices, (sentences, hits) each."""
+    pixels = processor(images=images, return_tensors="pt").to(model.device)
+    tokens = processor(text=list(sentences), return_tensors="pt").to(model.device)
+    image_embeds = model.get_image_features(**pixels).pooler_output
+    text_embeds = model.get_text_features(**tokens).pooler_output
+    return tuple((text_embeds @ image_embeds.T).topk(min(HITS, len(images)), dim=1))
 
 
-def main(folder: Path = FOLDER, steps: int = 500):
-    torch.manual_seed(0)
-    combinations = [(colour, shape, place) for colour in COLOURS for shape in SHAPES for place in PLACES]
-    random.Random(1).shuffle(combinations)
-    held_out, seen = combinations[:12], combinations[12:]
-    processor = build_processor()
-    config = MomeConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=8,
-        patch_embedding_type="conv_stem",
-        max_position_embeddings=12,
-        projection_dim=64,
-    )
-    captioner = MomeForConditionalGeneration(config)
-    print(f"MoME with {captioner.num_parameters():,} parameters; {len(seen)} combinations seen, {len(held_out)} not")
+def contact_sheet(results: list[Result], sentences: Sequence[str], hits: torch.Tensor) -> Image.Image:
+    """All pictures with caption and labels, below them the hits of every sentence."""
+    cell, picture, columns = (190, 200), 110, min(6, max(HITS + 1, len(results)))
+    rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows + 40 + 90 * len(sentences)), "white")
+    pen, plain, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
+
+    def line(x: int, y: int, text: str, font: ImageFont.FreeTypeFont, colour: str):
+        pen.text((x, y), textwrap.shorten(text, 26, placeholder="…"), font=font, fill=colour)
+
+    for number, result in enumerate(results):
+        x, y = number % columns * cell[0] + 10, number // columns * cell[1] + 8
+        sheet.paste(result.image.resize((picture, picture), Image.Resampling.LANCZOS), (x, y))
+        pen.rectangle((x - 1, y - 1, x + picture, y + picture), outline="#dddddd")
+        line(x, y + picture + 6, result.caption or "(no words)", plain, "black")
+        line(x, y + picture + 26, f"cosine {result.cosine:.2f}", small, "#666666")
+        for place, (label, score) in enumerate(result.labels[:2]):
+            line(x, y + picture + 42 + 16 * place, f"{label} {score:.0%}", small, "#1d5fa8")
+    top = cell[1] * rows + 20
+    pen.line((10, top - 10, sheet.width - 10, top - 10), fill="#dddddd")
+    for number, sentence in enumerate(sentences):
+        y = top + 90 * number
+        line(10, y + 30, sentence, plain, "black")
+        for place, index in enumerate(hits[number].tolist()):
+            small_picture = results[index].image.resize((80, 80), Image.Resampling.LANCZOS)
+            sheet.paste(small_picture, (230 + 100 * place, y))
+    return sheet
+
+
+def run(
+    folder: Path = SAMPLES,
+    checkpoint: Path = CHECKPOINT,
+    sentences: Sequence[str] = SENTENCES,
+    labels: Sequence[str] | None = None,
+    sheet: Path = Path("quickstart.png"),
+) -> list[Result]:
+    """Captions, labels and searches the pictures of a folder, prints it and writes the sheet.
+
+    Raises:
+        FileNotFoundError: no pictures or no weights there.
+    """
     start = time.perf_counter()
-    train(captioner.train(), processor, seen, steps)
-    print(f"trained in {time.perf_counter() - start:.0f} s")
-    captioner.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    show(held_out, folder)
-    print(
-        f"\nThe checkpoint is in {folder}: AutoModel.from_pretrained, pipeline(…) and the README's snippets take it."
-    )
-
-
-def show(held_out: list, folder: Path):
-    """Captions, labels and search hits for pictures of combinations that training never saw."""
-    jitter = random.Random(2)
-    images, texts = [draw(*each, jitter) for each in held_out], [caption_of(*each) for each in held_out]
-    for number, image in enumerate(images):
-        image.save(folder / f"unseen-{number}.png")
-    describe = pipeline("image-text-to-text", model=str(folder))
-    captions = [each["generated_text"] for each in describe(images, text=[""] * len(images), max_new_tokens=8)]
-    classify = pipeline("zero-shot-image-classification", model=str(folder))
-    labels = [
-        classify(image, candidate_labels=list(SHAPES), hypothesis_template=caption_of(colour, "{}", place))[0]
-        for image, (colour, _, place) in zip(images, held_out)
+    named = read_images(folder)
+    if not (checkpoint / "config.json").exists():
+        raise FileNotFoundError(f"no weights in {str(checkpoint)!r}: name a checkpoint folder")
+    processor = MomeProcessor.from_pretrained(checkpoint)
+    model = MomeForConditionalGeneration.from_pretrained(checkpoint).eval()
+    names, images = [name for name, _ in named], [image for _, image in named]
+    if labels is None:
+        labels = label_set(names if (folder / "metadata.jsonl").exists() else ())
+    print(f"{len(images)} pictures, {model.num_parameters():,} parameters, {len(labels)} labels to choose from\n")
+    caption = pipeline("image-captioning", model=model, processor=processor)
+    classify = pipeline("open-vocabulary-image-classification", model=model, processor=processor)
+    captions = caption(images, batch_size=16)
+    chosen = classify(images, candidate_labels=list(labels), batch_size=16, top_k=3)
+    results = [
+        Result(name, image, best[0]["generated_text"], best[0]["score"], [(e["label"], e["score"]) for e in own])
+        for name, image, best, own in zip(names, images, captions, chosen)
     ]
-    print("\ncaptions and zero-shot shapes of unseen pictures")
-    for truth, caption, label in zip(texts, captions, labels):
-        mark = "=" if truth == caption else "≠"
-        print(f"  {truth:32s} {mark} {caption:32s}  {label['label']:9s} {label['score']:.2f}")
-    model, processor = MomeModel.from_pretrained(folder), MomeProcessor.from_pretrained(folder)
-    with torch.no_grad():
-        logits = model(**processor(text=texts, images=images, return_tensors="pt")).logits_per_text
-    right = sum(truth == caption for truth, caption in zip(texts, captions))
-    found = (logits.argmax(dim=1) == torch.arange(len(texts))).sum()
-    print(f"\n{right} of {len(texts)} captions word for word; {found} of {len(texts)} texts find their picture first")
+    scores, hits = search(model, processor, images, sentences)
+    report(results, sentences, scores, hits)
+    contact_sheet(results, sentences, hits).save(sheet)
+    print(f"\ncontact sheet: {sheet} ({time.perf_counter() - start:.0f} s)")
+    return results
+
+
+def report(results: list[Result], sentences: Sequence[str], scores: torch.Tensor, hits: torch.Tensor):
+    print(f"{'picture':24s}{'caption':28s}{'cosine':>7s}   labels")
+    for each in results:
+        labels = ", ".join(f"{label} {score:.0%}" for label, score in each.labels)
+        name, caption = (textwrap.shorten(text, 26, placeholder="…") for text in (each.name, each.caption or "–"))
+        print(f"{name:24s}{caption:28s}{each.cosine:7.2f}   {labels}")
+    print()
+    for sentence, own_scores, own in zip(sentences, scores.tolist(), hits.tolist()):
+        print(f"{sentence!r}: " + ", ".join(f"{results[i].name} {s:.2f}" for i, s in zip(own, own_scores)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="mome.quickstart", description="Caption, label and search pictures.")
+    parser.add_argument("images", nargs="?", type=Path, default=SAMPLES, help="folder of images (default: samples)")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder of the weights")
+    parser.add_argument("--search", nargs="+", default=SENTENCES, metavar="SENTENCE", help="what to look for")
+    parser.add_argument("--labels", nargs="+", help="labels to choose from (default: common nouns)")
+    parser.add_argument("--sheet", type=Path, default=Path("quickstart.png"), help="contact sheet to write")
+    options = parser.parse_args(arguments)
+    try:
+        run(options.images, options.checkpoint, options.search, options.labels, options.sheet)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
