@@ -17,7 +17,7 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,23 +55,19 @@ class Result:
 
 
 def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
-    """Name and RGB picture of every image file of a folder; files that are none are named and left out.
+    """File name and RGB picture of every image file of a folder; files that are none are named and left out.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}: name one with images")
-    names = {}
-    if (folder / "metadata.jsonl").exists():
-        records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        names = {record["file_name"]: record["text"] for record in records}
     known, images = Image.registered_extensions(), []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in known:
             continue
         try:
-            images.append((names.get(path.name, path.name), load_rgb_image(str(path))))
+            images.append((path.name, load_rgb_image(str(path))))
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not images:
@@ -79,7 +75,14 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
     return images
 
 
-def label_set(names: Sequence[str] = ()) -> list[str]:
+def known_names(folder: Path) -> dict[str, str]:
+    """What pictures show, by file name, where the folder's `metadata.jsonl` says so."""
+    path = folder / "metadata.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {record["file_name"]: record["text"] for record in records}
+
+
+def label_set(names: Iterable[str] = ()) -> list[str]:
     """Nouns that icons are often called by, and further names."""
     return list(dict.fromkeys([*LABELS.read_text().split(), *names]))
 
@@ -143,14 +146,14 @@ def run(
         raise FileNotFoundError(f"no weights in {str(checkpoint)!r}: name a checkpoint folder")
     processor = MomeProcessor.from_pretrained(checkpoint)
     model = MomeForConditionalGeneration.from_pretrained(checkpoint).eval()
-    names, images = [name for name, _ in named], [image for _, image in named]
-    if labels is None:
-        labels = label_set(names if (folder / "metadata.jsonl").exists() else ())
+    known, images = known_names(folder), [image for _, image in named]
+    names = [known.get(file, file) for file, _ in named]
+    labels = label_set(known.values()) if labels is None else list(labels)
     print(f"{len(images)} pictures, {model.num_parameters():,} parameters, {len(labels)} labels to choose from\n")
     caption = pipeline("image-captioning", model=model, processor=processor)
     classify = pipeline("open-vocabulary-image-classification", model=model, processor=processor)
     captions = caption(images, batch_size=16)
-    chosen = classify(images, candidate_labels=list(labels), batch_size=16, top_k=3)
+    chosen = classify(images, candidate_labels=labels, batch_size=16, top_k=3)
     results = [
         Result(name, image, best[0]["generated_text"], best[0]["score"], [(e["label"], e["score"]) for e in own])
         for name, image, best, own in zip(names, images, captions, chosen)

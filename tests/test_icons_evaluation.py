@@ -1,0 +1,32 @@
+"""Searching by another word: what counts as one, and that the readers of names are not told the answer."""
+
+import torch
+
+from mome.training.icons.evaluate import bm25, name_match, other_words
+
+
+def test_another_word_shares_no_word_with_the_name():
+    texts = ["fire engine", "fire", "fires", "engines running", "truck", "red truck", "!"]
+    assert other_words("fire engine", texts) == ["truck", "red truck"]
+
+
+def test_a_word_that_begins_a_word_of_the_name_is_its_own():
+    assert other_words("bicycling person", ["bicycle", "bi", "cyclist"]) == ["bicycle", "cyclist"]
+
+
+def test_name_match_is_the_share_of_the_words():
+    found = name_match(["red house", "tree"], ["house", "red house", "sea"])
+    assert torch.equal(found, torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_bm25_finds_a_tag_unless_it_is_taken_out():
+    texts = [["house", "home", "building"], ["tree", "forest"], ["sea", "water", "wave"], ["car", "road"], ["sun"]]
+    wanted = torch.tensor([[True, False, False, False, False]])
+    assert bm25(["home"], texts, wanted, leave_out=False).argmax() == 0
+    assert bm25(["home"], texts, wanted, leave_out=True).eq(0).all()
+
+
+def test_bm25_still_finds_by_the_words_that_are_left():
+    texts = [["house", "home", "country home"], ["tree", "forest"], ["sea", "water"], ["car", "road"], ["sun"]]
+    wanted = torch.tensor([[True, False, False, False, False]])
+    assert bm25(["home"], texts, wanted, leave_out=True).argmax() == 0

@@ -1,0 +1,195 @@
+"""What a model for icons is worth, on pictures that no training saw; every figure of the card and of the README.
+
+python -m mome.training.icons.evaluate --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
+
+- `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
+  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and captions of
+  pictures that training had, for comparison;
+- `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
+  names read what people wrote; MoME sees pixels only;
+- `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ...evaluation.metrics import retrieval_recall, words_of
+from ...evaluation.results import append_rows, environment
+from ...modeling_mome import MomeForConditionalGeneration
+from ...processing_mome import MomeProcessor
+from ..evaluate import Evaluation, caption_images, embed_images, embed_texts, one_each
+from . import teacher
+
+PARTS = ("retrieval", "words", "speed")
+DATA = {
+    "unseen concepts": "test-*.parquet",
+    "unseen set healthicons": "healthicons-*.parquet",
+    "unseen set freehand": "freehand-*.parquet",
+    "seen pictures": "train-*.parquet",
+}
+
+
+def evaluation_of(folder: Path, name: str, samples: int | None = None) -> Evaluation:
+    """The evaluation of one of `DATA`: pictures black on white or in their own colours, no randomness."""
+    return Evaluation(
+        dataset="parquet",
+        dataset_options={"data_files": {"validation": str(folder / DATA[name])}},
+        text_column="texts",
+        max_samples=samples,
+        captions=1000,
+        augmentations=[{"name": "mome.training.icons.compose:compose_icons", "plain": True}],
+    )
+
+
+def retrieval(captioner, processor, folder: Path) -> dict[str, float]:
+    """All figures of all data; of pictures that training had, captions only."""
+    figures = {}
+    for name in DATA:
+        seen = name == "seen pictures"
+        for metric, value in evaluation_of(folder, name, 1000 if seen else None).run(captioner, processor).items():
+            if not seen or metric.startswith("caption"):
+                figures[f"{name}: {metric}"] = value
+    return figures
+
+
+# ------------------------------------------------------------------------------------------ by another word
+
+
+def other_words(name: str, texts: Sequence[str]) -> list[str]:
+    """Texts that share no word with the name, in any of its forms that one is the beginning of."""
+    own = words_of(name)
+
+    def related(word: str) -> bool:
+        return any(word.startswith(each) or each.startswith(word) for each in own)
+
+    return [text for text in texts if words_of(text) and not any(map(related, words_of(text)))]
+
+
+def words(captioner, processor, folder: Path, pool: int = 1000) -> dict[str, float]:
+    """Recall of searching one picture for each of `pool` names by words that are not in the name."""
+    examples = one_each(evaluation_of(folder, "unseen concepts").examples())[:pool]
+    names, texts = [each["text"] for each in examples], [each["references"] for each in examples]
+    queries = list(dict.fromkeys(word for name, own in zip(names, texts) for word in other_words(name, own)))
+    # An icon that has the query in its name is no test of finding by another word, nor a wrong hit.
+    wanted = torch.tensor([[query in other_words(*each) for each in zip(names, texts)] for query in queries])
+    named = torch.tensor(
+        [[query in own and not hit for own, hit in zip(texts, row)] for query, row in zip(queries, wanted.tolist())]
+    )
+    images = [each["image"] for each in examples]
+    scores = {
+        "MoME over pixels": embed_texts(captioner, processor, queries) @ embed_images(captioner, processor, images).T,
+        "name match": name_match(queries, names),
+        "BM25 over names and tags, the query's tag taken out": bm25(queries, texts, wanted, leave_out=True),
+        "BM25 over names and all tags": bm25(queries, texts, wanted, leave_out=False),
+        "MiniLM over names": minilm(queries, names),
+    }
+    figures: dict[str, float] = {"queries": len(queries), "pictures": len(names)}
+    for name, similarity in scores.items():
+        recall = retrieval_recall(similarity.float().masked_fill(named, -torch.inf), wanted)
+        figures |= {f"{name}: R@{k}": value for k, value in recall.items()}
+    return figures
+
+
+def name_match(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """(queries, names): share of the query's words that the name has."""
+    own = [set(words_of(name)) for name in names]
+    rows = [[sum(word in each for word in asked) / len(asked) for each in own] for asked in map(words_of, queries)]
+    return torch.tensor(rows)
+
+
+def bm25(
+    queries: Sequence[str], texts: Sequence[Sequence[str]], wanted: torch.Tensor, leave_out: bool
+) -> torch.Tensor:
+    """(queries, documents) of BM25 (Robertson and Zaragoza, 2009); a document is all texts of a picture.
+
+    Args:
+        leave_out: take the query itself out of the documents that are wanted, or BM25 has been told the answer.
+    """
+    from rank_bm25 import BM25Okapi
+
+    documents = [[word for text in own for word in words_of(text)] for own in texts]
+    whole, rows = BM25Okapi(documents), []
+    for query, hits in zip(tqdm(queries, desc="BM25", leave=False), wanted):
+        index = whole
+        if leave_out:
+            without = list(documents)
+            for place in hits.nonzero().flatten().tolist():
+                left = [text for text in texts[place] if text != query]
+                without[place] = [word for text in left for word in words_of(text)]
+            index = BM25Okapi(without)
+        rows.append(torch.tensor(index.get_scores(words_of(query))))
+    return torch.stack(rows)
+
+
+def minilm(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """(queries, names): cosines of all-MiniLM-L6-v2."""
+    folder = teacher.teacher_folder()
+    return teacher.embed(list(queries), folder) @ teacher.embed(list(names), folder).T
+
+
+# ----------------------------------------------------------------------------------------------------- speed
+
+
+def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> float:
+    """Items per second of repeated work, after one round that isn't counted."""
+    work()
+    rounds, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        work()
+        rounds += 1
+    return items * rounds / (time.perf_counter() - start)
+
+
+def speed(captioner, processor, folder: Path, checkpoint: Path) -> dict[str, float]:
+    """Pictures and names to embeddings and pictures to captions, at batch 1 and 32."""
+    examples = evaluation_of(folder, "unseen concepts", 64).examples()[:32]
+    images, names = [each["image"] for each in examples], [each["text"] for each in examples]
+    figures = {}
+    for batch in (1, 32):
+        few, said = images[:batch], names[:batch]
+        jobs = {
+            "image embeddings": lambda few=few: embed_images(captioner, processor, few),
+            "text embeddings": lambda said=said: embed_texts(captioner, processor, said),
+            "greedy captions": lambda few=few: caption_images(captioner, processor, few),
+        }
+        for job, work in jobs.items():
+            figures[f"{job} per second at batch {batch}"] = per_second(work, batch)
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return figures | {"weights in MB": size / 1e6, "parameters in millions": captioner.num_parameters() / 1e6}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
+    parser.add_argument("--results", type=Path, help="CSV file to append every figure to")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    options = parser.parse_args(arguments)
+    processor = MomeProcessor.from_pretrained(options.checkpoint)
+    captioner = MomeForConditionalGeneration.from_pretrained(options.checkpoint).eval()
+    figures: dict[str, float] = {}
+    if "retrieval" in options.only:
+        figures |= retrieval(captioner, processor, options.data)
+    if "words" in options.only:
+        figures |= {f"by another word, {key}": v for key, v in words(captioner, processor, options.data).items()}
+    if "speed" in options.only:
+        figures |= speed(captioner, processor, options.data, options.checkpoint)
+    for name, value in figures.items():
+        print(f"{name:75s} {value:10.4g}")
+    if options.results:
+        command = shlex.join(["python", "-m", "mome.training.icons.evaluate", *(arguments or sys.argv[1:])])
+        shared = environment() | {"command": command, "data": f"mome-icons, {options.checkpoint.name}"}
+        rows = [shared | {"metric": f"icons, {name}", "value": f"{value:.4g}"} for name, value in figures.items()]
+        append_rows(options.results, rows)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
