@@ -1,0 +1,162 @@
+"""Which part of the design is worth what: small models from the same pictures, equal in parameters and samples.
+
+python -m mome.training.icons.ablate --output runs/ablation [--steps 400] [--seeds 2] [--only VARIANT ...]
+
+| variant | towers | captions | experts |
+| --- | --- | --- | --- |
+| dual | two: every weight is of one modality, as in CLIP | no | – |
+| dual-captions | two | yes | – |
+| mome-contrastive | one attention, feed-forward experts of a modality | no | one a modality |
+| mome | one attention | yes | one a modality |
+| mome-routed | one attention | yes | 4 a modality, half as wide, 2 a token |
+| mome-teacher | one attention | yes | one a modality, texts drawn to MiniLM's |
+
+A model with two towers spends twice as much on attention; its feed-forwards are narrower by as much. Routed experts
+are active to the same extent, and twice as many are there. Figures are of the validation half of the held-out concepts,
+so that the test half stays for what is chosen by them. A run that was cut off goes on; a finished one isn't repeated.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...evaluation.results import append_rows, environment
+from ...modeling_mome import MomeForConditionalGeneration
+from ..finetune import Trainer
+from ..recipe import Recipe
+
+WIDTH, LAYERS = 128, 4
+INTERMEDIATE = 4 * WIDTH
+# Two attentions instead of one cost 4 W² a layer; two feed-forwards of inner width I have 4 W I.
+DUAL = {"share_attention": False, "intermediate_size": INTERMEDIATE - WIDTH}
+ROUTED = {"experts_per_group": 4, "experts_per_token": 2, "expert_intermediate_size": INTERMEDIATE // 2}
+# Variant → fields of the model, fields of the recipe.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dual": (DUAL, {"caption_weight": 0.0, "image_dropout": 0.0}),
+    "dual-captions": (DUAL, {}),
+    "mome-contrastive": ({}, {"caption_weight": 0.0, "image_dropout": 0.0}),
+    "mome": ({}, {}),
+    "mome-routed": (ROUTED, {}),
+    "mome-teacher": ({}, {"teacher": ".cache/icons-teacher.parquet"}),
+}
+METRICS = ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10", "zero_shot_top1")
+RECIPE = Path(__file__).parent.parent / "recipes" / "icons.yaml"
+
+
+def recipe_for(
+    variant: str, seed: int, output: Path, steps: int, model: dict[str, Any] | None = None, **overrides: Any
+) -> Recipe:
+    """The shapes-and-names recipe with a small model of the variant.
+
+    Args:
+        model: fields of every variant's model, `overrides`: of every recipe, in place of the ablation's own.
+    """
+    fields, training = VARIANTS[variant]
+    small = {"hidden_size": WIDTH, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
+    values = {
+        "output": str(output / f"{variant}-{seed}"),
+        "model": Recipe.from_yaml(RECIPE).model | small | (model or {}) | fields,
+        "teacher": None,
+        "steps": steps,
+        "seed": seed,
+        "final_learning_rate_share": 0.0,
+        "ema_decay": 0.98,
+        "checkpoint_every": 100,
+        "evaluate_every": 0,
+        "sheet_images": 0,
+        "tracker": "none",
+        "resume": True,
+    }
+    return Recipe.from_yaml(RECIPE, values | training | overrides)
+
+
+def run(recipe: Recipe) -> dict[str, float] | None:
+    """Figures of one run, from its folder if it is done; `None` if it was told to stop."""
+    done = Path(recipe.output) / "figures.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    trainer = Trainer(recipe)
+    if trainer.train() is None:
+        return None
+    figures = figures_of(trainer.output)
+    if not recipe.caption_weight:  # its captions are those of random weights
+        figures = {name: value for name, value in figures.items() if not name.startswith("caption")}
+    figures |= {"parameters": active_parameters(trainer.twin), "pairs": trainer.progress.pairs}
+    done.write_text(json.dumps(figures))
+    return figures
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """The last evaluation in a run's log and, of routed experts, the smallest share of its group's tokens.
+
+    Shares are means over the last tenth of the log, the smallest over groups and layers.
+    """
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = [record for record in records if "evaluation" in record][-1]
+    figures = {name: value for name, value in last.items() if name not in ("step", "evaluation", "stage")}
+    routed = [record for record in records if any(name.endswith("/least") for name in record)]
+    routed = routed[-max(1, len(routed) // 10) :]
+    if routed:
+        names = [name for name in routed[0] if name.endswith("/least")]
+        figures["least_expert_share"] = min(statistics.mean(record[name] for record in routed) for name in names)
+    return figures
+
+
+def active_parameters(captioner: MomeForConditionalGeneration) -> int:
+    """Parameters without the joint experts, which none of these losses reaches."""
+    return sum(each.numel() for name, each in captioner.named_parameters() if ".joint." not in name)
+
+
+def table(figures: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown, a row for each variant: means over the seeds, in per cent, with the range behind them."""
+    head = "variant | parameters | R@1 t→i | R@10 t→i | R@1 i→t | R@10 i→t | zero-shot | caption F1"
+    lines = [f"| {head} |", "|---" * 8 + "|"]
+
+    def cell(runs: list[dict[str, float]], metric: str) -> str:
+        values = [100 * each[metric] for each in runs if metric in each]
+        if not values:
+            return "–"
+        spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{spread}"
+
+    for variant, runs in figures.items():
+        cells = [cell(runs, metric) for metric in (*METRICS, "caption_f1")]
+        lines.append(f"| {variant} | {runs[0]['parameters'] / 1e6:.2f} M | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None, **overrides: Any):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--results", type=Path, help="CSV file to append the figures to")
+    options = parser.parse_args(arguments)
+    figures: dict[str, list[dict[str, float]]] = {}
+    for seed in range(options.seeds):
+        for variant in options.only:
+            found = run(recipe_for(variant, seed, options.output, options.steps, **overrides))
+            if found is None:
+                return
+            figures.setdefault(variant, []).append(found)
+            print(table(figures), flush=True)
+    if options.results:
+        command = shlex.join(["python", "-m", "mome.training.icons.ablate", *(arguments or sys.argv[1:])])
+        rows = [
+            environment()
+            | {"command": command, "data": f"mome-icons validation, {each['pairs']:.0f} pairs, seed {seed}"}
+            | {"metric": f"ablation, {variant}: {metric}", "value": f"{value:.4g}"}
+            for variant, runs in figures.items()
+            for seed, each in enumerate(runs)
+            for metric, value in each.items()
+        ]
+        append_rows(options.results, rows)
+
+
+if __name__ == "__main__":
+    main()
