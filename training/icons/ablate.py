@@ -12,7 +12,7 @@ python -m mome.training.icons.ablate --output runs/ablation [--steps 400] [--see
 | mome-teacher | one attention | yes | one a modality, texts drawn to MiniLM's |
 
 A model with two towers spends twice as much on attention; its feed-forwards are narrower by as much. Routed experts
-are active to the same extent, and twice as many are there. Figures are of the validation half of the held-out concepts,
+are active to the same extent, twice as many are there. Figures are of the validation half of the held-out concepts,
 so that the test half stays for what is chosen by them. A run that was cut off goes on; a finished one isn't repeated.
 """
 
