@@ -33,7 +33,7 @@ CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
 SAMPLES = ROOT / "samples"
 LABELS = ROOT / "training" / "icons" / "nouns.txt"
 SENTENCES = ("something sweet to eat", "an insect", "music", "bad weather", "a tower in paris")
-HITS = 3
+HITS = 5
 
 
 @dataclass
