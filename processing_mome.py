@@ -25,7 +25,7 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 URL_TIMEOUT_SECONDS = 30
 UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
 
-# How sentence-transformers calls the model. Left to guess, it would average the tokens' states: `forward` has them too.
+# How sentence-transformers calls the model. Left to guess, it averages the states of tokens, which `forward` has too.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
     "modules.json": [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}

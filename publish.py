@@ -29,6 +29,7 @@ MODEL_CLASSES = {each.__name__: each for each in (MomeForConditionalGeneration, 
 # What a push owns: such files of the repository that the new folder lacks are deleted.
 OWNED = ["*_mome.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "preprocessor_config.json"]
 IGNORED = [".*", "__pycache__/*"]
+TAGS = ("mome", "custom_code", "image-captioning", "sentence-transformers")
 
 CARD = """---
 {metadata}
