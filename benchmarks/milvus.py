@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,9 +97,9 @@ def compare(index: Index, exact: ExactIndex, name: str, count: int, rounds: int)
         expected = exact.search_rows(queries, **options)[0]
         share = recall(*index.search_rows(queries, **options), expected)
         rows.append(_row(f"{name}, recall@{TOP_K}: {direction}", share, 1.0))
-    one, many = queries[:1], queries[:BATCH]
-    for metric, some, scale in (("ms for one query, p50", one, 1000), (f"ms for {len(many)} queries", many, 1000)):
-        ours, theirs = (seconds(lambda: each.search_rows(some, TOP_K), rounds) * scale for each in (index, exact))
+    many = queries[:BATCH]
+    for metric, some in (("ms for one query, p50", many[:1]), (f"ms for {len(many)} queries", many)):
+        ours, theirs = (1000 * seconds(partial(each.search_rows, some, TOP_K), rounds) for each in (index, exact))
         rows.append(_row(f"{name}, {metric}", ours, theirs))
     return rows
 
