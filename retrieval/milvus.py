@@ -140,6 +140,7 @@ class MilvusIndex(Index):
             anns_field=VECTOR,
             limit=top_k,
             filter=expression,
+            output_fields=[PRIMARY_KEY],  # Milvus Lite sends everything if nothing is asked for
             search_params={"metric_type": "IP", "params": params},
             consistency_level="Strong",
             timeout=self.timeout,
@@ -200,6 +201,8 @@ class MilvusIndex(Index):
         valid = self.table.valid.nonzero().flatten()
         stored = self._count()
         if stored == len(valid):
+            if is_lite(self.uri):  # a job that was killed at its end
+                self.client.flush(self.collection, timeout=self.timeout)
             return
         batch = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.table.dimension)))
         with transformers_logging.tqdm(total=len(valid), desc="indexing", unit="rows", disable=not progress) as bar:
@@ -209,7 +212,7 @@ class MilvusIndex(Index):
                 if not stored or self._count(between) != len(rows):
                     self._write(rows.tolist())
                 bar.update(len(rows))
-        self.client.flush(self.collection, timeout=self.timeout)
+        self.client.flush(self.collection, timeout=self.timeout)  # what is not flushed is searched slowly
         stored = self._count()
         if stored != len(valid):
             raise RetrievalError(
