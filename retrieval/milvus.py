@@ -27,7 +27,7 @@ from .digest import table_digest
 from .errors import RetrievalError, first_line
 from .filters import Condition
 from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
-from .milvus_connection import checked_uri, connect, disconnect, is_lite
+from .milvus_connection import checked_uri, connect, disconnect, is_lite, quiet_logs
 from .search import Index
 from .table import EmbeddingTable
 
@@ -236,7 +236,8 @@ class MilvusIndex(Index):
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
         try:
-            yield
+            with quiet_logs():
+                yield
         except (MilvusException, grpc.RpcError) as error:
             reason = first_line(ValueError(getattr(error, "message", "") or error))
             raise RetrievalError(f"Milvus at {self.uri}, collection {self.collection!r}: {reason}") from None

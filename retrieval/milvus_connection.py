@@ -1,6 +1,8 @@
 """Connections to Milvus: a server by its address, Milvus Lite by a path; what goes wrong in one line."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -46,21 +48,29 @@ def connect(uri: str, token: str | None = None) -> MilvusClient:
     Raises:
         RetrievalError: no server there, or a Milvus Lite file that is damaged or open in another process.
     """
-    quiet = [logging.getLogger(name) for name in ("milvus_lite.server_manager", "pymilvus")]
-    levels = [each.level for each in quiet]
-    for each in quiet:  # their tracebacks say less than the line below
-        each.setLevel(logging.CRITICAL + 1)
     try:
-        client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
+        with quiet_logs():
+            client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
     except (MilvusException, grpc.RpcError, OSError) as error:
         reason = getattr(error, "message", "") or str(error)
         raise RetrievalError(_why_not(uri, first_line(ValueError(reason)))) from None
-    finally:
-        for each, level in zip(quiet, levels):
-            each.setLevel(level)
     if is_lite(uri):
         open_lite[uri] = open_lite.get(uri, 0) + 1
     return client
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Without the tracebacks that Milvus' packages log for errors which they raise as well."""
+    loggers = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
 
 
 def _why_not(uri: str, reason: str) -> str:
@@ -100,4 +110,4 @@ def disconnect(client: MilvusClient, uri: str):
             server_manager_instance.release_server(uri)
 
 
-__all__ = ["checked_uri", "connect", "disconnect", "is_lite"]
+__all__ = ["checked_uri", "connect", "disconnect", "is_lite", "quiet_logs"]
