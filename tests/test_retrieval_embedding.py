@@ -169,8 +169,9 @@ def test_parquet_json_lines_disk_and_shards_give_the_same_embeddings(tmp_path, r
             archive.addfile(member, io.BytesIO(image["bytes"]))
     wanted = embedder.embed_images(list(rows["image"]))
     for name in ("rows.parquet", "saved", "shard-0.tar", "shard-*.tar"):
-        embed_corpus(tmp_path / name, tmp_path / f"{len(name)}.parquet", embedder, modalities="image", **QUIET)
-        table = load_table(tmp_path / f"{len(name)}.parquet")
+        output = tmp_path / "tables" / f"of-{name.replace('*', 'all')}.parquet"
+        embed_corpus(tmp_path / name, output, embedder, modalities="image", **QUIET)
+        table = load_table(output)
         assert torch.allclose(table.embeddings(range(4)), wanted, atol=1e-6), name
         pixels = [open_image(uri).tobytes() for uri in table.column("uri").to_pylist()]
         assert pixels == [image.convert("RGB").tobytes() for image in rows["image"]], name
@@ -328,7 +329,7 @@ def test_corpora_and_columns_that_are_not_there_are_named(tmp_path, rows, embedd
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet")
     refused("is not there", tmp_path / "nowhere", output, embedder)
     refused("holds no images, parquet or WebDataset files", tmp_path / "empty", output, embedder)
-    refused("file.xyz can't be read: pass", tmp_path / "file.xyz", output, embedder)
+    refused("file.xyz is of no kind that can be read", tmp_path / "file.xyz", output, embedder)
     refused("broken.parquet can't be read", tmp_path / "broken.parquet", output, embedder)
     refused("has no 'pictures'", rows, output, embedder, image_column="pictures")
     refused("did you mean 'kind'", rows, output, embedder, metadata_columns=["kinds"])
