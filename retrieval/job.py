@@ -107,7 +107,7 @@ class EmbeddingJob:
             self._start_anew()
         elif self._is_finished():
             self._clear()
-            return self._report(began, resumed=None)
+            return report_of(self._files(), self.output, began, None)
         self._check_job()
         part_rows = self.settings["part_rows"]
         done, resumed = self._parts_done()
@@ -124,7 +124,7 @@ class EmbeddingJob:
         if not done:
             raise RetrievalError(f"{self.corpus.name or 'the data set'} has no rows in split {self.corpus.split!r}")
         self._finish(done)
-        return self._report(began, resumed)
+        return report_of(self._files(), self.output, began, resumed)
 
     # ------------------------------------------------------------------------------------------ what is there
 
@@ -136,7 +136,7 @@ class EmbeddingJob:
         """
         if not self.output.exists():
             return False
-        files = [self.output] if self.output.is_file() else sorted(self.output.glob("*.parquet"))
+        files = self._files()
         if files and read_info(files[0])[0].job == self.info.job:
             return True
         raise RetrievalError(
@@ -162,6 +162,9 @@ class EmbeddingJob:
                     f"{self.parts} holds an unfinished job with {name}={left.get(name)!r}, now it is {value!r}: "
                     "finish that one, choose another output, or overwrite it (overwrite=True, --overwrite)"
                 )
+
+    def _files(self) -> list[Path]:
+        return [self.output] if self.output.is_file() else sorted(self.output.glob("*.parquet"))
 
     def _part(self, number: int) -> Path:
         return self.parts / f"part-{number:06d}.parquet"
@@ -255,18 +258,20 @@ class EmbeddingJob:
                 )
         shutil.rmtree(self.output)
 
-    def _report(self, began: float, resumed: int | None) -> EmbeddingReport:
-        files = [self.output] if self.output.is_file() else sorted(self.output.glob("*.parquet"))
-        rows = images = bad = 0
-        for file in files:
-            table = pq.read_table(file, columns=["modality", "error"])
-            good = table["error"].is_null()
-            rows += len(table)
-            bad += len(table) - pc.sum(good).as_py()
-            images += pc.sum(pc.and_(good, pc.equal(table["modality"], "image"))).as_py()
-        seconds = time.monotonic() - began
-        resumed = rows if resumed is None else resumed
-        return EmbeddingReport(self.output, rows, images, rows - bad - images, bad, resumed, seconds)
+
+def report_of(files: list[Path], output: Path, began: float, resumed: int | None) -> EmbeddingReport:
+    """Counts what is in a finished table; `resumed=None`: all of it was there before."""
+    rows = images = bad = 0
+    for file in files:
+        table = pq.read_table(file, columns=["modality", "error"])
+        good = table["error"].is_null()
+        rows += len(table)
+        bad += len(table) - pc.sum(good).as_py()
+        images += pc.sum(pc.and_(good, pc.equal(table["modality"], "image"))).as_py()
+    seconds = time.monotonic() - began
+    return EmbeddingReport(
+        output, rows, images, rows - bad - images, bad, rows if resumed is None else resumed, seconds
+    )
 
 
 def _unique(rows: Iterator[SourceRow], seen: set[str] | None, corpus: Source) -> Iterator[SourceRow]:
@@ -294,4 +299,4 @@ def _threads_shared(workers: int | None, device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-__all__ = ["EmbeddingJob", "EmbeddingReport"]
+__all__ = ["EmbeddingJob", "EmbeddingReport", "report_of"]
