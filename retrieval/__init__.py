@@ -4,14 +4,19 @@ corpus ── embed_corpus ── table (parquet) ── index ── Searcher �
 (embed.py, sources.py)    (table.py)         (exact.py)  (search.py)
 """
 
+from .embed import EmbeddingReport, embed_corpus
 from .embedder import Embedder
 from .errors import RetrievalError
 from .exact import ExactIndex
+from .images import open_image
+from .loading import EmbeddingTable, load_table
 from .search import Hit, Index, Searcher
-from .table import EmbeddingTable, TableInfo, load_table, push_table
+from .sources import open_source
+from .table import TableInfo, push_table
 
 __all__ = [
     "Embedder",
+    "EmbeddingReport",
     "EmbeddingTable",
     "ExactIndex",
     "Hit",
@@ -19,6 +24,9 @@ __all__ = [
     "RetrievalError",
     "Searcher",
     "TableInfo",
+    "embed_corpus",
     "load_table",
+    "open_image",
+    "open_source",
     "push_table",
 ]

@@ -1,6 +1,7 @@
 """Embeds images and texts with a checkpoint, and knows by a fingerprint which checkpoint it is."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Embedder:
         self.model, self.processor, self.name = model.eval(), processor, name
         self.fingerprint = model_fingerprint(model)
         self.dimension: int = model.config.projection_dim
+        self._tokenizing = threading.Lock()  # a fast tokenizer refuses to be told its padding by two threads at once
 
     @classmethod
     def load(
@@ -71,7 +73,8 @@ class Embedder:
         try:
             kind = MomeConfig.get_config_dict(name, revision=revision)[0].get("model_type")
             if kind != MomeConfig.model_type:
-                raise RetrievalError(f"model {name!r} is of type {kind!r}: only {MomeConfig.model_type!r} embeds here")
+                reason = f"is of type {kind!r}, not {MomeConfig.model_type!r}" if kind else "has no config.json"
+                raise RetrievalError(f"model {name!r} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
             loaded = _load_quietly(name, dtype=dtype, revision=revision)
         except RetrievalError:
@@ -118,7 +121,9 @@ class Embedder:
         parts = [torch.zeros(0, self.dimension)]
         for start in range(0, len(texts), batch_size):
             some = list(texts[start : start + batch_size])
-            inputs = self.processor(text=some, truncation=True, return_tensors="pt").to(self.device)
+            with self._tokenizing:
+                inputs = self.processor(text=some, truncation=True, return_tensors="pt")
+            inputs = inputs.to(self.device)
             parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
         return torch.cat(parts)
 

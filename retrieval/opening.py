@@ -5,8 +5,8 @@ from typing import Any
 
 from .errors import RetrievalError
 from .exact import ExactIndex
+from .loading import EmbeddingTable
 from .search import Index
-from .table import EmbeddingTable
 
 
 def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:

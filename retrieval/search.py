@@ -19,7 +19,8 @@ import torch
 from .embedder import Embedder
 from .errors import RetrievalError
 from .filters import Condition, Where, matching_rows, parse_where
-from .table import MODALITIES, RESERVED_COLUMNS, EmbeddingTable, check_model, load_table
+from .loading import EmbeddingTable, check_model, load_table
+from .table import MODALITIES, RESERVED_COLUMNS
 
 FILTERS_KEPT = 8
 

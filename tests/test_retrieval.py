@@ -72,7 +72,7 @@ def test_exact_search_finds_what_comparing_one_by_one_finds(table, monkeypatch, 
 
 
 def test_many_blocks_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr("mome.retrieval.table.ARROW_ROWS", 64)
+    monkeypatch.setattr("mome.retrieval.loading.ARROW_ROWS", 64)
     monkeypatch.setattr(exact_module, "GROUP_ROWS", 2)
     table = load_table(make_table(tmp_path / "table.parquet", bad=(3, 500)))
     assert len(table.blocks) > 10
