@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from .table import EmbeddingTable
+from .loading import EmbeddingTable
 
 EMBEDDINGS_HASHED = 4096
 

@@ -26,10 +26,10 @@ from transformers.utils import logging as transformers_logging
 from .digest import table_digest
 from .errors import RetrievalError, first_line
 from .filters import Condition
+from .loading import EmbeddingTable
 from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
 from .milvus_connection import checked_uri, connect, disconnect, is_lite, quiet_logs
 from .search import Index
-from .table import EmbeddingTable
 
 FORMAT_VERSION = 1
 MANIFEST = "mome.manifest"

@@ -22,7 +22,7 @@ from pymilvus import CollectionSchema, DataType, MilvusClient
 
 from .errors import RetrievalError
 from .filters import Condition, matching_rows
-from .table import EmbeddingTable
+from .loading import EmbeddingTable
 
 PRIMARY_KEY = "row"
 VECTOR = "embedding"
