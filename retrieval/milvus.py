@@ -79,7 +79,7 @@ class MilvusIndex(Index):
         index_type: str = "FLAT",
         rebuild: bool = False,
         token: str | None = None,
-        timeout: float = 120.0,
+        timeout: float = 60.0,
         progress: bool = True,
     ):
         super().__init__(table)
@@ -93,7 +93,7 @@ class MilvusIndex(Index):
                 f"{len(table):,} rows in Milvus Lite: beyond {LITE_ROWS:,} it is slow, use a Milvus server, or exact "
                 "search on one machine"
             )
-        self.client = connect(self.uri, token)
+        self.client, self._closed = connect(self.uri, token), False
         try:
             with self._plain_errors():
                 self._open(rebuild)
@@ -104,7 +104,9 @@ class MilvusIndex(Index):
 
     def close(self):
         """Ends the connection; a Milvus Lite index can then be opened by another process."""
-        disconnect(self.client, self.uri)
+        if not self._closed:
+            self._closed = True
+            disconnect(self.client, self.uri)
 
     def __enter__(self) -> "MilvusIndex":
         return self
@@ -184,7 +186,7 @@ class MilvusIndex(Index):
             stored, own = json.loads(text or ""), json.loads(self.manifest)
             model = f"{stored['model']}, weights {stored['fingerprint']}, {stored['dimension']} dimensions"
         except (ValueError, KeyError, TypeError):
-            if not int(self.client.get_collection_stats(self.collection, timeout=self.timeout)["row_count"]):
+            if self._is_unfinished():
                 return False
             raise RetrievalError(f"{where} was not made by mome: {fix}") from None
         if any(stored[key] != own[key] for key in ("fingerprint", "dimension")):
@@ -196,32 +198,44 @@ class MilvusIndex(Index):
             raise RetrievalError(f"{where} has index_type={other!r}, not {self.index_type!r}: pass that, or {fix}")
         raise RetrievalError(f"{where} has format version {stored.get('format_version')}: {fix}")
 
+    def _is_unfinished(self) -> bool:
+        """Whether the making of the collection was interrupted before its manifest was there."""
+        described = self.client.describe_collection(self.collection, timeout=self.timeout)
+        rows = self.client.get_collection_stats(self.collection, timeout=self.timeout)["row_count"]
+        return not int(rows) and {PRIMARY_KEY, VECTOR} <= {field["name"] for field in described["fields"]}
+
     def _fill(self, progress: bool):
         """Writes the rows that are missing."""
-        valid = self.table.valid.nonzero().flatten()
-        stored = self._count()
-        if stored == len(valid):
+        expected, stored = int(self.table.valid.sum()), self._count()
+        if stored == expected:
             if is_lite(self.uri):  # a job that was killed at its end
                 self.client.flush(self.collection, timeout=self.timeout)
             return
-        batch = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.table.dimension)))
-        with transformers_logging.tqdm(total=len(valid), desc="indexing", unit="rows", disable=not progress) as bar:
-            for rows in valid.split(batch):
-                first, last = int(rows[0]), int(rows[-1])
-                between = f"{PRIMARY_KEY} >= {first} and {PRIMARY_KEY} <= {last}"
+        with transformers_logging.tqdm(total=expected, desc="indexing", unit="rows", disable=not progress) as bar:
+            for rows, vectors in self._batches():
+                between = f"{PRIMARY_KEY} >= {int(rows[0])} and {PRIMARY_KEY} <= {int(rows[-1])}"
                 if not stored or self._count(between) != len(rows):
-                    self._write(rows.tolist())
+                    self._write(rows, vectors)
                 bar.update(len(rows))
         self.client.flush(self.collection, timeout=self.timeout)  # what is not flushed is searched slowly
         stored = self._count()
-        if stored != len(valid):
+        if stored != expected:
             raise RetrievalError(
-                f"collection {self.collection!r} at {self.uri} holds {stored} rows, the table has {len(valid)} "
+                f"collection {self.collection!r} at {self.uri} holds {stored} rows, the table has {expected} "
                 "embeddings: something else writes to it; pass rebuild=True, or another collection"
             )
 
-    def _write(self, rows: list[int]):
-        self.client.upsert(self.collection, entities(self.table, rows), timeout=self.timeout)
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Row numbers (rows,) and embeddings (rows, dimension) of what is written together."""
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.table.dimension)))
+        for start, block in self.table.blocks:
+            valid = self.table.valid[start : start + len(block)].nonzero().flatten()
+            for places in valid.split(size):
+                if len(places):
+                    yield places + start, block[places]
+
+    def _write(self, rows: torch.Tensor, vectors: torch.Tensor):
+        self.client.upsert(self.collection, entities(self.table, rows, vectors), timeout=self.timeout)
 
     def _count(self, expression: str = f"{PRIMARY_KEY} >= 0") -> int:
         answer = self.client.query(

@@ -13,11 +13,11 @@ Fields have the names of their columns where Milvus allows it.
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.types as kinds
+import torch
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
 from .errors import RetrievalError
@@ -63,13 +63,20 @@ def collection_schema(table: EmbeddingTable, description: str) -> CollectionSche
     return schema
 
 
-def entities(table: EmbeddingTable, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows of the table, all with an embedding, as Milvus takes them."""
-    taken = pa.array(rows, pa.int64())
-    columns = {PRIMARY_KEY: list(rows)}
+def entities(table: EmbeddingTable, rows: torch.Tensor, vectors: torch.Tensor) -> list[dict[str, Any]]:
+    """Rows of the table as Milvus takes them.
+
+    Args:
+        table: of the rows.
+        rows: (rows,) their numbers, ascending and close together.
+        vectors: (rows, dimension) float32, their embeddings.
+    """
+    first, last = int(rows[0]), int(rows[-1])
+    taken = pa.array((rows - first).numpy())
+    columns = {PRIMARY_KEY: rows.tolist()}
     for name, (field, kind) in fields_of(table).items():
-        columns[field] = _values(table.column(name).take(taken), kind)
-    columns[VECTOR] = list(table.embeddings(rows).numpy())
+        columns[field] = _values(table.column(name).slice(first, last - first + 1).take(taken), kind)
+    columns[VECTOR] = list(vectors.numpy())
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 

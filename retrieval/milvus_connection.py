@@ -105,8 +105,8 @@ def disconnect(client: MilvusClient, uri: str):
     if is_lite(uri):
         from milvus_lite.server_manager import server_manager_instance
 
-        open_lite[uri] = open_lite.get(uri, 1) - 1
-        if open_lite[uri] <= 0:
+        open_lite[uri] -= 1
+        if not open_lite[uri]:
             server_manager_instance.release_server(uri)
 
 
