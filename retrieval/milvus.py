@@ -24,11 +24,11 @@ from pymilvus.exceptions import MilvusException
 from transformers.utils import logging as transformers_logging
 
 from .digest import table_digest
-from .errors import RetrievalError, first_line
+from .errors import RetrievalError
 from .filters import Condition
 from .loading import EmbeddingTable
 from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
-from .milvus_connection import checked_uri, connect, disconnect, is_lite, quiet_logs
+from .milvus_connection import checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
 from .search import Index
 
 FORMAT_VERSION = 1
@@ -177,26 +177,25 @@ class MilvusIndex(Index):
         Raises:
             RetrievalError: it holds something else.
         """
-        text = self._stored_manifest()
-        if text == self.manifest:
-            return True
         where = f"collection {self.collection!r} at {self.uri}"
         fix = "pass rebuild=True to replace it, or another collection"
+        own = json.loads(self.manifest)
         try:
-            stored, own = json.loads(text or ""), json.loads(self.manifest)
-            model = f"{stored['model']}, weights {stored['fingerprint']}, {stored['dimension']} dimensions"
+            stored = json.loads(self._stored_manifest() or "")
+            model, rows, digest = stored["fingerprint"], stored["rows"], stored["digest"]
         except (ValueError, KeyError, TypeError):
             if self._is_unfinished():
                 return False
             raise RetrievalError(f"{where} was not made by mome: {fix}") from None
-        if any(stored[key] != own[key] for key in ("fingerprint", "dimension")):
-            raise RetrievalError(f"{where} holds embeddings of another model ({model}): {fix}")
-        if stored["digest"] != own["digest"]:
-            raise RetrievalError(f"{where} holds another table ({stored['rows']} rows by {stored['model']}): {fix}")
-        if stored["index_type"] != own["index_type"]:
-            other = stored["index_type"]
-            raise RetrievalError(f"{where} has index_type={other!r}, not {self.index_type!r}: pass that, or {fix}")
-        raise RetrievalError(f"{where} has format version {stored.get('format_version')}: {fix}")
+        if digest != own["digest"]:
+            by = f"{stored['model']}, weights {model}, {stored['dimension']} dimensions"
+            if (model, stored["dimension"]) != (own["fingerprint"], own["dimension"]):
+                raise RetrievalError(f"{where} holds embeddings of another model ({by}): {fix}")
+            raise RetrievalError(f"{where} holds another table ({rows} rows by {stored['model']}): {fix}")
+        for key in ("format_version", "index_type"):
+            if stored[key] != own[key]:
+                raise RetrievalError(f"{where} has {key}={stored[key]!r}, not {own[key]!r}: {fix}")
+        return True
 
     def _is_unfinished(self) -> bool:
         """Whether the making of the collection was interrupted before its manifest was there."""
@@ -253,8 +252,8 @@ class MilvusIndex(Index):
             with quiet_logs():
                 yield
         except (MilvusException, grpc.RpcError) as error:
-            reason = first_line(ValueError(getattr(error, "message", "") or error))
-            raise RetrievalError(f"Milvus at {self.uri}, collection {self.collection!r}: {reason}") from None
+            where = f"Milvus at {self.uri}, collection {self.collection!r}"
+            raise RetrievalError(f"{where}: {reason_of(error)}") from None
 
 
 def make_manifest(table: EmbeddingTable, index_type: str) -> str:

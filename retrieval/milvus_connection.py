@@ -52,11 +52,16 @@ def connect(uri: str, token: str | None = None) -> MilvusClient:
         with quiet_logs():
             client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
     except (MilvusException, grpc.RpcError, OSError) as error:
-        reason = getattr(error, "message", "") or str(error)
-        raise RetrievalError(_why_not(uri, first_line(ValueError(reason)))) from None
+        raise RetrievalError(_why_not(uri, reason_of(error))) from None
     if is_lite(uri):
         open_lite[uri] = open_lite.get(uri, 0) + 1
     return client
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of Milvus says, in one line."""
+    text = str(getattr(error, "message", "") or error)
+    return first_line(ValueError(text))
 
 
 @contextmanager
@@ -110,4 +115,4 @@ def disconnect(client: MilvusClient, uri: str):
             server_manager_instance.release_server(uri)
 
 
-__all__ = ["checked_uri", "connect", "disconnect", "is_lite", "quiet_logs"]
+__all__ = ["checked_uri", "connect", "disconnect", "is_lite", "quiet_logs", "reason_of"]
