@@ -131,12 +131,14 @@ def search(
     """Search a table by words, by picture or by one of its rows."""
     from .retrieval import Searcher, load_table
     from .retrieval.filters import parse_expressions
-    from .retrieval.sheet import write_sheet
+    from .retrieval.sheet import checked_sheet, write_sheet
 
     given = {"text": query, "image": image, "id": id}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise typer.BadParameter("give one of QUERY, --image and --id", param_hint="QUERY")
+    if sheet is not None:
+        checked_sheet(sheet)
     opened = load_table(table)
     types = {name: opened.column(name).type for name in opened.rows.column_names if name != "embedding"}
     conditions = parse_expressions(where or [], types) or None
