@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -154,7 +155,7 @@ def run(folder, monkeypatch):
     return invoke
 
 
-def test_embed_and_search_on_the_command_line(folder, tmp_path, run):
+def test_embed_and_search_on_the_command_line(folder, tmp_path, run, monkeypatch):
     make_pictures(tmp_path / "pictures", 6)
     table = tmp_path / "table.parquet"
     done = run("embed", tmp_path / "pictures", "--output", table, "--model", folder / "model", "--batch-size", 4)
@@ -170,6 +171,10 @@ def test_embed_and_search_on_the_command_line(folder, tmp_path, run):
     sheet = tmp_path / "hits.html"
     run("search", table, "--id", "red/004.png", "--sheet", sheet)
     assert "data:image/png" in sheet.read_text()
+    opened = []
+    monkeypatch.setattr(cli.typer, "launch", opened.append)
+    run("search", table, "red", "--open")
+    assert opened[0].endswith("hits.html") and "<figure>" in Path(opened[0]).read_text()
 
 
 def test_filters_and_modalities_on_the_command_line(folder, run):
