@@ -48,7 +48,8 @@ def in_one_line(command: Callable) -> Callable:
             typer.echo("mome: interrupted; the same command again goes on where a job was", err=True)
             raise typer.Exit(130) from None
         except ModuleNotFoundError as error:
-            typer.echo(f"mome: {error.name} is not installed: pip install 'mome[retrieval]'", err=True)
+            extra = "daft" if error.name in ("daft", "ray") else "retrieval"
+            typer.echo(f"mome: {error.name} is not installed: pip install 'mome[{extra}]'", err=True)
             raise typer.Exit(1) from None
         except (ValueError, OSError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -89,26 +90,29 @@ def embed(
     streaming: Annotated[bool, typer.Option("--streaming", help="No copy of the data set on the disk.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model together.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core, up to 8.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, whatever is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    daft: Annotated[str | None, typer.Option(help="native or ray: embed with the workers of Daft.")] = None,
 ):
     """Embed a corpus into a table; the same command again goes on where it was interrupted."""
-    from .retrieval import embed_corpus
+    options = {
+        "split": split,
+        "modalities": modality or None,
+        "image_column": image_column,
+        "text_column": text_column,
+        "id_column": id_column,
+        "metadata_columns": metadata and [name.strip() for name in metadata.split(",") if name.strip()],
+        "streaming": streaming,
+        "batch_size": batch_size,
+        "overwrite": overwrite,
+    }
+    if daft is None:
+        from .retrieval import embed_corpus
 
-    report = embed_corpus(
-        source,
-        output,
-        checkpoint(model),
-        split=split,
-        modalities=modality or None,
-        image_column=image_column,
-        text_column=text_column,
-        id_column=id_column,
-        metadata_columns=None if metadata is None else [name.strip() for name in metadata.split(",") if name.strip()],
-        streaming=streaming,
-        batch_size=batch_size,
-        workers=workers,
-        overwrite=overwrite,
-    )
+        report = embed_corpus(source, output, checkpoint(model), workers=workers, **options)
+    else:
+        from .retrieval.distributed import embed_with_daft
+
+        report = embed_with_daft(source, output, checkpoint(model), runner=daft, max_concurrency=workers, **options)
     typer.echo(str(report))
 
 
@@ -131,12 +135,14 @@ def search(
     """Search a table by words, by picture or by one of its rows."""
     from .retrieval import Searcher, load_table
     from .retrieval.filters import parse_expressions
-    from .retrieval.sheet import write_sheet
+    from .retrieval.sheet import checked_sheet, write_sheet
 
     given = {"text": query, "image": image, "id": id}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise typer.BadParameter("give one of QUERY, --image and --id", param_hint="QUERY")
+    if sheet is not None:
+        checked_sheet(sheet)
     opened = load_table(table)
     types = {name: opened.column(name).type for name in opened.rows.column_names if name != "embedding"}
     conditions = parse_expressions(where or [], types) or None

@@ -45,7 +45,7 @@ def embed_corpus(
         batch_size: rows that go through the model together.
         part_rows: rows of a part: so much is lost at most by a crash.
         workers: threads that decode and compute; default: one for each of torch's threads, at most 8.
-        overwrite: starts anew, whatever is at `output`.
+        overwrite: replaces what is at `output`, once the new table is whole.
         progress: shows a bar with items/s.
 
     Raises:
@@ -58,6 +58,7 @@ def embed_corpus(
     columns = {"image_column": image_column, "text_column": text_column, "id_column": id_column}
     corpus = open_source(source, split, **columns, metadata_columns=metadata_columns, streaming=streaming)
     modalities = checked_modalities(modalities, corpus)
+    corpus.check_ids()
     embedder = model if isinstance(model, Embedder) else Embedder.load(model)
     part_rows = max(1, part_rows // batch_size) * batch_size
     settings = {

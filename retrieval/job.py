@@ -37,7 +37,7 @@ from .sources import Source, SourceRow
 from .table import TableInfo, read_info, replacing, table_schema, write_table
 
 MOST_WORKERS = 8
-LOCK = ".lock"
+LOCK, JOB = ".lock", "job.json"
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,18 @@ class EmbeddingJob:
         try:
             yield
         finally:
-            lock.release()
-            if not self._leftovers():
+            if not any(self.parts.glob("part-*.parquet")):
                 shutil.rmtree(self.parts, ignore_errors=True)
+            lock.release()
 
     def run(self, workers: int | None, overwrite: bool, progress: bool) -> EmbeddingReport:
         began = time.monotonic()
-        if overwrite:
-            self._start_anew()
-        elif self._is_finished():
+        if not overwrite and self._is_finished():
             self._clear()
             return report_of(self._files(), self.output, began, None)
-        self._check_job()
+        self._check_job(overwrite)
         part_rows = self.settings["part_rows"]
         done, resumed = self._parts_done()
-        self.corpus.check_ids()
         seen = self._ids() if self.corpus.count is None else None
         rows = self.corpus.rows(done * part_rows)
         count = self.corpus.count
@@ -134,7 +131,9 @@ class EmbeddingJob:
         Raises:
             RetrievalError: the table is there, made by another job.
         """
-        if not self.output.exists():
+        if not self.output.exists() or self._left() == self.settings:  # overwriting it was interrupted
+            return False
+        if self.output.is_dir() and not any(self.output.iterdir()):
             return False
         files = self._files()
         if files and read_info(files[0])[0].job == self.info.job:
@@ -144,24 +143,31 @@ class EmbeddingJob:
             "choose another output, or overwrite it (overwrite=True, --overwrite)"
         )
 
-    def _check_job(self):
-        """Writes down what this job is, or refuses what another one left.
+    def _left(self) -> dict | None:
+        """The settings of the job that left parts here."""
+        file = self.parts / JOB
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def _check_job(self, overwrite: bool):
+        """Writes down what this job is; what another one left is deleted or refused.
 
         Raises:
             RetrievalError: parts of a job with other settings are there.
         """
-        file = self.parts / "job.json"
-        if not file.exists():
-            with replacing(file) as partial:
-                partial.write_text(json.dumps(self.settings, indent=1))
+        left = self._left()
+        if left == self.settings:
             return
-        left = json.loads(file.read_text())
-        for name, value in self.settings.items():
-            if left.get(name) != value:
-                raise RetrievalError(
-                    f"{self.parts} holds an unfinished job with {name}={left.get(name)!r}, now it is {value!r}: "
-                    "finish that one, choose another output, or overwrite it (overwrite=True, --overwrite)"
-                )
+        if left is not None and not overwrite:
+            name = next(name for name in {**self.settings, **left} if left.get(name) != self.settings.get(name))
+            raise RetrievalError(
+                f"{self.parts} holds an unfinished job with {name}={left.get(name)!r}, now it is "
+                f"{self.settings.get(name)!r}: finish that one, choose another output, or overwrite it "
+                "(overwrite=True, --overwrite)"
+            )
+        self._check_replaceable()
+        self._clear()
+        with replacing(self.parts / JOB) as partial:
+            partial.write_text(json.dumps(self.settings, indent=1))
 
     def _files(self) -> list[Path]:
         return [self.output] if self.output.is_file() else sorted(self.output.glob("*.parquet"))
@@ -231,12 +237,14 @@ class EmbeddingJob:
 
     def _finish(self, count: int):
         """Makes the table of all parts, in one step."""
-        if self.output.suffix == ".parquet":
+        if self.output.suffix == ".parquet" and not self.output.is_dir():
             write_table(self.output, (pq.read_table(self._part(number)) for number in range(count)), self.schema)
             self._clear()
         else:
+            if self.output.is_dir():
+                shutil.rmtree(self.output)
             os.replace(self.parts, self.output)
-            for name in ("job.json", LOCK):
+            for name in (JOB, LOCK):
                 (self.output / name).unlink(missing_ok=True)
 
     def _leftovers(self) -> list[Path]:
@@ -246,17 +254,11 @@ class EmbeddingJob:
         for file in self._leftovers():
             file.unlink()
 
-    def _start_anew(self):
-        self._clear()
-        if not self.output.is_dir():
-            self.output.unlink(missing_ok=True)
-            return
-        for file in self.output.iterdir():
-            if not file.match("part-*.parquet") and file.name not in ("job.json", LOCK):
-                raise RetrievalError(
-                    f"{self.output} holds {file.name!r}, which is no part of a table: delete it first"
-                )
-        shutil.rmtree(self.output)
+    def _check_replaceable(self):
+        """Refuses a folder at the place of the output that holds anything but a table."""
+        for file in self.output.iterdir() if self.output.is_dir() else ():
+            if not file.match("part-*.parquet") and file.name not in (JOB, LOCK):
+                raise RetrievalError(f"{self.output} holds {file.name!r}, no part of a table: choose another output")
 
 
 def report_of(files: list[Path], output: Path, began: float, resumed: int | None) -> EmbeddingReport:

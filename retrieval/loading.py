@@ -1,5 +1,6 @@
 """Opens tables: checked when they are opened, memory-mapped, their embeddings as tensors without a copy."""
 
+import bisect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import torch
 
 from .errors import RetrievalError, first_line, unknown_name
-from .table import RESERVED_COLUMNS, ROW_GROUP_ROWS, TableInfo, read_info, table_files
+from .table import RESERVED_COLUMNS, TableInfo, read_info, table_files
 
 ARROW_ROWS = 16_384  # rows that lie together in the memory-mapped file: a block of a matrix product
 NORM_TOLERANCE = 1e-3
+MANY_ROWS = 100_000  # take so long to open that a bar is welcome
 
 
 def load_table(
@@ -53,7 +55,7 @@ def load_table(
     if not count:
         raise RetrievalError(f"table {source} has no rows")
     try:
-        with _quiet_datasets(bars=count > ROW_GROUP_ROWS):
+        with _quiet_datasets(bars=count > MANY_ROWS):
             rows = datasets.load_dataset(
                 "parquet",
                 data_files={"train": [str(path) for path in files]},
@@ -153,8 +155,15 @@ class EmbeddingTable:
         if bad is not None:
             one = self.rows[int(bad)]
             raise RetrievalError(f"row {one['id']!r} has no embedding ({one.get('error')})")
-        taken = self.column("embedding").take(pa.array(rows, pa.int64()))
-        return torch.cat([_as_tensor(chunk, self.dimension) for chunk in taken.chunks])
+        starts = [start for start, _ in self.blocks]
+        blocks = [self.blocks[bisect.bisect_right(starts, row) - 1] for row in rows]
+        vectors = [block[row - start] for row, (start, block) in zip(rows, blocks)]
+        return torch.stack(vectors) if vectors else torch.zeros(0, self.dimension)
+
+    @cached_property
+    def described(self) -> datasets.Dataset:
+        """All columns but the embeddings."""
+        return self.rows.select_columns([name for name in self.rows.column_names if name != "embedding"])
 
     def row_of(self, id: str) -> int:
         """The number of the row with this `id`.

@@ -139,8 +139,7 @@ def checked_queries(queries: torch.Tensor, dimension: int) -> torch.Tensor:
 def hits_of(table: EmbeddingTable, scores: torch.Tensor, rows: torch.Tensor) -> list[list[Hit]]:
     """Scores and row numbers, (queries, top_k) each, with -1 where there is no row, as hits."""
     wanted = sorted({row for each in rows.tolist() for row in each if row >= 0})
-    columns = table.rows.select_columns([name for name in table.rows.column_names if name != "embedding"])
-    values = columns[wanted] if wanted else {}
+    values = table.described[wanted] if wanted else {}
     found = {row: dict(zip(values, each)) for row, each in zip(wanted, zip(*values.values()))}
     return [
         [_hit(score, row, found[row]) for score, row in zip(*pair) if row >= 0]

@@ -40,9 +40,7 @@ def write_sheet(hits: Sequence[Hit], path: str | Path, title: str = "") -> Path:
     Raises:
         RetrievalError: another ending, or a place that can't be written to.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise RetrievalError(f"sheet {str(path)!r}: choose a name that ends in {' or '.join(SUFFIXES)}")
+    path = checked_sheet(path)
     thumbnails = [_thumbnail(hit) for hit in hits]
     try:
         if path.suffix.lower() == ".png":
@@ -51,6 +49,18 @@ def write_sheet(hits: Sequence[Hit], path: str | Path, title: str = "") -> Path:
             path.write_text(_page(hits, thumbnails, title), encoding="utf-8")
     except OSError as error:
         raise RetrievalError(f"sheet {str(path)!r} can't be written: {error.strerror or first_line(error)}") from None
+    return path
+
+
+def checked_sheet(path: str | Path) -> Path:
+    """The name of a sheet, before any work is done for it.
+
+    Raises:
+        RetrievalError: it doesn't end in one of `SUFFIXES`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise RetrievalError(f"sheet {str(path)!r}: choose a name that ends in {' or '.join(SUFFIXES)}")
     return path
 
 
@@ -112,4 +122,4 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont,
     return "\n".join(done[:lines])
 
 
-__all__ = ["write_sheet"]
+__all__ = ["checked_sheet", "write_sheet"]

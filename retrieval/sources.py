@@ -10,6 +10,7 @@ Nothing is decoded here. Each row has an id that is the same in every run, and a
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ class Source:
         """The number of rows; `None` of a stream."""
         return len(self.data) if isinstance(self.data, datasets.Dataset) else None
 
+    @cached_property
+    def is_folder(self) -> bool:
+        return self.name != "" and Path(self.name).is_dir()
+
     @property
     def several_texts(self) -> bool:
         """Whether a row may have more than one text."""
@@ -118,7 +123,7 @@ class Source:
             return f"{Path(url).name}/{key}", f"{url}#{key}.{self.image_column or self.text_column}"
         path = image.get("path") if isinstance(image, dict) else None
         if path and image.get("bytes") is None:
-            inside = os.path.relpath(path, self.name) if Path(self.name).is_dir() else ".."
+            inside = os.path.relpath(path, self.name) if self.is_folder else ".."
             return path if inside.startswith("..") else Path(inside).as_posix(), path
         return f"{self.split}/{number}", f"{self.name}#{self.split}:{number}" if self.name else None
 
@@ -130,7 +135,7 @@ class Source:
         """Refuses ids that are there twice, where all of them can be seen beforehand."""
         if self.id_column and isinstance(self.data, datasets.Dataset):
             seen = set()
-            for id in self.data.data.column(self.id_column).to_pylist():
+            for id in self.data[self.id_column]:
                 if str(id) in seen:
                     raise RetrievalError(f"{self.name}: {id!r} is twice in id_column={self.id_column!r}")
                 seen.add(str(id))

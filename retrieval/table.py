@@ -35,7 +35,7 @@ LEADING_COLUMNS = ("id", "modality", "uri", "text")
 RESERVED_COLUMNS = (*LEADING_COLUMNS, "error", "embedding")
 MODALITIES = ("image", "text")
 METADATA_KEY = b"mome"
-ROW_GROUP_ROWS = 65_536
+ROW_GROUP_ROWS = 16_384  # what reading and writing hold in memory
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ def png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def same_rows(one, other):
     assert one.rows.column_names == other.rows.column_names
     for left, right in zip(one.rows, other.rows, strict=True):
@@ -291,7 +295,7 @@ def test_a_damaged_part_is_made_again(tmp_path, embedder):
     import mome.retrieval.job as job
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.EmbeddingJob, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(job.EmbeddingJob, "_finish", interrupted)
         embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     part = tmp_path / "table.parquet.parts" / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-20])
@@ -317,6 +321,27 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
     (parts / "job.json").write_text(json.dumps({"source": "elsewhere"}))
     refused("unfinished job with source='elsewhere'", tmp_path / "pictures", tmp_path / "new.parquet", embedder)
     assert embed_corpus(tmp_path / "pictures", tmp_path / "new.parquet", embedder, overwrite=True, **QUIET).rows == 10
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "diary.txt").write_text("mine")
+    refused("is there already", tmp_path / "pictures", tmp_path / "folder", embedder)
+    refused("holds 'diary.txt'", tmp_path / "pictures", tmp_path / "folder", embedder, overwrite=True)
+    assert (tmp_path / "folder" / "diary.txt").read_text() == "mine"
+
+
+def test_an_old_table_stays_until_the_new_one_is_whole(tmp_path, embedder):
+    import mome.retrieval.job as job
+
+    make_pictures(tmp_path / "pictures", 9)
+    output = tmp_path / "table.parquet"
+    embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
+    make_pictures(tmp_path / "pictures", 18)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job.EmbeddingJob, "_finish", interrupted)
+        embed_corpus(tmp_path / "pictures", output, embedder, overwrite=True, **QUIET)
+    assert len(load_table(output)) == 9
+    report = embed_corpus(tmp_path / "pictures", output, embedder, overwrite=True, **QUIET)
+    assert (report.rows, report.resumed) == (18, 18) and len(load_table(output)) == 18
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
