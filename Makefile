@@ -26,6 +26,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.retrieval --results evaluation/results.csv
 
 clean:
 	rm -rf .venv .venv-oldest .cache build *.egg-info

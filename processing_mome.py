@@ -10,7 +10,9 @@
 """
 
 import io
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,27 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 
 URL_TIMEOUT_SECONDS = 30
 UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
+
+# How sentence-transformers calls the model. Left to guess, it averages the states of tokens, which `forward` has too.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "prompts": {},
+        "default_prompt_name": None,
+    },
+}
 
 
 class MomeTextKwargs(TextKwargs, total=False):
@@ -179,15 +202,32 @@ class MomeProcessor(ProcessorMixin):
         return [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes `processor_config.json`, the tokenizer's files and this module, ready for `trust_remote_code`."""
+        """Writes `processor_config.json`, the tokenizer's files, this module, and what sentence-transformers reads.
+
+        A folder that has sentence-transformers' files already keeps them: they may name further modules.
+
+        Args:
+            save_directory: where to; made if it is not there.
+            push_to_hub: afterwards push all of it to `repo_id` (default: the folder's name).
+            kwargs: those of `push_to_hub` (`repo_id`, `commit_message`, `private`, `token`, ...).
+
+        Returns:
+            The paths of the processor's and the tokenizer's files.
+        """
         # Otherwise traces of how the tokenizer was loaded and last called would be saved as its defaults.
         for key in ("is_local", "local_files_only"):
             self.tokenizer.init_kwargs.pop(key, None)
         if self.tokenizer.is_fast:
             self.tokenizer.backend_tokenizer.no_padding()
             self.tokenizer.backend_tokenizer.no_truncation()
-        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        files = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         vars(self).pop("auto_map", None)  # written to the file; left here, the saved processor would differ from it
+        if not (Path(save_directory) / "modules.json").exists():
+            for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+                (Path(save_directory) / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:  # not in the call above, which would push before our files are there
+            self.push_to_hub(repo_id, **kwargs)
         return files
 
     def _drop_end_of_text(self, inputs):

@@ -2,7 +2,8 @@
 
     python -m mome.publish CHECKPOINT --repo-id ORG/NAME [--private] [--dry-run]
 
-The folder holds weights, config, generation config, tokenizer and processor, the flat code files, and a model card.
+The folder holds weights, config, generation config, tokenizer and processor, the flat code files, the files by which
+sentence-transformers loads it, and a model card.
 It is made anew by loading the checkpoint, so that what does not load is not published. Files of an earlier push that
 would get in the way (other shards, code that is gone) are deleted in the same commit; all other files of the
 repository stay. A push that is interrupted leaves the repository as it was, and a push of the same thing again changes
@@ -28,6 +29,7 @@ MODEL_CLASSES = {each.__name__: each for each in (MomeForConditionalGeneration, 
 # What a push owns: such files of the repository that the new folder lacks are deleted.
 OWNED = ["*_mome.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "preprocessor_config.json"]
 IGNORED = [".*", "__pycache__/*"]
+TAGS = ("mome", "custom_code", "image-captioning", "sentence-transformers")
 
 CARD = """---
 {metadata}
@@ -47,7 +49,8 @@ The code is in this repository: `trust_remote_code=True` runs it. Read it, then 
 {snippet}```
 
 The pipelines `zero-shot-image-classification`, `image-feature-extraction`, `feature-extraction` and
-`image-text-to-text` take it as well.
+`image-text-to-text` take it as well, and so does sentence-transformers, for lists of images and lists of texts:
+`SentenceTransformer("{repo_id}", trust_remote_code=True).encode(["a cat", "a dog"])`.
 
 ## The model
 
@@ -215,7 +218,9 @@ def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: li
             "pipeline_tag": "image-to-text",
             "model_name": name,
             **given,
-            "tags": sorted({*(given.get("tags") or []), "mome", "custom_code", "image-captioning"}),
+            "tags": sorted(
+                {*(given.get("tags") or []), "mome", "custom_code", "image-captioning", "sentence-transformers"}
+            ),
         },
         eval_results=list(evaluations.values()) or None,
     )

@@ -1,0 +1,32 @@
+"""Retrieval: a corpus embedded into a table, the table searched by text and by image.
+
+corpus ── embed_corpus ── table (parquet) ── index ── Searcher ── hits
+(embed.py, sources.py)    (table.py)         (exact.py)  (search.py)
+"""
+
+from .embed import EmbeddingReport, embed_corpus
+from .embedder import Embedder
+from .errors import RetrievalError
+from .exact import ExactIndex
+from .images import open_image
+from .loading import EmbeddingTable, load_table
+from .search import Hit, Index, Searcher
+from .sources import open_source
+from .table import TableInfo, push_table
+
+__all__ = [
+    "Embedder",
+    "EmbeddingReport",
+    "EmbeddingTable",
+    "ExactIndex",
+    "Hit",
+    "Index",
+    "RetrievalError",
+    "Searcher",
+    "TableInfo",
+    "embed_corpus",
+    "load_table",
+    "open_image",
+    "open_source",
+    "push_table",
+]

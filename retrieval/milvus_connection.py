@@ -1,0 +1,130 @@
+"""Connections to Milvus: a server by its address, Milvus Lite by a path; what goes wrong in one line."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from .errors import RetrievalError, first_line
+
+CONNECT_SECONDS = 10
+
+open_lite: dict[str, int] = {}  # path → how many indexes of this process have it open
+
+
+def is_lite(uri: str) -> bool:
+    """Whether `uri` is a file of Milvus Lite, not a server."""
+    return "://" not in uri
+
+
+def checked_uri(uri: str | Path) -> str:
+    """The URI as Milvus takes it; a path is made absolute.
+
+    Raises:
+        RetrievalError: no path of a Milvus Lite index and no address of a server.
+    """
+    text = str(uri)
+    if text.startswith(("http://", "https://", "tcp://")):
+        return text
+    if "://" in text or not text.endswith(".db"):
+        raise RetrievalError(
+            f"uri={text!r}: pass a path that ends in .db for Milvus Lite, or http://host:port of a Milvus server"
+        )
+    path = Path(text).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise RetrievalError(f"uri={text!r}: there is no folder {str(path.parent)!r}")
+    if path.is_file():
+        raise RetrievalError(f"uri={text!r} is a file: Milvus Lite 3 keeps a folder; choose another name")
+    return str(path)
+
+
+def checked_collection(name: str) -> str:
+    """A collection's name, by Milvus' rule; Milvus Lite would take any.
+
+    Raises:
+        RetrievalError: another name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,254}", name, re.ASCII):
+        raise RetrievalError(f"collection={name!r}: use letters, digits and underscores, no digit first")
+    return name
+
+
+def connect(uri: str, token: str | None = None) -> MilvusClient:
+    """A client for a checked URI.
+
+    Raises:
+        RetrievalError: no server there, or a Milvus Lite file that is damaged or open in another process.
+    """
+    try:
+        with quiet_logs():
+            client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
+    except (MilvusException, grpc.RpcError, OSError) as error:
+        raise RetrievalError(_why_not(uri, reason_of(error))) from None
+    if is_lite(uri):
+        open_lite[uri] = open_lite.get(uri, 0) + 1
+    return client
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of Milvus says, in one line."""
+    text = str(getattr(error, "message", "") or error)
+    return first_line(ValueError(text))
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Without the tracebacks that Milvus' packages log for errors which they raise as well."""
+    loggers = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus", "grpc")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels):
+            each.setLevel(level)
+
+
+def _why_not(uri: str, reason: str) -> str:
+    if not is_lite(uri):
+        return f"no Milvus server answers at {uri}: start one there, or use a file, uri='index.db' ({reason})"
+    if _is_locked(Path(uri) / "LOCK"):
+        return (
+            f"{uri} is open in another process, and Milvus Lite serves one only: close it there, or serve it to all "
+            f"with `milvus-lite server --data-dir {uri}` and pass that server's address"
+        )
+    return f"{uri} can't be opened by Milvus Lite, it may be damaged: remove it, it is made anew ({reason})"
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no POSIX
+        return path.exists()
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def disconnect(client: MilvusClient, uri: str):
+    """Closes a client of `connect`, and Milvus Lite with the last one of its file."""
+    client.close()
+    if is_lite(uri):
+        from milvus_lite.server_manager import server_manager_instance
+
+        open_lite[uri] -= 1
+        if not open_lite[uri]:
+            server_manager_instance.release_server(uri)
+
+
+__all__ = ["checked_collection", "checked_uri", "connect", "disconnect", "is_lite", "quiet_logs", "reason_of"]

@@ -1,0 +1,83 @@
+"""Embedding with Daft gives the table of `embed_corpus`, on one machine and on Ray."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+
+from mome.retrieval import RetrievalError, embed_corpus, load_table
+from retrieval_corpora import make_pictures, save_checkpoint
+
+daft = pytest.importorskip("daft", reason="needs the extra daft")
+
+SCRIPT = """
+import sys
+from mome.retrieval.distributed import embed_with_daft
+if __name__ == "__main__":
+    source, output, model, runner = sys.argv[1:]
+    print(embed_with_daft(source, output, model, runner=runner, modalities=("image", "text"), batch_size=4))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("daft")
+    save_checkpoint(folder / "model")
+    paths = make_pictures(folder / "pictures", 14)
+    names = [path.relative_to(folder / "pictures").as_posix() for path in paths[:9]]
+    lines = [{"file_name": name, "text": f"a {name.split('/')[0]} dot", "year": 2000 + len(name)} for name in names]
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "pictures" / "broken.png").write_bytes(b"no picture")
+    options = {"modalities": ("image", "text"), "batch_size": 4, "progress": False}
+    embed_corpus(folder / "pictures", folder / "plain.parquet", folder / "model", **options)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+
+
+@pytest.mark.parametrize("runner", ["native", "ray"])
+def test_daft_gives_row_for_row_the_table_of_embed_corpus(folder, tmp_path, runner):
+    if runner == "ray":
+        pytest.importorskip("ray", reason="needs the extra daft with ray")
+    output = tmp_path / "table.parquet"
+    (tmp_path / "job.py").write_text(SCRIPT)  # a process of its own: there is one runner in a process
+    arguments = [folder / "pictures", output, folder / "model", runner]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "job.py", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "14 images and 9 texts embedded, 1 could not be read" in done.stdout
+    plain, ours = load_table(folder / "plain.parquet"), load_table(output)
+    assert ours.info.fingerprint == plain.info.fingerprint and ours.rows.features == plain.rows.features
+    for left, right in zip(ours.rows, plain.rows, strict=True):
+        assert {**left, "embedding": None} == {**right, "embedding": None}
+    good = plain.valid.nonzero().flatten().tolist()
+    assert torch.equal(ours.valid, plain.valid)
+    assert torch.allclose(ours.embeddings(good), plain.embeddings(good), atol=1e-6)
+    assert not list(tmp_path.glob("table.parquet.*"))  # nothing in between is left
+
+
+def test_what_daft_cannot_do_is_refused_in_one_line(folder, tmp_path):
+    from mome.retrieval.distributed import embed_with_daft
+
+    for output, options, message in (
+        ("table", {}, "ends in .parquet"),
+        ("table.parquet", {"runner": "spark"}, "runner='spark'"),
+        ("table.parquet", {"ray_address": "auto"}, "with runner='ray' only"),
+        ("table.parquet", {"modalities": "sound"}, "modality 'sound'"),
+    ):
+        with pytest.raises(RetrievalError, match=message) as raised:
+            embed_with_daft(folder / "pictures", tmp_path / output, folder / "model", **options)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(RetrievalError, match="is there already"):
+        embed_with_daft(folder / "pictures", folder / "plain.parquet", folder / "model")
