@@ -5,8 +5,8 @@
               distributed.py       loading.py         milvus.py
 
 - the table is the source of truth: plain parquet that `datasets` reads, from which every index can be made anew;
-- `embed_corpus` goes on after any interruption and counts what can't be read; `distributed.py` does the same with Daft,
-  on one machine or on Ray (extra `daft`);
+- `embed_corpus` goes on after any interruption and counts what can't be read; `distributed.py` makes the same table
+  with Daft, on one machine or on Ray (extra `daft`);
 - `ExactIndex` compares with every row, without a server; `milvus.py` is for more than one machine (extra `milvus`).
 """
 
