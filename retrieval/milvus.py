@@ -28,7 +28,7 @@ from .errors import RetrievalError
 from .filters import Condition
 from .loading import EmbeddingTable
 from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
-from .milvus_connection import checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
+from .milvus_connection import checked_collection, checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
 from .search import Index
 
 FORMAT_VERSION = 1
@@ -85,8 +85,8 @@ class MilvusIndex(Index):
         super().__init__(table)
         if index_type not in INDEX_TYPES:
             raise RetrievalError(f"index_type={index_type!r}: choose {' or '.join(INDEX_TYPES)}")
-        self.uri, self.collection, self.index_type = checked_uri(uri), collection, index_type
-        self.timeout = timeout
+        self.uri, self.collection = checked_uri(uri), checked_collection(collection)
+        self.index_type, self.timeout = index_type, timeout
         self.manifest = make_manifest(table, index_type)
         if is_lite(self.uri) and len(table) > LITE_ROWS:
             logger.warning(

@@ -1,6 +1,7 @@
 """Connections to Milvus: a server by its address, Milvus Lite by a path; what goes wrong in one line."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,17 @@ def checked_uri(uri: str | Path) -> str:
     return str(path)
 
 
+def checked_collection(name: str) -> str:
+    """A collection's name, by Milvus' rule; Milvus Lite would take any.
+
+    Raises:
+        RetrievalError: another name.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,254}", name, re.ASCII):
+        raise RetrievalError(f"collection={name!r}: use letters, digits and underscores, no digit first")
+    return name
+
+
 def connect(uri: str, token: str | None = None) -> MilvusClient:
     """A client for a checked URI.
 
@@ -67,7 +79,7 @@ def reason_of(error: Exception) -> str:
 @contextmanager
 def quiet_logs() -> Iterator[None]:
     """Without the tracebacks that Milvus' packages log for errors which they raise as well."""
-    loggers = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus")]
+    loggers = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus", "grpc")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.CRITICAL + 1)
@@ -115,4 +127,4 @@ def disconnect(client: MilvusClient, uri: str):
             server_manager_instance.release_server(uri)
 
 
-__all__ = ["checked_uri", "connect", "disconnect", "is_lite", "quiet_logs", "reason_of"]
+__all__ = ["checked_collection", "checked_uri", "connect", "disconnect", "is_lite", "quiet_logs", "reason_of"]

@@ -252,7 +252,7 @@ def test_places_where_no_index_can_be_are_refused(table, tmp_path, monkeypatch):
     refused("ends in .db", table, tmp_path / "index.sqlite")
     refused("ends in .db", table, "ftp://host")
     refused("index_type='IVF'", table, tmp_path / "index.db", index_type="IVF")
-    refused("collection 'a b'", table, tmp_path / "index.db", collection="a b")
+    refused("collection='a b': use letters", table, tmp_path / "index.db", collection="a b")
 
 
 HOLD = """
