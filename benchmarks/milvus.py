@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +29,11 @@ import torch
 from ..evaluation.results import append_rows, environment
 from ..retrieval import EmbeddingTable, ExactIndex, Index, RetrievalError, load_table
 from ..retrieval.milvus import INDEX_TYPES, MilvusIndex
-from ..retrieval.milvus_connection import connect
 
 TOP_K = 10
 EQUAL_SCORES = 1e-5
 BATCH = 128
 DIRECTIONS = {"text → image": ("text", "image"), "image → text": ("image", "text")}
-SERVER_SECONDS = 120
 
 
 @contextmanager
@@ -43,19 +42,20 @@ def serving(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "milvus_lite.cmdline", "server", "--data-dir", str(folder), "--port", str(port)]
-    uri, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_SECONDS
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while True:
-            try:
-                connect(uri).close()
+    command = [sys.executable, "-u", "-m", "milvus_lite.cmdline", "server"]
+    command += ["--data-dir", str(folder), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if "listening" in line:
                 break
-            except RetrievalError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    raise
+        else:
+            raise RetrievalError(f"`milvus-lite server` ended: {' '.join(output)}")
+        # Read on, so that the server never waits for somebody to read its log.
+        threading.Thread(target=process.stdout.read, daemon=True).start()
         try:
-            yield uri
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.kill()
 

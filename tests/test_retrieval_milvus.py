@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 
+from mome.benchmarks.milvus import serving
 from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table, milvus_connection
 from mome.retrieval import milvus as milvus_module
 from mome.retrieval.digest import table_digest
@@ -54,23 +55,8 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """`milvus-lite server` in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "milvus_lite.cmdline", "server", "--data-dir", str(folder / "data")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
-    uri = f"http://127.0.0.1:{port}"
-    for attempt in range(30):
-        try:
-            milvus_connection.connect(uri).close()
-            break
-        except RetrievalError:
-            assert process.poll() is None and attempt < 29, (folder / "log").read_text()
-    yield uri
-    process.kill()
-    process.wait()
+    with serving(tmp_path_factory.mktemp("server")) as uri:
+        yield uri
 
 
 @pytest.fixture(params=["lite", "server"])
