@@ -15,6 +15,7 @@ from retrieval_corpora import make_pictures, save_checkpoint
 daft = pytest.importorskip("daft", reason="needs the extra daft")
 
 QUIET = {"OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+QUIET |= {"RAY_raylet_start_wait_time_s": "300"}  # on a busy machine
 SCRIPT = """
 import sys
 from mome.retrieval.distributed import embed_with_daft
