@@ -143,7 +143,7 @@ def embed(settings: Settings, folder: Path):
     what = "the model given" if settings.model else "random weights"
     data = f"{count} images of {'the corpus given' if settings.corpus else 'drawings'}, {what}"
     settings.keep(
-        data, "a corpus embedded, float32, images, per second: embed_corpus", ours, "bare model loop", theirs
+        data, "images of a corpus embedded, float32, per second: embed_corpus", ours, "bare model loop", theirs
     )
 
 

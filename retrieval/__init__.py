@@ -1,7 +1,13 @@
 """Retrieval: a corpus embedded into a table, the table searched by text and by image.
 
-corpus ── embed_corpus ── table (parquet) ── index ── Searcher ── hits
-(embed.py, sources.py)    (table.py)         (exact.py)  (search.py)
+    corpus ── embed_corpus ─────── table (parquet) ── index ──────── Searcher ── hits
+              embed.py, job.py     table.py           exact.py       search.py
+              distributed.py       loading.py         milvus.py
+
+- the table is the source of truth: plain parquet that `datasets` reads, from which every index can be made anew;
+- `embed_corpus` goes on after any interruption and counts what can't be read; `distributed.py` makes the same table
+  with Daft, on one machine or on Ray (extra `daft`);
+- `ExactIndex` compares with every row, without a server; `milvus.py` is for more than one machine (extra `milvus`).
 """
 
 from .embed import EmbeddingReport, embed_corpus

@@ -14,6 +14,8 @@ from retrieval_corpora import make_pictures, save_checkpoint
 
 daft = pytest.importorskip("daft", reason="needs the extra daft")
 
+QUIET = {"OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+QUIET |= {"RAY_raylet_start_wait_time_s": "300"}  # on a busy machine
 SCRIPT = """
 import sys
 from mome.retrieval.distributed import embed_with_daft
@@ -51,7 +53,7 @@ def test_daft_gives_row_for_row_the_table_of_embed_corpus(folder, tmp_path, runn
     arguments = [folder / "pictures", output, folder / "model", runner]
     done = subprocess.run(
         [sys.executable, tmp_path / "job.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENABLED": "0"},
+        env={**os.environ, **QUIET},
         capture_output=True,
         text=True,
     )
