@@ -5,10 +5,13 @@ RUN = $(VENV)/bin/python
 # The release of transformers that the package still supports, for `make test-oldest`.
 OLDEST = 5.17.0
 
-.PHONY: quickstart test test-oldest lint bench clean
+.PHONY: quickstart demo test test-oldest lint bench clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m mome.quickstart
+
+demo: $(VENV)/.installed
+	$(RUN) space/app.py
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest tests -n 2
