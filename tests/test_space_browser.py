@@ -87,7 +87,7 @@ def test_searching_by_words_then_by_a_hit_shows_its_licence_and_copies_its_name(
     page = visit.page
     page.get_by_label("What do you look for?").fill("a red circle")
     page.keyboard.press("Enter")
-    expect(page.locator("#search-results .mome-hit")).to_have_count(48, timeout=TIMEOUT)
+    expect(page.locator("#search-results .mome-hit")).to_have_count(30, timeout=TIMEOUT)
     scores = [float(text) for text in page.locator("#search-results .mome-score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
     first = page.locator("#search-results .mome-hit").first

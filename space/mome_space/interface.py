@@ -1,5 +1,6 @@
 """The page: its tabs, its limits, and how it is launched."""
 
+import os
 from typing import Any
 
 import gradio as gr
@@ -51,7 +52,6 @@ def build_demo(
         processor: its `MomeProcessor`.
         index: what is searched. Default: the gallery of this folder, embedded in the background where the embeddings
             that come with it are of other weights.
-        url: where the page will be, for the snippet that shows the API.
     """
     engine = Engine(model, processor) if index is None else index.engine
     if index is None:
@@ -70,15 +70,22 @@ def build_demo(
             with gr.Tab("Routing", id="routing"):
                 routing_tab(engine, index, EXAMPLES)
             with gr.Tab("About", id="about"):
-                _about(url)
+                _about()
     demo.queue(max_size=limits.QUEUE, api_open=False, default_concurrency_limit=limits.QUICK_REQUESTS)
     return demo
 
 
-def _about(url: str):
+def _address() -> str:
+    """Where the page will be found: on a Space by its public name, elsewhere at the usual port."""
+    if os.environ.get("SPACE_HOST"):
+        return f"https://{os.environ['SPACE_HOST']}"
+    return f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
+
+
+def _about():
     gr.Markdown(
         ABOUT.format(
-            url=url,
+            url=_address(),
             megabytes=limits.FILE_BYTES // 2**20,
             megapixels=limits.PIXELS // 10**6,
             pictures=limits.PICTURES,

@@ -142,8 +142,8 @@ class Routing:
             expert, choice = int(tokens.experts[layer, token, 0]), self._choice(tokens, layer, token)
             number = "" if self.engine.experts == 1 else f"<small>{expert + 1}</small>"
             chips.append(
-                f'<li class="mome-token" style="border-left-color: {self._colour("text", expert)}" '
-                f'title="{markup.escape(choice)}">{markup.escape(word)}{number}'
+                f'<li class="mome-token" title="{markup.escape(choice)}"><span class="mome-swatch" '
+                f'style="background: {self._colour("text", expert)}"></span>{markup.escape(word)}{number}'
                 f'<span class="mome-hidden">: {markup.escape(choice)}</span></li>'
             )
         return f'<ol class="mome-tokens" aria-label="Tokens of the caption">{"".join(chips)}</ol>'

@@ -191,7 +191,7 @@ def search_tab(index: Index, examples: list[Path]):
             with gr.Accordion("Filters", open=False, elem_id="search-filters"):
                 sets = gr.Dropdown(index.gallery.sets, multiselect=True, label="Icon sets", elem_id="search-sets")
                 styles = gr.Dropdown(index.gallery.styles, multiselect=True, label="Styles", elem_id="search-styles")
-                hits = gr.Slider(12, HITS, 48, step=12, label="Hits", elem_id="search-count")
+                hits = gr.Slider(6, HITS, 30, step=6, label="Hits", elem_id="search-count")
             tried = gr.Examples([[each] for each in EXAMPLE_QUERIES], [words], label="Try words", elem_id="search-try")
             dropped = gr.Examples(
                 [[str(each)] for each in examples], [picture], label="Try a picture", elem_id="search-try-picture"
