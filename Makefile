@@ -29,6 +29,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.space --results evaluation/results.csv
 
 clean:
 	rm -rf .venv .venv-oldest .cache build *.egg-info

@@ -1,8 +1,6 @@
 """The Space with a tiny random model and a small gallery, served in a thread, for its tests."""
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from app import build_demo, launch
 from builders import build_processor
 from models import tiny_captioner
+from mome_space.engine import Engine
+from mome_space.gallery import GALLERY_FILE, Gallery, Index
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
-sys.path.insert(0, str(SPACE))
-
-os.environ["NO_PROXY"] = "127.0.0.1,localhost"
-
-from app import build_demo, launch  # noqa: E402
-from mome_space.engine import Engine  # noqa: E402
-from mome_space.gallery import GALLERY_FILE, Gallery, Index  # noqa: E402
-
 ROUTED = {"experts_per_group": 4, "experts_per_token": 2, "expert_intermediate_size": 32}
 PICTURES = 60
 

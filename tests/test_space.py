@@ -19,6 +19,7 @@ import yaml
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from mome.benchmarks import space as load_test
 from mome_space import limits, uploads, zero_gpu
 from mome_space.gallery import GALLERY_FILE, Embeddings, Gallery, Index
 from mome_space.routing import HARD, Routing
@@ -148,6 +149,17 @@ def test_many_clients_at_a_time_get_the_answers_of_one(client, space, picture):
     with ThreadPoolExecutor(8) as pool:
         for words, found in pool.map(ask, range(24)):
             assert found == alone[words]
+
+
+def test_the_load_test_counts_what_was_answered_and_what_was_not(space, monkeypatch):
+    monkeypatch.setattr(load_test, "MIX", {"search": 1, "classify": 1})
+    load = load_test.Load(space.url, clients=2, seconds=2)
+    assert abs(load.run(os.getpid())) < 10_000
+    assert not load.failures and min(load.times["search"] + load.times["classify"]) > 0
+    refused = {kind: lambda client, n: client.predict(query="", api_name="/search") for kind in ("search", "classify")}
+    monkeypatch.setattr(load_test, "requests", lambda: refused)
+    load.run(os.getpid())
+    assert load.failures["search"]
 
 
 # ----------------------------------------------------------------------------------------------- hostile uploads

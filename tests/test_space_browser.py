@@ -1,5 +1,9 @@
-"""The Space as a visitor sees it, in headless Chromium: every tab's main action, nothing from elsewhere, no errors."""
+"""The Space as a visitor sees it, in headless Chromium: every tab's main action, nothing from elsewhere, no errors.
 
+With MOME_SCREENSHOTS=folder, every tab is also drawn, at desktop and phone width, light and dark.
+"""
+
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +22,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage"
 ).split()
-TIMEOUT = 60_000  # milliseconds; a busy machine
+TIMEOUT = 120_000  # milliseconds; a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,11 @@ class Visit:
     def _check(self, requested: str, url: str):
         if not requested.startswith((url, "data:", "blob:")):
             self.wrong.append(f"request to {requested}")
+
+    def draw(self, name: str):
+        folder = os.environ.get("MOME_SCREENSHOTS")
+        if folder:
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     def open(self, name: str):
         """A tab, which on a narrow screen may be in the menu of those that have no room."""
@@ -104,6 +113,7 @@ def test_searching_by_words_then_by_a_hit_shows_its_licence_and_copies_its_name(
     entry = next(entry for entry in space.index.gallery.entries if entry.name == name)
     expect(detail).to_contain_text(entry.license)
     expect(detail).to_contain_text(entry.author)
+    visit.draw("desktop-search")
 
 
 def test_filters_narrow_what_was_found(visit, space):
@@ -129,6 +139,7 @@ def test_captions_of_several_pictures_guided_beside_unguided(visit, pictures):
     expect(captioned).to_have_count(2, timeout=TIMEOUT)
     expect(captioned.first.get_by_role("list", name="Unguided captions").locator("li")).to_have_count(3)
     expect(captioned.first.get_by_role("list", name="Guided captions", exact=True).locator("li")).to_have_count(3)
+    visit.draw("desktop-caption")
     captioned.last.get_by_role("button", name="Copy the caption").first.click()
     copied = visit.page.evaluate("navigator.clipboard.readText()")
     assert copied == captioned.last.locator(".mome-text").first.inner_text().replace("(empty)", "")
@@ -142,6 +153,7 @@ def test_classification_draws_a_bar_for_every_label(visit, pictures):
     chart = visit.page.locator("#classify-results")
     for label in ("cat", "dog", "red square"):
         expect(chart).to_contain_text(label, timeout=TIMEOUT)
+    visit.draw("desktop-classify")
     percents = [int(number) for number in re.findall(r"(\d+)%", chart.inner_text())]
     assert len(percents) >= 3 and 97 <= sum(percents[-3:]) <= 103
 
@@ -163,6 +175,7 @@ def test_routing_colours_patches_and_the_slider_moves_through_the_layers(visit, 
     expect(results.locator(".mome-status")).to_have_text("Layer 2 of 2", timeout=TIMEOUT)
     colours = results.locator(".mome-patches rect").evaluate_all("all => all.map(each => each.getAttribute('fill'))")
     assert len(set(colours)) > 1
+    visit.draw("desktop-routing")
 
 
 def test_a_broken_picture_is_an_error_that_a_visitor_understands(visit, tmp_path):
@@ -189,8 +202,13 @@ def test_it_fits_a_phone_in_light_and_dark(browser, space, pictures, scheme):
     page.get_by_label("What do you look for?").fill("cat")
     page.keyboard.press("Enter")
     expect(page.locator("#search-results .mome-hit").first).to_be_visible(timeout=TIMEOUT)
+    phone.open("Routing")
+    upload(page, "routing-picture", pictures[0])
+    page.get_by_role("button", name="Show the experts").click()
+    expect(page.locator("#routing-results .mome-patches")).to_be_visible(timeout=TIMEOUT)
     for tab in ("Search", "Caption", "Classify", "Routing", "About"):
         phone.open(tab)
+        phone.draw(f"phone-{scheme}-{tab.lower()}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{tab} is wider than the screen"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
