@@ -116,6 +116,13 @@ def test_searching_by_words_then_by_a_hit_shows_its_licence_and_copies_its_name(
     visit.draw("desktop-search")
 
 
+def test_an_example_is_searched_for_at_once(visit):
+    visit.page.locator("#search-try").get_by_role("button", name="dragon").click()
+    among = visit.page.locator("#search-results .mome-status")
+    expect(among).to_contain_text("dragon", timeout=TIMEOUT)
+    expect(visit.page.get_by_label("What do you look for?")).to_have_value("dragon")
+
+
 def test_filters_narrow_what_was_found(visit, space):
     page, entry = visit.page, space.index.gallery.entries[0]
     page.get_by_text("Filters", exact=True).click()

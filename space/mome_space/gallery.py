@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,7 +132,7 @@ class Embeddings:
                     return None
                 images = arrays["images"].astype(np.float32)
                 shares = [arrays[name] if name in arrays else None for name in ("image_shares", "text_shares")]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
         return cls(images / np.linalg.norm(images, axis=1, keepdims=True), *shares)
 

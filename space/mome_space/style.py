@@ -25,7 +25,13 @@ def theme() -> gr.themes.Base:
         neutral_hue=gr.themes.colors.slate,
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
-    ).set(  # enough contrast for small and for white text (WCAG 2.2, 1.4.3)
+    ).set(  # visible borders, and enough contrast for small and for white text (WCAG 2.2, 1.4.3 and 1.4.11)
+        background_fill_primary="*neutral_50",
+        block_background_fill="white",
+        block_border_width="1px",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",
