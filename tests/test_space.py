@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
+import requests
 import torch
 from gradio_client import Client, handle_file
 from PIL import Image
@@ -172,7 +173,7 @@ HOSTILE = {
     "svg.png": (lambda path: path.write_text('<?xml version="1.0"?><svg onload="alert(1)"/>'), "SVG"),
     "empty.png": (lambda path: path.write_bytes(b""), "empty"),
     "text.png": (lambda path: path.write_text("not a picture at all"), "no picture that can be read"),
-    "large.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50 * 2**20)), "maximum allowed size"),
+    "large.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50 * 2**20)), "maximum file size"),
 }
 
 
@@ -194,12 +195,27 @@ def test_a_hostile_upload_is_refused_in_words_and_the_server_serves_on(name, cli
     assert client.predict(image=handle_file(picture), labels="cat\ndog", templates="", api_name="/classify")
 
 
-def test_a_file_of_the_server_is_not_read(client, space):
-    stolen = {"path": str(SPACE / "examples" / "1-pineapple.png"), "meta": {"_type": "gradio.FileData"}}
-    outside = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
-    for file in (stolen, outside):
-        with pytest.raises(Exception, match="exception|not uploaded"):
-            client.predict(image=file, labels="cat\ndog", templates="", api_name="/classify")
+def test_a_client_of_its_own_can_not_send_more_than_the_limit(space):
+    large = bytes(limits.FILE_BYTES + 2**20)
+    response = requests.post(f"{space.url.rstrip('/')}/gradio_api/upload", files={"files": ("large.png", large)})
+    assert response.status_code == 413 and "maximum allowed size" in response.text
+
+
+def test_a_file_of_the_server_is_not_read(space, picture):
+    """Beside gradio_client, which would upload the file itself."""
+    root = f"{space.url.rstrip('/')}/gradio_api"
+
+    def classified(path: str) -> str:
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "cat\ndog", ""]
+        event = requests.post(f"{root}/call/classify", json={"data": data}).json()["event_id"]
+        return requests.get(f"{root}/call/classify/{event}", timeout=120).text
+
+    with picture.open("rb") as file:
+        (uploaded,) = requests.post(f"{root}/upload", files={"files": file}).json()
+    assert "event: complete" in classified(uploaded)
+    for path in (str(picture), str(SPACE / "examples" / "1-pineapple.png"), "/etc/hostname"):
+        answer = classified(path)
+        assert "event: error" in answer and "score" not in answer
 
 
 def test_an_uploaded_name_can_not_smuggle_markup(tmp_path):
