@@ -5,10 +5,13 @@ RUN = $(VENV)/bin/python
 # The release of transformers that the package still supports, for `make test-oldest`.
 OLDEST = 5.17.0
 
-.PHONY: quickstart test test-oldest lint bench clean
+.PHONY: quickstart demo test test-oldest lint bench clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m mome.quickstart $(IMAGES)
+
+demo: $(VENV)/.installed
+	$(RUN) space/app.py
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest tests -n 2
@@ -27,6 +30,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.retrieval --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.space --results evaluation/results.csv
 
 clean:
 	rm -rf .venv .venv-oldest .cache build *.egg-info

@@ -1,0 +1,89 @@
+"""Pictures from visitors: looked at before they are unpacked, refused in words when they can't be used."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFile
+
+from .limits import FILE_BYTES, PICTURES, PIXELS, quoted, refuse
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+LONGEST_SIDE = 1024  # of what is kept of a picture
+SNIFFED_BYTES = 1024
+
+
+def read_picture(upload: dict[str, Any] | str | None, required: bool = True) -> Image.Image | None:
+    """An upload as Gradio hands it over unprocessed → a picture in memory, its longer side at most 1,024 pixels.
+
+    Components would open the file themselves, and their errors are not for visitors; the events therefore set
+    `preprocess=False`.
+
+    Raises:
+        gr.Error: nothing was uploaded, or what was uploaded is no picture, broken or too large.
+    """
+    path = upload.get("path") if isinstance(upload, dict) else upload
+    if not path:
+        if required:
+            raise refuse("There is no picture yet: drop one, paste one or choose an example.")
+        return None
+    name = (upload.get("orig_name") if isinstance(upload, dict) else None) or os.path.basename(path)
+    _check_file(Path(path), quoted(name))
+    return _decode(path, quoted(name))
+
+
+def read_pictures(uploads: list[dict[str, Any]] | None) -> list[tuple[str, Image.Image]]:
+    """Uploads of a gallery or of a list of files → names and pictures."""
+    uploads = uploads or []
+    if not uploads:
+        raise refuse("There is no picture yet: drop one or several, or choose an example.")
+    if len(uploads) > PICTURES:
+        raise refuse(f"{len(uploads)} pictures are too many at once: choose at most {PICTURES}.")
+    pictures = []
+    for upload in uploads:
+        if isinstance(upload, dict) and upload.get("video"):
+            raise refuse("Videos can't be captioned: choose a PNG, JPEG, WebP, GIF or BMP picture.")
+        file = upload.get("image", upload) if isinstance(upload, dict) else upload
+        picture = read_picture(file)
+        named = (file.get("orig_name") or file["path"]) if isinstance(file, dict) else file
+        pictures.append((os.path.basename(named), picture))
+    return pictures
+
+
+def _check_file(path: Path, name: str):
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(SNIFFED_BYTES)
+    except OSError:
+        raise refuse(f"{name} is no longer on the server: upload it again.") from None
+    if size == 0:
+        raise refuse(f"{name} is empty: the file has 0 bytes.")
+    if size > FILE_BYTES:
+        raise refuse(f"{name} has {size / 2**20:.0f} MB, at most {FILE_BYTES // 2**20} MB are taken: make it smaller.")
+    if b"<svg" in head.lower() or b"<?xml" in head.lower():
+        raise refuse(f"{name} is an SVG drawing, which could carry scripts: save it as PNG and drop that.")
+
+
+def _decode(path: str, name: str) -> Image.Image:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > PIXELS:
+                raise Image.DecompressionBombError
+            image.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))  # a JPEG is unpacked at a fraction of its size
+            image.load()
+            if max(image.size) > LONGEST_SIDE and image.mode in ("1", "P", "L", "LA", "RGB", "RGBA", "CMYK"):
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+                image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            return image.copy()  # EXIF comes along, so that the processor can turn it upright
+    except Image.DecompressionBombError:
+        raise refuse(f"{name} has more than {PIXELS // 10**6} million pixels: make it smaller.") from None
+    except Image.UnidentifiedImageError:
+        raise refuse(f"{name} is no picture that can be read: choose PNG, JPEG, WebP, GIF or BMP.") from None
+    except Exception:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise refuse(f"{name} is broken or cut off: it starts like a picture but can't be unpacked.") from None
+
+
+# A truncated file is an error for this Space, whatever another library of the process has set.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
