@@ -241,6 +241,7 @@ def test_saved_loaded_and_saved_again_the_files_are_the_same(tmp_path):
         assert processor.tokenizer.padding_side == "right"
         processor.save_pretrained(folder)
         names = {"processor_config.json", "processing_mome.py", "tokenizer.json", "tokenizer_config.json"}
+        names |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
         assert {path.name for path in folder.iterdir()} == names
         for name in names:
             assert (folder / name).read_bytes() == (folders[0] / name).read_bytes(), name
