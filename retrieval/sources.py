@@ -74,6 +74,11 @@ class Source:
         return len(self.data) if isinstance(self.data, datasets.Dataset) else None
 
     @cached_property
+    def columns(self) -> datasets.Features:
+        """Names and types of the columns; `datasets` copies them at every look."""
+        return self.data.features
+
+    @cached_property
     def is_folder(self) -> bool:
         return self.name != "" and Path(self.name).is_dir()
 
@@ -128,7 +133,7 @@ class Source:
         return f"{self.split}/{number}", f"{self.name}#{self.split}:{number}" if self.name else None
 
     def _plain(self, name: str, value: Any) -> Any:
-        kind = self.data.features[name]
+        kind = self.columns[name]
         return kind.int2str(value) if isinstance(kind, datasets.ClassLabel) and value is not None else value
 
     def check_ids(self):
