@@ -53,7 +53,14 @@ from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
 from .heads_mome import MomeJointProjection, MomeMultimodalPooler
 from .routing_mome import router_losses
-from .trunk_mome import MomeEncoder, MomeEncoderOutput, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
+from .trunk_mome import (
+    MomeEncoder,
+    MomeEncoderOutput,
+    MomeImageEmbedding,
+    MomeLinear,
+    MomePreTrainedModel,
+    MomeTextEmbedding,
+)
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
@@ -506,11 +513,11 @@ class MomeCaptionHead(nn.Module):
         self.transform = None
         if config.lm_head_transform:
             self.transform = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size),
+                MomeLinear(config.hidden_size, config.hidden_size),
                 ACT2FN[config.hidden_act],
                 nn.LayerNorm(config.hidden_size, eps=1e-12),
             )
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = MomeLinear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.transform is not None:

@@ -11,7 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
-from mome.trunk_mome import matmul_attention_forward
+from mome.trunk_mome import FEW_ROWS, MomeLinear, matmul_attention_forward
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -196,6 +196,19 @@ def test_attention_as_matrix_products_equals_sdpa(mask):
     )
     given = seen if mask == "causal" else masks[mask]
     close(actual, F.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.3).transpose(1, 2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (4, 1, 24), (3, 5, 24), (FEW_ROWS, 24), (FEW_ROWS + 1, 24)])
+def test_products_with_few_rows_are_the_same(shape, bias):
+    layer, inputs = MomeLinear(24, 40, bias=bias), torch.randn(shape)
+    with torch.inference_mode():
+        outputs = layer(inputs)
+    close(outputs, F.linear(inputs, layer.weight, layer.bias))
+    assert outputs.is_contiguous()
+    assert layer(inputs).requires_grad
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(inputs).dtype == torch.bfloat16
 
 
 def test_inductor_gives_the_same_embeddings():

@@ -1,5 +1,6 @@
 """The page: its tabs, its limits, and how it is launched."""
 
+import ctypes
 import os
 from typing import Any
 
@@ -118,8 +119,20 @@ def launch(demo: gr.Blocks, **options: Any) -> tuple:
     return demo.launch(**{**settings, **options})
 
 
+def share_malloc_arenas(count: int = 2):
+    """Keeps glibc from giving each of the server's threads a heap of its own; elsewhere it does nothing.
+
+    Tensors come and go in all of the heaps, and each keeps the pages between those that stay: under load the process
+    grew by 20 to 40 MB a minute while what it used did not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-8, count)  # M_ARENA_MAX, malloc.h
+
+
 def main():
     """Loads the checkpoint, and serves the page until interrupted."""
+    share_malloc_arenas()
     print(f"Checkpoint: {'@'.join(filter(None, checkpoint_source()))}; files are kept in {TEMP_FOLDER}")
     model, processor = load_checkpoint()
     index = Index(Engine(model, processor), Gallery(GALLERY_FILE), EMBEDDINGS_FILE)
