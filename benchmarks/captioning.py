@@ -191,9 +191,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     models = {name: model.to(dtype).eval() for name, model in available(builders, shape)}
     race = Race(shape, options.rounds, compile_models=False, dtypes=(dtype,))
     for section in options.only.split(","):
+        written = len(race.rows)
         SECTIONS[section](race, models)
-    if options.results:
-        append_rows(options.results, [common | row for row in race.rows])
+        if options.results:  # section by section: CoCa's captions take minutes, and a run may be stopped
+            append_rows(options.results, [common | row for row in race.rows[written:]])
     return race.rows
 
 

@@ -196,6 +196,14 @@ def test_an_epoch_shows_every_row_once_also_across_a_stop(fields):
     assert seen == list(rows_of_the_first_epoch(whole))
 
 
+def test_a_changed_learning_rate_holds_when_a_run_goes_on(fields):
+    trainer = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 1e-3}))
+    trainer.checkpoints.save(trainer.progress.step)
+    resumed = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 5e-4, "resume": True}))
+    rates = [[group["peak_lr"] for group in each.optimizer.param_groups] for each in (trainer, resumed)]
+    assert rates[1] == [rate / 2 for rate in rates[0]]
+
+
 def rows_of_the_first_epoch(trainer: finetune.Trainer, batches: int = 5):
     for batch in trainer.batches():
         if trainer.progress.epoch:

@@ -170,7 +170,10 @@ class Trainer:
             raise RecipeError(f"{newest} is from an earlier run: add --resume to go on, or choose another output")
         set_seed(self.recipe.seed, device_specific=True)
         if newest is not None:
+            peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
             self.checkpoints.load(newest)
+            for group, peak in zip(self.optimizer.param_groups, peaks):
+                group["peak_lr"] = peak  # as the recipe has it now
             logger.info(f"going on from {newest}")
         elif self.recipe.resume:
             logger.info(f"no whole checkpoint in {self.output}: starting anew")
