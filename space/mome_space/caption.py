@@ -21,7 +21,19 @@ from .zero_gpu import on_gpu
 
 EMPTY = "Drop one picture or several: each gets captions to use as alt text."
 DEFAULTS = {"candidates": 3, "rerank_weight": 0.5, "guidance_scale": 1.0, "contrastive_weight": 0.0}
-HIGHEST = {"rerank_weight": 1.0, "guidance_scale": 4.0, "contrastive_weight": 4.0}
+# Lowest and highest value, step, label and explanation.
+SLIDERS = {
+    "candidates": (1, CANDIDATES, 1, "Captions", "For each picture."),
+    "rerank_weight": (0, 1, 0.05, "Re-ranking λ", "Weighs fit against fluency in the order of captions; 0 is off."),
+    "guidance_scale": (1, 4, 0.1, "Classifier-free γ", "Amplifies what the picture adds to each word; 1 is off."),
+    "contrastive_weight": (
+        0,
+        4,
+        0.1,
+        "Contrastive β",
+        "Prefers words that bring caption and picture closer; 0 is off.",
+    ),
+}
 
 Captions = list[tuple[str, float]]
 
@@ -40,8 +52,8 @@ class Captioning:
         prompt = checked_text(prompt, "The beginning")
         candidates = int(checked_number(candidates, "The number of candidates", 1, CANDIDATES))
         for name, value in guidance.items():
-            lowest = 1 if name == "guidance_scale" else 0
-            checked_number(value, name.replace("_", " "), lowest, HIGHEST[name])
+            lowest, highest, *_ = SLIDERS[name]
+            checked_number(value, name.replace("_", " "), lowest, highest)
         if prompt:
             self.engine.check_length(prompt, "The beginning")
         named = read_pictures(uploads)
@@ -169,43 +181,23 @@ def caption_tab(engine: Engine, examples: list[Path]):
 
 def _settings(hidden: bool = False) -> list[gr.components.Component]:
     """Prompt, candidates and the three kinds of guidance, for the page, or hidden for the API."""
-    ids = (None,) * 5 if hidden else tuple(f"caption-{name}" for name in ("prompt", *DEFAULTS))
-    return [
-        gr.Textbox(
-            "",
-            label="Beginning of the caption",
-            info="Captions go on from here; may stay empty.",
-            max_length=TEXT_CHARACTERS,
-            elem_id=ids[0],
-        ),
+    prompt = gr.Textbox(
+        "",
+        label="Beginning of the caption",
+        info="Captions go on from here; may stay empty.",
+        max_length=TEXT_CHARACTERS,
+        elem_id=None if hidden else "caption-prompt",
+    )
+    sliders = [
         gr.Slider(
-            1, CANDIDATES, DEFAULTS["candidates"], step=1, label="Captions", info="For each picture.", elem_id=ids[1]
-        ),
-        gr.Slider(
-            0,
-            HIGHEST["rerank_weight"],
-            DEFAULTS["rerank_weight"],
-            step=0.05,
-            label="Re-ranking λ",
-            info="Weighs fit against fluency when whole captions are ordered; 0 is off.",
-            elem_id=ids[2],
-        ),
-        gr.Slider(
-            1,
-            HIGHEST["guidance_scale"],
-            DEFAULTS["guidance_scale"],
-            step=0.1,
-            label="Classifier-free γ",
-            info="Amplifies what the picture adds to each word; 1 is off.",
-            elem_id=ids[3],
-        ),
-        gr.Slider(
-            0,
-            HIGHEST["contrastive_weight"],
-            DEFAULTS["contrastive_weight"],
-            step=0.1,
-            label="Contrastive β",
-            info="Prefers next words whose caption is close to the picture; 0 is off.",
-            elem_id=ids[4],
-        ),
+            lowest,
+            highest,
+            DEFAULTS[name],
+            step=step,
+            label=label,
+            info=info,
+            elem_id=None if hidden else f"caption-{name}",
+        )
+        for name, (lowest, highest, step, label, info) in SLIDERS.items()
     ]
+    return [prompt, *sliders]

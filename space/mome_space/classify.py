@@ -7,6 +7,7 @@ import gradio as gr
 
 from .engine import Engine
 from .limits import LABEL_TEXTS, LABELS, QUICK_REQUESTS, TEMPLATES, checked_lines, quoted, refuse
+from .style import picture_input
 from .uploads import read_picture
 from .zero_gpu import on_gpu
 
@@ -56,16 +57,7 @@ def classify_tab(engine: Engine, examples: list[Path]):
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            picture = gr.Image(
-                label="Picture",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                buttons=[],
-                height=220,
-                alt_text="The picture that is classified",
-                elem_id="classify-picture",
-            )
+            picture = picture_input("Picture", "The picture that is classified", "classify-picture")
             labels = gr.Textbox(
                 EXAMPLE_LABELS,
                 label="Labels",

@@ -11,7 +11,7 @@ from . import markup
 from .engine import Engine, RoutedTokens
 from .gallery import Index
 from .limits import QUICK_REQUESTS, SESSION_SECONDS, TEXT_CHARACTERS, checked_number, checked_text
-from .style import expert_colour
+from .style import expert_colour, picture_input
 from .uploads import read_picture
 from .zero_gpu import on_gpu
 
@@ -193,16 +193,7 @@ def routing_tab(engine: Engine, index: Index, examples: list[Path]):
     state = gr.State(None, time_to_live=SESSION_SECONDS)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            picture = gr.Image(
-                label="Picture",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                buttons=[],
-                height=220,
-                alt_text="The picture whose patches are shown",
-                elem_id="routing-picture",
-            )
+            picture = picture_input("Picture", "The picture whose patches are shown", "routing-picture")
             caption = gr.Textbox(
                 label="Caption",
                 info="Left empty, the model writes one.",

@@ -20,6 +20,7 @@ from .limits import (
     quoted,
     refuse,
 )
+from .style import picture_input
 from .uploads import read_picture
 from .zero_gpu import on_gpu
 
@@ -178,15 +179,8 @@ def search_tab(index: Index, examples: list[Path]):
                 submit_btn="Search",
                 elem_id="search-words",
             )
-            picture = gr.Image(
-                label="Or a picture to search by",
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                buttons=[],
-                height=200,
-                alt_text="The picture that is searched by",
-                elem_id="search-picture",
+            picture = picture_input(
+                "Or a picture to search by", "The picture that is searched by", "search-picture", height=200
             )
             with gr.Accordion("Filters", open=False, elem_id="search-filters"):
                 sets = gr.Dropdown(index.gallery.sets, multiselect=True, label="Icon sets", elem_id="search-sets")

@@ -45,5 +45,19 @@ def theme() -> gr.themes.Base:
     )
 
 
+def picture_input(label: str, alt_text: str, elem_id: str, height: int = 220) -> gr.Image:
+    """Where a visitor drops one picture. Its events set `preprocess=False`, and `uploads.read_picture` opens it."""
+    return gr.Image(
+        label=label,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        buttons=[],
+        height=height,
+        alt_text=alt_text,
+        elem_id=elem_id,
+    )
+
+
 # Of every HTML component; Gradio runs it with `element` and `trigger`.
 SCRIPT = (Path(__file__).parent / "script.js").read_text(encoding="utf-8")
