@@ -3,6 +3,7 @@
 import torch
 
 from mome.training.icons.evaluate import bm25, name_match, other_words
+from mome.training.icons.examples import captions_table, searches_table
 
 
 def test_another_word_shares_no_word_with_the_name():
@@ -30,3 +31,12 @@ def test_bm25_still_finds_by_the_words_that_are_left():
     texts = [["house", "home", "country home"], ["tree", "forest"], ["sea", "water"], ["car", "road"], ["sun"]]
     wanted = torch.tensor([[True, False, False, False, False]])
     assert bm25(["home"], texts, wanted, leave_out=True).argmax() == 0
+
+
+def test_examples_say_what_was_found_and_at_which_rank():
+    names = ["house", "tree", "sea", "car", "sun", "moon"]
+    similarity = torch.tensor([[0.1, 0.9, 0.5, 0.4, 0.3, 0.2], [0.6, 0.2, 0.9, 0.5, 0.4, 0.3]])
+    table = searches_table([0, 2], names, similarity)
+    assert "| house | tree, sea, car, sun, moon | 6 |" in table
+    assert "| sea | **sea**, house, car, sun, moon | 1 |" in table
+    assert "| red house | house | 0.50 |" in captions_table(["red house"], ["house"], [0.5])
