@@ -5,9 +5,11 @@
 `space/app.py` runs in a process of its own, with the checkpoint that it would find (`MOME_CHECKPOINT` names another).
 
 - `start`: seconds from the command to the first answer to a search, everything installed, embeddings at hand;
-- `single`: median milliseconds of one client's requests, upload included;
-- `load`: for so many seconds every client sends one request after the other, mostly searches. Median and 95th
-  percentile of each endpoint; requests that failed; how much the server's memory grew in the second half.
+- `single`: median milliseconds of one client's requests over plain HTTP, as a browser sends them, upload included.
+  gradio_client looks for its answer every 50 ms, which would be most of what is measured;
+- `load`: for so many seconds every client (of gradio_client) sends one request after the other, mostly searches.
+  Median and 95th percentile of each endpoint; requests that failed; how much the server's memory grew in the second
+  half.
 
 Clients and server share the machine, so that the figures include what the clients cost.
 """
@@ -25,7 +27,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 from gradio_client import Client, handle_file
 from tqdm import tqdm
@@ -39,7 +43,42 @@ WORDS = "pineapple|rain cloud|a dragon|compass|king bed|musical note|arrow|a red
 MIX = {"search": 6, "search by picture": 2, "classify": 2, "routing": 1, "caption": 1}
 START_SECONDS = 600
 
-Request = Callable[[Client, int], object]
+
+class PlainClient:
+    """The part of `gradio_client.Client` that the requests use, without waiting for more than the server.
+
+    Args:
+        url: of the Space.
+    """
+
+    def __init__(self, url: str):
+        self.http = httpx.Client(base_url=url.rstrip("/") + "/gradio_api", timeout=120)
+
+    def predict(self, *, api_name: str, **inputs: Any) -> str:
+        """The answer as the server sends it, an event stream.
+
+        Raises:
+            RuntimeError: the endpoint refused.
+        """
+        body = {name: self._uploaded(value) for name, value in inputs.items()}
+        event = self.http.post(f"/call/v2{api_name}", json=body).raise_for_status().json()["event_id"]
+        answer = self.http.get(f"/call/v2{api_name}/{event}").raise_for_status().text
+        if "event: complete" not in answer:
+            raise RuntimeError(f"{api_name} answered {answer[:200]!r}")
+        return answer
+
+    def _uploaded(self, value: Any) -> Any:
+        """The same with files of this machine replaced by uploads."""
+        if isinstance(value, list):
+            return [self._uploaded(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        with open(value["path"], "rb") as file:
+            (path,) = self.http.post("/upload", files={"files": file}).raise_for_status().json()
+        return value | {"path": path}
+
+
+Request = Callable[[Client | PlainClient, int], object]
 
 
 def requests() -> dict[str, Request]:
@@ -98,7 +137,7 @@ def resident_megabytes(pid: int) -> float:
 
 def measure_single(url: str, rounds: int) -> dict[str, float]:
     """Median milliseconds of every kind of request."""
-    client = Client(url, verbose=False, download_files=False)
+    client = PlainClient(url)
     medians = {}
     for kind, request in requests().items():
         request(client, 0)

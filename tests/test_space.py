@@ -140,6 +140,17 @@ def test_many_clients_at_a_time_get_the_answers_of_one(client, space, picture):
             assert found == alone[words]
 
 
+def test_the_load_test_asks_over_plain_http_for_the_same(space, client, picture):
+    plain = load_test.PlainClient(space.url)
+    medians = load_test.measure_single(space.url, rounds=1)
+    assert set(medians) == set(load_test.MIX) and all(value > 0 for value in medians.values())
+    asked = {"query": "", "image": handle_file(picture), "count": 3, **EVERYTHING, "api_name": "/search"}
+    for hit in client.predict(**asked):
+        assert hit["id"] in plain.predict(**asked)
+    with pytest.raises(RuntimeError, match="/search answered"):
+        plain.predict(query="", image=None, count=3, **EVERYTHING, api_name="/search")
+
+
 def test_the_load_test_counts_what_was_answered_and_what_was_not(space, monkeypatch):
     monkeypatch.setattr(load_test, "MIX", {"search": 1, "classify": 1})
     load = load_test.Load(space.url, clients=2, seconds=2)
