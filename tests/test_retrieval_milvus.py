@@ -61,7 +61,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(params=["lite", "server"])
 def uri(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(milvus_connection, "CONNECT_SECONDS", 60)  # a busy machine keeps the server from answering soon
+    monkeypatch.setattr(milvus_connection, "CONNECT_SECONDS", 60)  # on a busy machine
     return str(tmp_path / "index.db") if request.param == "lite" else request.getfixturevalue("server")
 
 
