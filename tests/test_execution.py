@@ -200,15 +200,20 @@ def test_attention_as_matrix_products_equals_sdpa(mask):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 24), (4, 1, 24), (3, 5, 24), (FEW_ROWS, 24), (FEW_ROWS + 1, 24)])
-def test_products_with_few_rows_are_the_same(shape, bias):
-    layer, inputs = MomeLinear(24, 40, bias=bias), torch.randn(shape)
+def test_products_with_few_rows_are_the_same(shape, bias, monkeypatch):
+    layer, inputs, parted = MomeLinear(24, 40, bias=bias), torch.randn(shape), []
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda weight, rows: parted.append(len(weight)) or product(weight, rows))
     with torch.inference_mode():
         outputs = layer(inputs)
+    assert parted == ([8] if inputs.numel() <= FEW_ROWS * 24 else [])
     close(outputs, F.linear(inputs, layer.weight, layer.bias))
     assert outputs.is_contiguous()
+    parted.clear()
     assert layer(inputs).requires_grad
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert layer(inputs).dtype == torch.bfloat16
+    assert not parted
 
 
 def test_inductor_gives_the_same_embeddings():
