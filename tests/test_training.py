@@ -196,12 +196,15 @@ def test_an_epoch_shows_every_row_once_also_across_a_stop(fields):
     assert seen == list(rows_of_the_first_epoch(whole))
 
 
-def test_a_changed_learning_rate_holds_when_a_run_goes_on(fields):
-    trainer = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 1e-3}))
+def test_changed_settings_of_the_optimiser_hold_when_a_run_goes_on(fields):
+    trainer = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 1e-3, "weight_decay": 0.1}))
     trainer.checkpoints.save(trainer.progress.step)
-    resumed = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 5e-4, "resume": True}))
-    rates = [[group["peak_lr"] for group in each.optimizer.param_groups] for each in (trainer, resumed)]
-    assert rates[1] == [rate / 2 for rate in rates[0]]
+    changes = {"learning_rate": 5e-4, "weight_decay": 0.2, "betas": [0.8, 0.95], "resume": True}
+    resumed = finetune.Trainer(Recipe.from_dict(fields | changes))
+    before, after = (each.optimizer.param_groups for each in (trainer, resumed))
+    assert [group["peak_lr"] for group in after] == [group["peak_lr"] / 2 for group in before]
+    assert [group["weight_decay"] for group in after] == [2 * group["weight_decay"] for group in before]
+    assert {tuple(group["betas"]) for group in after} == {(0.8, 0.95)}
 
 
 def rows_of_the_first_epoch(trainer: finetune.Trainer, batches: int = 5):

@@ -42,6 +42,8 @@ from .teacher import Teacher
 
 logger = get_logger(__name__)
 
+FROM_RECIPE = ("peak_lr", "weight_decay", "betas")  # of the optimiser's groups
+
 
 class StopSignal:
     """SIGTERM and Ctrl-C end the run after the step in hand; a second one ends it at once."""
@@ -170,10 +172,10 @@ class Trainer:
             raise RecipeError(f"{newest} is from an earlier run: add --resume to go on, or choose another output")
         set_seed(self.recipe.seed, device_specific=True)
         if newest is not None:
-            peaks = [group["peak_lr"] for group in self.optimizer.param_groups]
+            own = [{key: group[key] for key in FROM_RECIPE} for group in self.optimizer.param_groups]
             self.checkpoints.load(newest)
-            for group, peak in zip(self.optimizer.param_groups, peaks):
-                group["peak_lr"] = peak  # as the recipe has it now
+            for group, settings in zip(self.optimizer.param_groups, own):
+                group.update(settings)  # as the recipe has them now
             logger.info(f"going on from {newest}")
         elif self.recipe.resume:
             logger.info(f"no whole checkpoint in {self.output}: starting anew")

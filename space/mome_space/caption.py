@@ -1,7 +1,7 @@
 """The caption tab: pictures → captions by beam search alone beside guided ones, with their scores."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -20,18 +20,29 @@ from .uploads import read_pictures
 from .zero_gpu import on_gpu
 
 EMPTY = "Drop one picture or several: each gets captions to use as alt text."
-DEFAULTS = {"candidates": 3, "rerank_weight": 0.5, "guidance_scale": 1.0, "contrastive_weight": 0.0}
-# Lowest and highest value, step, label and explanation.
+
+
+class Range(NamedTuple):
+    """What a slider offers."""
+
+    lowest: float
+    highest: float
+    default: float
+    step: float
+    label: str
+    info: str
+
+
 SLIDERS = {
-    "candidates": (1, CANDIDATES, 1, "Captions", "For each picture."),
-    "rerank_weight": (0, 1, 0.05, "Re-ranking λ", "Weighs fit against fluency in the order of captions; 0 is off."),
-    "guidance_scale": (1, 4, 0.1, "Classifier-free γ", "Amplifies what the picture adds to each word; 1 is off."),
-    "contrastive_weight": (
-        0,
-        4,
-        0.1,
-        "Contrastive β",
-        "Prefers words that bring caption and picture closer; 0 is off.",
+    "candidates": Range(1, CANDIDATES, 3, 1, "Captions", "For each picture."),
+    "rerank_weight": Range(
+        0, 1, 0.5, 0.05, "Re-ranking λ", "Weighs fit against fluency in the order of captions; 0 is off."
+    ),
+    "guidance_scale": Range(
+        1, 4, 1.0, 0.1, "Classifier-free γ", "Amplifies what the picture adds to each word; 1 is off."
+    ),
+    "contrastive_weight": Range(
+        0, 4, 0.0, 0.1, "Contrastive β", "Prefers words that bring caption and picture closer; 0 is off."
     ),
 }
 
@@ -52,8 +63,7 @@ class Captioning:
         prompt = checked_text(prompt, "The beginning")
         candidates = int(checked_number(candidates, "The number of candidates", 1, CANDIDATES))
         for name, value in guidance.items():
-            lowest, highest, *_ = SLIDERS[name]
-            checked_number(value, name.replace("_", " "), lowest, highest)
+            checked_number(value, name.replace("_", " "), SLIDERS[name].lowest, SLIDERS[name].highest)
         if prompt:
             self.engine.check_length(prompt, "The beginning")
         named = read_pictures(uploads)
@@ -190,14 +200,14 @@ def _settings(hidden: bool = False) -> list[gr.components.Component]:
     )
     sliders = [
         gr.Slider(
-            lowest,
-            highest,
-            DEFAULTS[name],
-            step=step,
-            label=label,
-            info=info,
+            each.lowest,
+            each.highest,
+            each.default,
+            step=each.step,
+            label=each.label,
+            info=each.info,
             elem_id=None if hidden else f"caption-{name}",
         )
-        for name, (lowest, highest, step, label, info) in SLIDERS.items()
+        for name, each in SLIDERS.items()
     ]
     return [prompt, *sliders]
