@@ -231,7 +231,8 @@ def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> np.ndar
     """Left edge, upper edge and length of each placement in pixels, int, (placements, 3)."""
     along = side / scenes.total  # width of a cell of the row
     whole = scenes.total == 1
-    share = rng.uniform(np.where(whole, 0.58, 0.8), np.where(whole, 1.0, 0.98))
+    # One picture in four is full, as most files are that users have: a model is at its best where it has seen most.
+    share = np.minimum(rng.uniform(np.where(whole, 0.65, 0.8), np.where(whole, 1.12, 0.98)), 1)
     length = np.maximum(4, np.floor(along * share)).astype(int)
     free = rng.random((2, len(scenes.icon)))
     start = np.floor(scenes.place * along + free[0] * (along - length)).astype(int)
