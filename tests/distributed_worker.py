@@ -27,6 +27,8 @@ def whole_batch(config) -> Batch:
     given["attention_mask"][5] = given["attention_mask"][20]
     valid = torch.ones(PAIRS, dtype=torch.bool)
     valid[[3, 17]] = False
+    captioned = valid.clone()
+    captioned[[0, 4, 18]] = False
     positive_ids = torch.stack([torch.arange(PAIRS), torch.arange(PAIRS) % 11 + 100], dim=1)
     positive_ids[5, 0] = 20
     generator = torch.Generator().manual_seed(3)
@@ -39,6 +41,7 @@ def whole_batch(config) -> Batch:
         given["attention_mask"],
         positive_ids,
         valid,
+        captioned,
         teacher_embeds=teacher_embeds,
     )
 

@@ -181,6 +181,13 @@ def test_every_icon_can_be_seen():
         assert contrast(pixels, ground).max() > 1.8, item["text"]
 
 
+def test_sentences_and_scenes_are_no_captions_where_that_is_asked_for():
+    for sentences_too in (True, False):
+        made = compose(examples(300), scene_share=0.2, sentence_share=0.5, caption_sentences=sentences_too)
+        assert {item["captioned"] for item in made if item["text"] in THINGS} == {True}
+        assert {item["captioned"] for item in made if item["text"] not in THINGS} == {sentences_too}
+
+
 def test_shares_are_kept_and_bad_input_is_named():
     plain_texts = [item["text"] in THINGS for item in compose(examples(600), scene_share=0.2, sentence_share=0.5)]
     assert 0.3 < np.mean(plain_texts) < 0.5

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,24 @@ def test_the_joint_loss_is_that_of_the_captioner():
     # Padding is masked out of the ids before they are compared, as the captioner does.
     masked = given["input_ids"].masked_fill(given["attention_mask"] == 0, -1)
     ids = torch.tensor([hash(tuple(row.tolist())) for row in masked])[:, None]
-    own = Batch(*given.values(), ids, torch.ones(len(ids), dtype=torch.bool))
+    every_row = torch.ones(len(ids), dtype=torch.bool)
+    own = Batch(*given.values(), ids, every_row, every_row)
     recipe = Recipe(output="-", dataset="-", checkpoint="-", steps=1)
     found, _ = objective.backward(Accelerator(cpu=True), model, own, recipe)
     torch.testing.assert_close(found.loss, expected.detach())
+
+
+def test_a_text_that_is_no_caption_is_told_from_others_and_not_learnt():
+    captioner = tiny_captioner().double()
+    batch, recipe = whole_batch(captioner.config), Recipe(output="-", dataset="-", checkpoint="-", steps=1)
+    model, accelerator = objective.PairModel(captioner), Accelerator(cpu=True)
+    losses, totals = objective.backward(accelerator, model, batch, recipe)
+    changed = batch.input_ids.clone()
+    changed[4, 1:3] = changed[4, 1:3] + 1  # row 4 is no caption
+    other, other_totals = objective.backward(accelerator, model, replace(batch, input_ids=changed), recipe)
+    assert torch.equal(other.caption, losses.caption) and other.contrastive != losses.contrastive
+    everything = replace(batch, captioned=batch.valid)
+    assert objective.Totals.of(everything).caption_tokens > totals.caption_tokens == other_totals.caption_tokens
 
 
 def test_image_dropout_teaches_captions_without_an_image():

@@ -195,10 +195,21 @@ def test_bad_rows_keep_their_place_and_change_nothing_else():
     broken = datasets.Dataset.from_list(spoilt, features=rows.features)
     batch = next(iter(epoch_of_batches(broken, collator(broken), Slice(20), 0, 0)))
     assert (~batch.valid).sum() == 2 and not batch.valid[index]
+    assert torch.equal(batch.captioned, batch.valid)
     keep = batch.valid
     torch.testing.assert_close(batch.pixel_values[keep], whole.pixel_values[keep])
     assert torch.equal(batch.input_ids[keep], whole.input_ids[keep])
     assert any("row 7 (seven.png)" in name for name in batch.bad) and any("row 9: no text" in n for n in batch.bad)
+
+
+def test_an_augmentation_may_say_that_a_text_is_no_caption():
+    rows = as_dataset().cast_column("image", datasets.Image(decode=False))
+
+    def only_red_ones(examples, rng):
+        return [each | {"captioned": "red" in each["text"]} for each in examples]
+
+    batch = next(iter(epoch_of_batches(rows, collator(rows, augmentations=[only_red_ones]), Slice(20), 0, 0)))
+    assert batch.captioned.tolist() == ["red" in text for text in batch.texts] and 0 < batch.captioned.sum() < 20
 
 
 def test_positives_are_equal_texts_and_equal_groups():

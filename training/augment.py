@@ -7,7 +7,8 @@
 An augmentation takes the examples of a batch and a random generator, and returns as many examples. An example is a
 dict with `image` (PIL image, or uint8 array (height, width, 3)), `text` (the one drawn for this epoch) and the other
 columns of its row. It may change the text along with the image, so that a caption stays true, and may look at the
-other examples of the batch. The same generator gives the same examples.
+other examples of the batch. An example with `captioned: False` has a text to be found by that is no caption to learn.
+The same generator gives the same examples.
 """
 
 import difflib

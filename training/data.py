@@ -37,6 +37,7 @@ class Batch:
         input_ids, attention_mask: (pairs, tokens) int64, padded on the right to a fixed length.
         positive_ids: (pairs, 1 or 2) int64: rows that agree in a column are positives of each other.
         valid: (pairs,) bool, False for a row that could not be used.
+        captioned: (pairs,) bool, whether a row's text is also a caption to learn.
         texts: the texts as they were tokenised.
         bad: name and reason of rows that could not be used.
         teacher_embeds: (pairs, projection_dim) float32, L2-normalised, zeros where the teacher does not know the text;
@@ -48,6 +49,7 @@ class Batch:
     attention_mask: torch.Tensor
     positive_ids: torch.Tensor
     valid: torch.Tensor
+    captioned: torch.Tensor
     texts: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     teacher_embeds: torch.Tensor | None = None
@@ -208,6 +210,8 @@ class Collator:
         )
         valid = torch.zeros(size, dtype=torch.bool)
         valid[places] = True
+        captioned = torch.zeros(size, dtype=torch.bool)
+        captioned[places] = torch.tensor([each.get("captioned", True) for each in examples], dtype=torch.bool)
         positive_ids = [[stable_hash(text)] for text in texts]
         if self.positive_column:
             positive_ids = [[*ids, stable_hash(group)] for ids, group in zip(positive_ids, groups)]
@@ -222,6 +226,7 @@ class Collator:
             tokens["attention_mask"],
             torch.tensor(positive_ids),
             valid,
+            captioned,
             texts,
             bad,
             self.teacher.embed(texts) * valid[:, None] if self.teacher else None,

@@ -92,6 +92,7 @@ class PairModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         valid: torch.Tensor,
+        captioned: torch.Tensor,
         embed_only: bool = False,
     ) -> PairOutputs:
         """See `Batch` for shapes. With `embed_only` the caption pass is left out."""
@@ -107,7 +108,7 @@ class PairModel(nn.Module):
             image_embeds = image.pooler_output
             routing += [("image", image.router_logits, None)]
         else:
-            labels = caption_labels(input_ids, attention_mask, valid)
+            labels = caption_labels(input_ids, attention_mask, captioned)
             options = {"image_tokens_in_input": False, "use_cache": False, "output_router_logits": routed}
             image = self.captioner(input_ids, pixel_values, attention_mask, **options)
             image_embeds = image.image_embeds
@@ -163,9 +164,9 @@ def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor)
     ]
 
 
-def caption_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(pairs, tokens) ids, -100 for padding and for rows that are not valid."""
-    return input_ids.masked_fill(~(attention_mask.bool() & valid[:, None]), -100)
+def caption_labels(input_ids: torch.Tensor, attention_mask: torch.Tensor, captioned: torch.Tensor) -> torch.Tensor:
+    """(pairs, tokens) ids, -100 for padding and for rows whose caption is not to be learnt."""
+    return input_ids.masked_fill(~(attention_mask.bool() & captioned[:, None]), -100)
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -190,7 +191,8 @@ class Totals:
     def of(cls, batch: Batch, image_dropout: float = 0.0, chunk_size: int | None = None) -> "Totals":
         tokens = 0
         for chunk in batch.chunks(chunk_size):
-            predicted = (caption_labels(chunk.input_ids, chunk.attention_mask, chunk.valid)[:, 1:] != -100).sum(dim=1)
+            labels = caption_labels(chunk.input_ids, chunk.attention_mask, chunk.captioned)
+            predicted = (labels[:, 1:] != -100).sum(dim=1)
             tokens += int(predicted.sum()) + int(predicted[: round(image_dropout * len(chunk))].sum())
         taught = 0 if batch.teacher_embeds is None else int(batch.teacher_embeds.any(dim=1).sum())
         valid = int(batch.valid.sum())
@@ -321,7 +323,8 @@ class _Terms:
 
 
 def _run(model: nn.Module, batch: Batch, embed_only: bool = False) -> PairOutputs:
-    return model(batch.pixel_values, batch.input_ids, batch.attention_mask, batch.valid, embed_only=embed_only)
+    inputs = batch.pixel_values, batch.input_ids, batch.attention_mask, batch.valid, batch.captioned
+    return model(*inputs, embed_only=embed_only)
 
 
 def _contrastive(outputs: PairOutputs, batch: Batch) -> torch.Tensor:

@@ -60,7 +60,8 @@ def flops_per_pair(captioner: nn.Module, tokens: int, captions: bool, image_drop
         ids = torch.zeros(pairs, tokens, dtype=torch.long, device=device)
         # Attention as plain products: the counter knows no fused kernel of the CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            outputs = model(pixels, ids, torch.ones_like(ids), torch.ones_like(ids[:, 0], dtype=torch.bool))
+            every_row = torch.ones_like(ids[:, 0], dtype=torch.bool)
+            outputs = model(pixels, ids, torch.ones_like(ids), every_row, every_row)
             (outputs.image_embeds.sum() + outputs.text_embeds.sum() + outputs.caption_loss).backward()
     captioner.zero_grad()
     captioner.eval()

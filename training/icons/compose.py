@@ -35,6 +35,7 @@ def compose_icons(
     sentence_share: float = 0.3,
     name_share: float = 0.0,
     colour_share: float = 1.0,
+    caption_sentences: bool = True,
     plain: bool = False,
 ) -> list[dict[str, Any]]:
     """Draws a picture for each example and puts its text into words.
@@ -54,10 +55,14 @@ def compose_icons(
             by their name one time in many otherwise.
         colour_share: share of the pictures whose background, and whose icons of one colour, get colours; the others
             are black on white. Shapes are learnt from few of them sooner, so that a run may begin with a small share.
+        caption_sentences: whether sentences and scenes are captions to learn as well; else they only find their
+            pictures and are found. Nearly all begin with "a", more than any name does, so that a few of them among
+            the captions make greedy decoding begin with "a" wherever it is not sure.
         plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
 
     Returns:
-        As many dicts, with `image` as uint8 array (side, side, 3) and `text` final.
+        As many dicts, with `image` as uint8 array (side, side, 3) and `text` final, and `captioned`: whether the text
+        is a caption to learn.
 
     Raises:
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
@@ -78,7 +83,7 @@ def compose_icons(
     colours = _Colours(icons, scenes, colour_share, rng)
     icons.turn(rng)
     pictures = _paint(icons, scenes, colours, side, rng)
-    captions = _captions(examples, icons, scenes, colours, sentence_share, rng)
+    captions = _captions(examples, icons, scenes, colours, sentence_share, caption_sentences, rng)
     return [{**example, "image": picture, **words} for example, picture, words in zip(examples, pictures, captions)]
 
 
@@ -272,9 +277,10 @@ def _captions(
     scenes: _Scenes,
     colours: _Colours,
     share: float,
+    caption_sentences: bool,
     rng: np.random.Generator,
-) -> list[dict[str, str]]:
-    """`text` of every example, and `name` of those that became scenes."""
+) -> list[dict[str, Any]]:
+    """`text` of every example, whether it is a caption to learn, and `name` of those that became scenes."""
     draws = rng.random((len(examples), 6))
     inks = rng.random(len(scenes.icon))
     words = []
@@ -287,11 +293,12 @@ def _captions(
                 colour = NAMES[colours.ink_name[first + step]] if said else ""
                 phrases.append(thing(scene_name(examples[member]), colour, _kind(examples[member])))
             text = scene_caption(phrases, bool(scenes.vertical[index]), draws[index, 0])
-            words.append({"text": text, "name": text})
+            words.append({"text": text, "name": text, "captioned": caption_sentences})
         elif draws[index, 1] < share:
-            words.append({"text": _sentence(examples[index], index, icons, colours, first, draws[index])})
+            text = _sentence(examples[index], index, icons, colours, first, draws[index])
+            words.append({"text": text, "captioned": caption_sentences})
         else:
-            words.append({"text": examples[index]["text"]})
+            words.append({"text": examples[index]["text"], "captioned": True})
     return words
 
 
