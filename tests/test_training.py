@@ -425,10 +425,14 @@ def test_trackers_get_the_figures(fields):
 
 
 def test_a_second_signal_ends_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     stop = finetune.StopSignal()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received == "SIGINT"
-    with pytest.raises(KeyboardInterrupt):
+    try:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-    stop.restore()
+        assert stop.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGINT, before)
