@@ -70,8 +70,8 @@ def route_images(model, processor, images: list[Image.Image], batch_size: int = 
     for batch in batches_of(images, batch_size, "images"):
         inputs = processor(images=batch, return_tensors="pt")
         logits = model.get_image_features(**inputs, output_router_logits=True).router_logits
-        everything = torch.ones(logits[0].shape[:2], dtype=torch.bool)
-        parts.append(choices(logits, model.config.experts_per_token, everything))
+        every_token = torch.ones(logits[0].shape[:2], dtype=torch.bool)
+        parts.append(choices(logits, model.config.experts_per_token, every_token))
     return GroupRouting("image", torch.cat(parts, dim=1), model.config.experts_per_group)
 
 
@@ -94,7 +94,7 @@ def route_texts(model, processor, texts: list[str], batch_size: int = 64) -> tup
 def patches_of(images: list[Image.Image], side: int, grid: int) -> np.ndarray:
     """Tokens of the image pass as pictures, uint8, (images × (1 + grid²), side, side, 3); `[CLS]` is grey."""
     count = len(images)
-    pixels = np.stack([np.asarray(image.convert("RGB").resize((grid * side,) * 2)) for image in images])
+    pixels = np.stack([np.asarray(image.resize((grid * side,) * 2)) for image in images])
     patches = pixels.reshape(count, grid, side, grid, side, 3).swapaxes(2, 3).reshape(count, grid**2, side, side, 3)
     whole = np.full((count, 1, side, side, 3), 160, np.uint8)
     return np.concatenate([whole, patches], axis=1).reshape(-1, side, side, 3)
