@@ -1,5 +1,8 @@
 import io
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +130,20 @@ def test_an_archive_with_another_hash_is_refused(tmp_path):
     archive.write_bytes(b"something else")
     with pytest.raises(RuntimeError, match="expected 386f90.*: delete it and run again"):
         sources._download(sources.SOURCES["lucide-static"], archive.parent)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_a_debian_archive_is_unpacked_into_a_relative_folder(tmp_path, monkeypatch):
+    control = tmp_path / "package" / "DEBIAN" / "control"
+    control.parent.mkdir(parents=True)
+    control.write_text("Package: words\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: words\n")
+    listed = tmp_path / "package" / "usr" / "share" / "words"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("house")
+    subprocess.run(["dpkg-deb", "--build", "package", "words.deb"], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    folder = sources._unpack(sources.SOURCES["wamerican-small"], Path("words.deb"), Path("cache"))
+    assert (folder / "words").read_text() == "house"
 
 
 def test_the_files_load_as_a_hugging_face_data_set(tmp_path):

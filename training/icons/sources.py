@@ -197,6 +197,6 @@ def _unpack(source: Source, archive: Path, cache: Path) -> Path:
             with tarfile.open(archive) as contents:
                 contents.extractall(scratch, filter="data")
         else:
-            _run(["dpkg-deb", "--extract", str(archive), str(scratch)], scratch)
+            _run(["dpkg-deb", "--extract", str(archive.resolve()), "."], scratch)
         scratch.rename(folder)
     return folder / "package" if source.registry == "npm" else folder / "usr" / "share"
