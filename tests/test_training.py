@@ -149,6 +149,22 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(number, finished, f
     assert losses_of(run(fields, resume=True)) == losses_of(finished[1])
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_ends_a_run_with_workers_too(number, fields):
+    """As a terminal sends Ctrl-C, and `timeout` SIGTERM: to the processes that load batches as well."""
+    process = in_a_process(fields | {"num_workers": 1, "checkpoint_every": 0, "steps": 200}, start_new_session=True)
+    log = Path(fields["output"]) / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert len(list(Path(fields["output"]).glob("checkpoint-*"))) == 1
+    assert not (Path(fields["output"]) / "model.safetensors").exists()
+
+
 def test_two_processes_go_on_after_a_kill_too(fields):
     def both(name: str, *arguments: str, **changes):
         recipe = write_recipe(Path(fields["output"]).parent / f"{name}.yaml", elsewhere(fields, name) | changes)

@@ -12,6 +12,7 @@
 import difflib
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -334,5 +335,12 @@ def epoch_of_batches(
         num_workers=num_workers,
         collate_fn=lambda batch: batch,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),  # or starting a loader would move the generator that dropout draws from
     )
+
+
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C and the like go to a whole process group; they end a run, which then ends its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
