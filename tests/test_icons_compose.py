@@ -239,3 +239,42 @@ def test_sentences_read_naturally():
     assert article("hour") == "an hour" and article("unicorn") == "a unicorn"
     assert scene_caption(["a house", "a tree"], False, 0.0) == "a house left of a tree"
     assert scene_caption(["a house", "a tree"], True, 0.0) == "a house above a tree"
+
+
+def test_a_redrawn_icon_has_thicker_or_thinner_lines_or_its_outline_alone():
+    items = [item | {"style": "filled"} for item in examples(200)]
+    thin_lined = [item | {"image": icon(box=(30, 8, 32, 56))} for item in items]
+    options = {"scene_share": 0, "sentence_share": 1, "colour_share": 0, "redraw_share": 1}
+    hollow = thick = thin = 0
+    for item in compose(items, **options):
+        height, width = (np.flatnonzero(ink(item["image"]).any(axis=axis)) for axis in (1, 0))
+        centre = item["image"][(height[0] + height[-1]) // 2, (width[0] + width[-1]) // 2]
+        if centre.min() > 200:  # the background's white
+            hollow += 1
+            assert "filled" not in item["text"]
+    assert 30 < hollow < 80
+    for before, after in zip(compose(thin_lined, **options | {"redraw_share": 0}), compose(thin_lined, **options)):
+        dark, darker = ((255 - each["image"].astype(int)).sum() for each in (before, after))
+        thick, thin = thick + (darker > dark), thin + (darker < dark)
+        assert darker > 0.45 * dark  # nothing thin is lost
+    assert thick > thin > 0
+    coloured = [item | {"image": icon(colour=(200, 30, 30))} for item in items]
+    for before, after in zip(compose(coloured, **options | {"redraw_share": 0}), compose(coloured, **options)):
+        assert np.array_equal(before["image"], after["image"])
+
+
+def test_a_stretched_icon_is_narrower_or_lower_and_in_the_picture():
+    shapes = []
+    for item in compose(examples(200), scene_share=0, colour_share=0, stretch=0.3):
+        seen = ink(item["image"])
+        shapes.append(seen.any(axis=0).sum() / seen.any(axis=1).sum())
+    assert min(shapes) < 0.8 and max(shapes) > 1.2 and 0.65 < min(shapes) and max(shapes) < 1 / 0.65
+    for item in compose(examples(200), scene_share=0, colour_share=0):
+        seen = ink(item["image"])
+        assert abs(int(seen.any(axis=0).sum()) - int(seen.any(axis=1).sum())) <= 3
+
+
+@pytest.mark.parametrize("option", ["redraw_share", "stretch"])
+def test_shares_of_changes_beyond_one_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option}=1.5"):
+        compose(examples(2), **{option: 1.5})

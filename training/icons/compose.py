@@ -1,6 +1,6 @@
 """Draws training pictures from stored icons: colours, background, size, place, a small turn, scenes of several icons.
 
-    icon (alpha, or colours and alpha) ─ turn ─ scale and shift ─ paint on a background ─ picture (side, side, 3)
+    icon (alpha, or colours and alpha) ─ redraw ─ turn ─ scale, stretch, shift ─ paint on a background ─ picture
     text ─ as it is, or in a sentence with colour and style words, or in a scene's spatial caption ─ text
 
 All pictures of a batch are computed together: scaling and shifting is a product with two matrices, whose rows are the
@@ -21,6 +21,8 @@ from .palette import CHROMATIC, NAMES, contrast, name_colours, sample_colours
 BLACK, WHITE = NAMES.index("black"), NAMES.index("white")
 MIN_CONTRAST = 2.2  # below it an icon is hard to see
 TURN_SHARE, TURN_DEGREES = 0.2, 8.0
+OUTLINE_SHARE = 0.25  # of the icons that are redrawn
+LEFT_OF_INK = 0.5  # share of its ink that a redrawn icon must keep
 COLOUR_SHARE = 0.6  # of the visible pixels: from here on a picture is said to have that colour
 FIRM = 0.6  # mean opacity of the ink from which on it has the colour that it is painted in
 PLAIN_INK = 24.0
@@ -35,6 +37,8 @@ def compose_icons(
     sentence_share: float = 0.3,
     name_share: float = 0.0,
     colour_share: float = 1.0,
+    redraw_share: float = 0.0,
+    stretch: float = 0.0,
     caption_sentences: bool = True,
     plain: bool = False,
 ) -> list[dict[str, Any]]:
@@ -55,6 +59,9 @@ def compose_icons(
             by their name one time in many otherwise.
         colour_share: share of the pictures whose background, and whose icons of one colour, get colours; the others
             are black on white. Shapes are learnt from few of them sooner, so that a run may begin with a small share.
+        redraw_share: share of the icons of one colour that are drawn with thicker or thinner lines than they have, or
+            as the outline of what they fill. A set has one hand: lines of one width, all filled or none.
+        stretch: the largest share of its width or height by which an icon is made narrower or lower.
         caption_sentences: whether sentences and scenes are captions to learn as well; else they only find their
             pictures and are found. Nearly all begin with "a", more than any name does, so that a few of them among
             the captions make greedy decoding begin with "a" wherever it is not sure.
@@ -68,7 +75,8 @@ def compose_icons(
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
     """
     shares = {"scene_share": scene_share, "sentence_share": sentence_share, "name_share": name_share}
-    for name, share in (shares | {"colour_share": colour_share}).items():
+    shares |= {"colour_share": colour_share, "redraw_share": redraw_share, "stretch": stretch}
+    for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} must be between 0 and 1")
     if not examples:
@@ -81,8 +89,10 @@ def compose_icons(
     examples = [{**one, "text": one.get("name") or one["text"]} if use else one for one, use in zip(examples, named)]
     scenes = _Scenes(examples, rng, scene_share)
     colours = _Colours(icons, scenes, colour_share, rng)
+    outlined = icons.redraw(redraw_share, rng)
+    examples = [one | {"style": ""} if changed else one for one, changed in zip(examples, outlined)]
     icons.turn(rng)
-    pictures = _paint(icons, scenes, colours, side, rng)
+    pictures = _paint(icons, scenes, colours, side, stretch, rng)
     captions = _captions(examples, icons, scenes, colours, sentence_share, caption_sentences, rng)
     return [{**example, "image": picture, **words} for example, picture, words in zip(examples, pictures, captions)]
 
@@ -110,6 +120,31 @@ class _Icons:
         colours = [np.moveaxis(array[..., :3], -1, 0) for array in arrays if array.shape[2] == 4]
         self.rgb = np.stack(colours).astype(np.float32) if colours else np.zeros((0, 3, size, size), np.float32)
         self.rgb *= self.alpha[self.coloured, None]
+
+    def redraw(self, share: float, rng: np.random.Generator) -> np.ndarray:
+        """Gives some icons of one colour other lines; (icons,) bool, which of them became outlines.
+
+        Of what an icon covers, the pixels beside its edge are added in part, or taken away in part, or they alone are
+        kept. Nothing is taken from an icon that would lose most of its ink: its lines are made thicker.
+        """
+        outlined = np.zeros(len(self.alpha), bool)
+        draws = rng.random((3, len(self.alpha)))
+        chosen = np.flatnonzero(~self.coloured & (draws[0] < share))
+        if not len(chosen):
+            return outlined
+        before, kind, strength = self.alpha[chosen], draws[1, chosen], draws[2, chosen].astype(np.float32)
+        strength = strength[:, None, None]
+        thin = before - strength * (before - _neighbours(before, np.minimum))
+        inside = _neighbours(_neighbours(before, np.minimum), np.minimum)
+        outline = before - inside
+        ink = before.sum(axis=(1, 2))
+        outlines = (kind < OUTLINE_SHARE) & (outline.sum(axis=(1, 2)) < LEFT_OF_INK * ink)
+        thinner = ~outlines & (kind < (1 + OUTLINE_SHARE) / 2) & (thin.sum(axis=(1, 2)) > LEFT_OF_INK * ink)
+        after = before + strength * (_neighbours(before, np.maximum) - before)
+        after[thinner], after[outlines] = thin[thinner], outline[outlines]
+        self.alpha[chosen] = after
+        outlined[chosen] = outlines
+        return outlined
 
     def turn(self, rng: np.random.Generator) -> None:
         """Turns some icons by a few degrees."""
@@ -212,28 +247,40 @@ def _choose(rng: np.random.Generator, count: int, shares: Sequence[float], names
     return np.where(draw < len(names), np.array([*names, 0])[draw], hues)
 
 
-def _paint(icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, rng: np.random.Generator) -> np.ndarray:
+def _neighbours(planes: np.ndarray, choose: np.ufunc) -> np.ndarray:
+    """The least or greatest of each pixel and the four beside it, (icons, size, size); nothing lies outside."""
+    padded = np.pad(planes, ((0, 0), (1, 1), (1, 1)))
+    across = choose(padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    along = choose(padded[:, :-2, 1:-1], padded[:, 2:, 1:-1])
+    return choose(planes, choose(across, along))
+
+
+def _paint(
+    icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, stretch: float, rng: np.random.Generator
+) -> np.ndarray:
     """The pictures, uint8, (pictures, side, side, 3)."""
     drawn = np.empty((len(scenes.members), side, side, 3), np.uint8)
     rows = np.tile((colours.ground + 0.5).astype(np.uint8), side)  # a row of pixels of each background
     drawn.reshape(len(drawn), side, -1)[:] = rows[:, None]
-    boxes = _placements(scenes, side, rng).tolist()
+    boxes = _placements(scenes, side, stretch, rng).tolist()
     grounds, inks = colours.ground.tolist(), colours.ink.tolist()
-    for picture, icon, (left, top, length), ink in zip(scenes.picture.tolist(), scenes.icon.tolist(), boxes, inks):
-        kernel, ground = _kernel(icons.size, length), grounds[picture]
-        target = drawn[picture, top : top + length, left : left + length]
-        alpha = kernel @ icons.alpha[icon] @ kernel.T
+    for picture, icon, (left, top, width, height), ink in zip(
+        scenes.picture.tolist(), scenes.icon.tolist(), boxes, inks
+    ):
+        rows_of, columns_of, ground = _kernel(icons.size, height), _kernel(icons.size, width).T, grounds[picture]
+        target = drawn[picture, top : top + height, left : left + width]
+        alpha = rows_of @ icons.alpha[icon] @ columns_of
         for channel in range(3):  # plane by plane: numpy is slow where the last axis has three entries
             if icons.coloured[icon]:
-                colour = kernel @ icons.rgb[icons.row[icon], channel] @ kernel.T
+                colour = rows_of @ icons.rgb[icons.row[icon], channel] @ columns_of
                 target[..., channel] = np.minimum(colour + (ground[channel] + 0.5) - alpha * ground[channel], 255)
             else:
                 target[..., channel] = alpha * (ink[channel] - ground[channel]) + (ground[channel] + 0.5)
     return drawn
 
 
-def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Left edge, upper edge and length of each placement in pixels, int, (placements, 3)."""
+def _placements(scenes: _Scenes, side: int, stretch: float, rng: np.random.Generator) -> np.ndarray:
+    """Left edge, upper edge, width and height of each placement in pixels, int, (placements, 4)."""
     along = side / scenes.total  # width of a cell of the row
     whole = scenes.total == 1
     # One picture in four is full, as most files are that users have: a model is at its best where it has seen most.
@@ -245,7 +292,13 @@ def _placements(scenes: _Scenes, side: int, rng: np.random.Generator) -> np.ndar
     spread = np.where(whole, 1.0, 0.3)
     other = np.floor((side - length) * (0.5 + spread * (free[1] - 0.5))).astype(int)
     vertical = scenes.vertical[scenes.picture]
-    return np.stack([np.where(vertical, other, start), np.where(vertical, start, other), length], axis=1)
+    left, top = np.where(vertical, other, start), np.where(vertical, start, other)
+    # What is stretched stays in the middle of the square that it had.
+    draws = rng.random((2, len(length)))
+    shorter = np.floor(length * (1 - stretch * draws[0])).astype(int)
+    lower = draws[1] < 0.5
+    width, height = np.where(lower, length, shorter), np.where(lower, shorter, length)
+    return np.stack([left + (length - width) // 2, top + (length - height) // 2, width, height], axis=1)
 
 
 @lru_cache(maxsize=512)
