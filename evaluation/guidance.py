@@ -13,69 +13,21 @@ contrastive guidance look at too: `--judge DIR` measures with another checkpoint
 """
 
 import argparse
-import io
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
-from tqdm import tqdm
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from ..guidance_mome import GUIDANCE_PRESETS
-from ..processing_mome import load_rgb_image
 from .metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1
+from .pairs import Pair, add_pair_arguments, batches_of, described, pairs_of
 from .results import append_rows, environment
 
 BASELINE = "unguided"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image, as bytes of a file, and what people said of it."""
-
-    image: bytes
-    name: str
-    references: list[str]
-
-    def open(self) -> Image.Image:
-        return load_rgb_image(Image.open(io.BytesIO(self.image)), self.name)
-
-
-def load_pairs(files: Sequence[Path], image_column: str, text_column: str, limit: int | None = None) -> list[Pair]:
-    """Reads pairs from parquet files, in their order.
-
-    Args:
-        image_column: bytes, or a struct with `bytes`, as `datasets` writes images.
-        text_column: a text, or a list of texts, all of them references.
-        limit: take the first so many.
-
-    Raises:
-        ValueError: a column is missing, or nothing is left; with the names that there are.
-    """
-    pairs: list[Pair] = []
-    for path in files:
-        table = pq.ParquetFile(path)
-        for column in (image_column, text_column):
-            if column not in table.schema_arrow.names:
-                raise ValueError(f"{path} has no column {column!r}: it has {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(batch_size=256, columns=[image_column, text_column]):
-            for row in batch.to_pylist():
-                image, texts = row[image_column], row[text_column]
-                texts = [texts] if isinstance(texts, str) else [text for text in texts or [] if text and text.strip()]
-                if texts and image:
-                    image = image["bytes"] if isinstance(image, dict) else image
-                    pairs.append(Pair(image, f"{path.name}, pair {len(pairs)}", texts))
-                if len(pairs) == limit:
-                    return pairs
-    if not pairs:
-        raise ValueError(f"no image with a text in {', '.join(str(path) for path in files)}")
-    return pairs
 
 
 def settings(
@@ -96,11 +48,6 @@ def settings(
     for weight in contrastive_weights:
         chosen[f"contrastive β={weight:g}"] = plain | {"contrastive_weight": weight}
     return chosen
-
-
-def batches_of(pairs: list[Pair], size: int, what: str) -> Iterator[list[Pair]]:
-    for start in tqdm(range(0, len(pairs), size), desc=what, unit="batch"):
-        yield pairs[start : start + size]
 
 
 @torch.no_grad()
@@ -173,10 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PARQUET")
-    parser.add_argument("--image-column", default="image")
-    parser.add_argument("--text-column", default="texts", help="a text or a list of texts (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=1000, help="take the first so many (default: %(default)s)")
+    add_pair_arguments(parser)
     parser.add_argument("--rerank-weight", type=float, nargs="*", default=[0.5], metavar="λ")
     parser.add_argument("--rerank-candidates", type=int, default=4, help="beams that are re-ranked (default: 4)")
     parser.add_argument("--guidance-scale", type=float, nargs="*", default=[1.5, 2.0], metavar="γ")
@@ -190,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
     options = parser.parse_args(argv)
     trust = {"trust_remote_code": options.trust_remote_code}
-    pairs = load_pairs(options.data, options.image_column, options.text_column, options.limit)
+    pairs = pairs_of(options)
     captioner = AutoModelForImageTextToText.from_pretrained(options.checkpoint, **trust).eval()
     processor = AutoProcessor.from_pretrained(options.checkpoint, **trust)
     judge, judge_processor = captioner, processor
@@ -209,7 +153,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     print(table(scores))
     if options.results:
         judged = f", judged by {options.judge}" if options.judge else ""
-        data = f"{' '.join(path.name for path in options.data)}, {len(pairs)} images{judged}"
+        data = f"{described(options, pairs)}{judged}"
         common = environment() | {"command": shlex.join(["python", "-m", "mome.evaluation.guidance", *argv])}
         append_rows(options.results, [common | row for row in rows_of(scores, data)])
     return scores

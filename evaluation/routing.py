@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor
 
-from .guidance import batches_of, load_pairs
+from .pairs import add_pair_arguments, batches_of, described, pairs_of
 from .results import append_rows, environment
 
 PATCHES, PATCH_SIDE = 14, 32  # of a row of the picture, in pixels
@@ -150,10 +150,7 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository of a routed model")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PARQUET")
-    parser.add_argument("--image-column", default="image")
-    parser.add_argument("--text-column", default="texts", help="a text or a list of texts (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=1000, help="take the first so many (default: %(default)s)")
+    add_pair_arguments(parser)
     parser.add_argument("--picture", type=Path, help="where to draw who takes what, as PNG")
     parser.add_argument("--results", type=Path, help="CSV file to append the smallest and largest share to")
     options = parser.parse_args(argv)
@@ -163,7 +160,7 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
             f"{options.checkpoint} has one expert a modality, there is nothing to choose: pass a routed model"
         )
     processor = AutoProcessor.from_pretrained(options.checkpoint)
-    pairs = load_pairs(options.data, options.image_column, options.text_column, options.limit)
+    pairs = pairs_of(options)
     images = [pair.open() for pair in pairs]
     image = route_images(model, processor, images)
     text, tokens = route_texts(model, processor, [pair.references[0] for pair in pairs])
@@ -172,10 +169,9 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
         patches = patches_of(images, model.config.patch_size, model.config.grid_size)
         draw(image, patches, text, tokens).save(options.picture)
     if options.results:
-        data = f"{' '.join(path.name for path in options.data)}, {len(pairs)} pairs"
         common = environment() | {
             "command": shlex.join(["python", "-m", "mome.evaluation.routing", *argv]),
-            "data": data,
+            "data": described(options, pairs),
         }
         rows = []
         for each in (image, text):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from builders import build_processor
 from models import tiny_captioner
-from mome.evaluation.guidance import load_pairs, main, measure, settings
+from mome.evaluation.guidance import main, measure, settings
+from mome.evaluation.pairs import load_pairs
 
 
 def png(seed: int) -> bytes:
