@@ -16,9 +16,10 @@ def captioner_of(recipe) -> MomeForConditionalGeneration:
         return MomeForConditionalGeneration(MomeConfig(vocab_size=6000, image_size=64, **recipe.model))
 
 
-def test_hard_routed_variants_have_equal_parameters(tmp_path):
+@pytest.mark.parametrize("width", [128, 256])
+def test_hard_routed_variants_have_equal_parameters(width, tmp_path):
     counts = {
-        name: ablate.active_parameters(captioner_of(ablate.recipe_for(name, 0, tmp_path, 10)))
+        name: ablate.active_parameters(captioner_of(ablate.recipe_for(name, 0, tmp_path, 10, width=width)))
         for name in ablate.VARIANTS
         if name != "mome-routed"
     }

@@ -1,6 +1,6 @@
 """Which part of the design is worth what: small models from the same pictures, equal in parameters and samples.
 
-python -m mome.training.icons.ablate --output runs/ablation [--steps 400] [--seeds 2] [--only VARIANT ...]
+python -m mome.training.icons.ablate --output runs/ablation [--width 128] [--steps 400] [--only VARIANT ...]
 
 | variant | towers | captions | experts |
 | --- | --- | --- | --- |
@@ -32,33 +32,45 @@ from ..finetune import Trainer
 from ..recipe import Recipe
 
 WIDTH, LAYERS = 128, 4
-INTERMEDIATE = 4 * WIDTH
-# Two attentions instead of one cost 4 W² a layer; two feed-forwards of inner width I have 4 W I.
-DUAL = {"share_attention": False, "intermediate_size": INTERMEDIATE - WIDTH}
-ROUTED = {"experts_per_group": 4, "experts_per_token": 2, "expert_intermediate_size": INTERMEDIATE // 2}
-# Variant → fields of the model, fields of the recipe.
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dual": (DUAL, {"caption_weight": 0.0, "image_dropout": 0.0}),
-    "dual-captions": (DUAL, {}),
-    "mome-contrastive": ({}, {"caption_weight": 0.0, "image_dropout": 0.0}),
-    "mome": ({}, {}),
-    "mome-routed": (ROUTED, {}),
-    "mome-untaught": ({}, {"teacher": None}),
-}
+CONTRASTIVE_ONLY = {"caption_weight": 0.0, "image_dropout": 0.0}
+VARIANTS = ("dual", "dual-captions", "mome-contrastive", "mome", "mome-routed", "mome-untaught")
+
+
+def changes_of(variant: str, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the model and of the recipe in which a variant differs from `mome`."""
+    inner = 4 * width
+    model = {}
+    if variant.startswith("dual"):
+        # Two attentions instead of one cost 4 W² a layer; two feed-forwards of inner width I have 4 W I.
+        model = {"share_attention": False, "intermediate_size": inner - width}
+    elif variant == "mome-routed":
+        model = {"experts_per_group": 4, "experts_per_token": 2, "expert_intermediate_size": inner // 2}
+    if variant in ("dual", "mome-contrastive"):
+        return model, CONTRASTIVE_ONLY
+    return model, {"teacher": None} if variant == "mome-untaught" else {}
+
+
 METRICS = ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10", "zero_shot_top1")
 RECIPE = Path(__file__).parent.parent / "recipes" / "icons.yaml"
 
 
 def recipe_for(
-    variant: str, seed: int, output: Path, steps: int, model: dict[str, Any] | None = None, **overrides: Any
+    variant: str,
+    seed: int,
+    output: Path,
+    steps: int,
+    model: dict[str, Any] | None = None,
+    width: int = WIDTH,
+    **overrides: Any,
 ) -> Recipe:
     """The shapes-and-names recipe with a small model of the variant.
 
     Args:
         model: fields of every variant's model, `overrides`: of every recipe, in place of the ablation's own.
+        width: `hidden_size`.
     """
-    fields, training = VARIANTS[variant]
-    small = {"hidden_size": WIDTH, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
+    fields, training = changes_of(variant, width)
+    small = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": LAYERS}
     values = {
         "output": str(output / f"{variant}-{seed}"),
         "model": Recipe.from_yaml(RECIPE).model | small | (model or {}) | fields,
@@ -135,22 +147,29 @@ def main(arguments: list[str] | None = None, **overrides: Any):
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--width", type=int, default=WIDTH, help="hidden size of all models (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the forward passes")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--results", type=Path, help="CSV file to append the figures to")
     options = parser.parse_args(arguments)
     figures: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
         for variant in options.only:
-            found = run(recipe_for(variant, seed, options.output, options.steps, **overrides))
+            fields = {"width": options.width, "compile": options.compile} | overrides
+            found = run(recipe_for(variant, seed, options.output, options.steps, **fields))
             if found is None:
                 return
             figures.setdefault(variant, []).append(found)
             print(table(figures), flush=True)
     if options.results:
+        data = f"mome-icons validation, width {options.width}"
         command = shlex.join(["python", "-m", "mome.training.icons.ablate", *(arguments or sys.argv[1:])])
         rows = [
             environment()
-            | {"command": command, "data": f"mome-icons validation, {each['pairs']:.0f} pairs, seed {seed}"}
+            | {
+                "command": command,
+                "data": f"mome-icons validation, width {options.width}, {each['pairs']:.0f} pairs, seed {seed}",
+            }
             | {"metric": f"ablation, {variant}: {metric}", "value": f"{value:.4g}"}
             for variant, runs in figures.items()
             for seed, each in enumerate(runs)
