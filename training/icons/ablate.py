@@ -166,10 +166,7 @@ def main(arguments: list[str] | None = None, **overrides: Any):
         command = shlex.join(["python", "-m", "mome.training.icons.ablate", *(arguments or sys.argv[1:])])
         rows = [
             environment()
-            | {
-                "command": command,
-                "data": f"mome-icons validation, width {options.width}, {each['pairs']:.0f} pairs, seed {seed}",
-            }
+            | {"command": command, "data": f"{data}, {each['pairs']:.0f} pairs, seed {seed}"}
             | {"metric": f"ablation, {variant}: {metric}", "value": f"{value:.4g}"}
             for variant, runs in figures.items()
             for seed, each in enumerate(runs)
