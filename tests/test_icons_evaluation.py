@@ -1,8 +1,9 @@
 """Searching by another word: what counts as one, and that the readers of names are not told the answer."""
 
+import pytest
 import torch
 
-from mome.training.icons.evaluate import bm25, name_match, other_words
+from mome.training.icons.evaluate import bm25, evaluation_of, main, name_match, other_words
 from mome.training.icons.examples import captions_table, searches_table
 
 
@@ -40,3 +41,16 @@ def test_examples_say_what_was_found_and_at_which_rank():
     assert "| house | tree, sea, car, sun, moon | 6 |" in table
     assert "| sea | **sea**, house, car, sun, moon | 1 |" in table
     assert "| red house | house | 0.50 |" in captions_table(["red house"], ["house"], [0.5])
+
+
+def test_figures_to_choose_by_come_from_the_validation_half(tmp_path):
+    for half in ("test", "validation"):
+        chosen = evaluation_of(tmp_path / "{half}", "unseen concepts", half=half)
+        assert chosen.dataset_options["data_files"]["validation"] == str(tmp_path / "{half}" / f"{half}-*.parquet")
+    assert "test" in evaluation_of(tmp_path, "unseen concepts").source
+
+
+def test_a_template_without_a_place_for_the_name_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(tmp_path), "--data", str(tmp_path), "--template", "an icon"])
+    assert "'an icon' has no {}" in capsys.readouterr().err

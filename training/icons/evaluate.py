@@ -3,11 +3,13 @@
 python -m mome.training.icons.evaluate --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
 
 - `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
-  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and captions of
-  pictures that training had, for comparison;
+  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and pictures that
+  training had, for comparison; `--template "an icon of a {}"` puts the names into a sentence;
 - `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
   names read what people wrote; MoME sees pixels only;
 - `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
+
+What is chosen by figures is chosen by those of the other half, `--half validation`.
 """
 
 import argparse
@@ -29,33 +31,37 @@ from . import teacher
 
 PARTS = ("retrieval", "words", "speed")
 DATA = {
-    "unseen concepts": "test-*.parquet",
+    "unseen concepts": "{half}-*.parquet",
     "unseen set healthicons": "healthicons-*.parquet",
     "unseen set freehand": "freehand-*.parquet",
     "seen pictures": "train-*.parquet",
 }
+SEEN_SAMPLES = 3000  # enough for 1,000 distinct names
 
 
-def evaluation_of(folder: Path, name: str, samples: int | None = None) -> Evaluation:
+def evaluation_of(
+    folder: Path, name: str, samples: int | None = None, half: str = "test", template: str = "{}"
+) -> Evaluation:
     """The evaluation of one of `DATA`: pictures black on white or in their own colours, no randomness."""
+    files = folder / DATA[name].format(half=half)
     return Evaluation(
         dataset="parquet",
-        dataset_options={"data_files": {"validation": str(folder / DATA[name])}},
+        dataset_options={"data_files": {"validation": str(files)}},
         text_column="texts",
         max_samples=samples,
         captions=1000,
+        template=template,
         augmentations=[{"name": "mome.training.icons.compose:compose_icons", "plain": True}],
     )
 
 
-def retrieval(captioner, processor, folder: Path) -> dict[str, float]:
-    """All figures of all data; of pictures that training had, captions only."""
+def retrieval(captioner, processor, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
+    """All figures of all data."""
     figures = {}
     for name in DATA:
-        seen = name == "seen pictures"
-        for metric, value in evaluation_of(folder, name, 1000 if seen else None).run(captioner, processor).items():
-            if not seen or metric.startswith("caption"):
-                figures[f"{name}: {metric}"] = value
+        samples = SEEN_SAMPLES if name == "seen pictures" else None
+        found = evaluation_of(folder, name, samples, half, template).run(captioner, processor)
+        figures |= {f"{name}: {metric}": value for metric, value in found.items()}
     return figures
 
 
@@ -72,9 +78,9 @@ def other_words(name: str, texts: Sequence[str]) -> list[str]:
     return [text for text in texts if words_of(text) and not any(map(related, words_of(text)))]
 
 
-def words(captioner, processor, folder: Path, pool: int = 1000) -> dict[str, float]:
+def words(captioner, processor, folder: Path, half: str = "test", pool: int = 1000) -> dict[str, float]:
     """Recall of searching one picture for each of `pool` names by words that are not in the name."""
-    examples = one_each(evaluation_of(folder, "unseen concepts").examples())[:pool]
+    examples = one_each(evaluation_of(folder, "unseen concepts", half=half).examples())[:pool]
     names, texts = [each["text"] for each in examples], [each["references"] for each in examples]
     queries = list(dict.fromkeys(word for name, own in zip(names, texts) for word in other_words(name, own)))
     # An icon that has the query in its name is no test of finding by another word, nor a wrong hit.
@@ -171,21 +177,26 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
     parser.add_argument("--results", type=Path, help="CSV file to append every figure to")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
+    parser.add_argument("--template", default="{}", help="what names are put into to be found by (default: {})")
     options = parser.parse_args(arguments)
+    if "{}" not in options.template:
+        parser.error(f"--template {options.template!r} has no {{}} where the name goes")
     processor = MomeProcessor.from_pretrained(options.checkpoint)
     captioner = MomeForConditionalGeneration.from_pretrained(options.checkpoint).eval()
     figures: dict[str, float] = {}
     if "retrieval" in options.only:
-        figures |= retrieval(captioner, processor, options.data)
+        figures |= retrieval(captioner, processor, options.data, options.half, options.template)
     if "words" in options.only:
-        figures |= {f"by another word, {key}": v for key, v in words(captioner, processor, options.data).items()}
+        found = words(captioner, processor, options.data, options.half)
+        figures |= {f"by another word, {key}": value for key, value in found.items()}
     if "speed" in options.only:
         figures |= speed(captioner, processor, options.data, options.checkpoint)
     for name, value in figures.items():
         print(f"{name:75s} {value:10.4g}")
     if options.results:
         command = shlex.join(["python", "-m", "mome.training.icons.evaluate", *(arguments or sys.argv[1:])])
-        shared = environment() | {"command": command, "data": f"mome-icons, {options.checkpoint.name}"}
+        shared = environment() | {"command": command, "data": f"mome-icons {options.half}, {options.checkpoint.name}"}
         rows = [shared | {"metric": f"icons, {name}", "value": f"{value:.4g}"} for name, value in figures.items()]
         append_rows(options.results, rows)
     return figures
