@@ -13,12 +13,9 @@ layers that it was published with (12 + 12 × 512). Its vocabulary of 49,408 is 
 are those of `mome.benchmarks.inference`.
 """
 
-import argparse
 import functools
-import shlex
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -26,7 +23,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_rows
+from .command import begin, parser_of
 from .inference import (
     BASE,
     CAPTION_BATCHES,
@@ -168,29 +166,17 @@ SECTIONS = {"greedy": greedy, "beams": beams, "guided": guided}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often every competitor is timed")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser = parser_of(__doc__, SECTIONS)
     parser.add_argument("--patch-size", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor has no bfloat16 products")
-    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    if unknown := set(options.only.split(",")) - set(SECTIONS):
-        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.captioning", *argv])}
-    print(common["hardware"])
+    options, sections, common = begin(parser, "captioning", argv)
     shape, text = (QUICK, QUICK_TEXT) if options.quick else (BASE | {"vocab_size": VOCABULARY}, COCA_TEXT)
     shape = shape if options.quick else shape | {"patch_size": options.patch_size}
     builders = {"MoME": mome_captioner, "BLIP": blip, "CoCa": functools.partial(coca, text=text)}
     dtype = getattr(torch, options.dtype)
     models = {name: model.to(dtype).eval() for name, model in available(builders, shape)}
     race = Race(shape, options.rounds, compile_models=False, dtypes=(dtype,))
-    for section in options.only.split(","):
+    for section in sections:
         written = len(race.rows)
         SECTIONS[section](race, models)
         if options.results:  # section by section: CoCa's captions take minutes, and a run may be stopped

@@ -10,11 +10,9 @@
 Before anything is timed, both sides must give the same embeddings and captions.
 """
 
-import argparse
 import functools
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -30,8 +28,9 @@ from torch.nn import functional as F
 
 from ..convert import convert
 from ..convert.operations import Options
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_rows
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
+from .command import begin, parser_of
 from .inference import CAPTION_BATCHES, CAPTION_TOKENS, IMAGES, TEXTS, Competitor, Race
 from .layouts import BEIT3, VLMO, beit3_shapes, random_state, vlmo_shapes
 
@@ -220,24 +219,11 @@ SECTIONS = ("convert", "image", "text", "caption")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is timed")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser = parser_of(__doc__, SECTIONS, "everything is")
     parser.add_argument("--dtypes", default="float32", help="of the sections image, text and caption")
-    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled competitors")
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    torch.set_num_threads(options.threads)
+    options, sections, common = begin(parser, "conversion", argv)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the conversions
-    torch.manual_seed(0)
-    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.conversion", *argv])}
-    print(common["hardware"])
     sizes = beit3_sizes(options.quick)
     shape = {"image_size": sizes["image"], "patch_size": sizes["patch"], "vocab_size": MASK}
     shape |= {"hidden_size": sizes["width"], "intermediate_size": sizes["inner"]}

@@ -14,16 +14,13 @@ share of what a matrix product reaches in between. Every model uses exact GELU, 
 transformers models use SDPA where they have it, and BEiT-3 goes without its sub-layer norms, as the others do.
 """
 
-import argparse
 import functools
 import os
-import shlex
 import statistics
 import sys
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -34,8 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_mome import MomeConfig
-from ..evaluation.results import COLUMNS, append_rows, environment
+from ..evaluation.results import COLUMNS, append_rows
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
+from .command import begin, parser_of
 
 FP32, BF16 = torch.float32, torch.bfloat16
 IMAGES, TEXTS, TEXT_TOKENS, CAPTION_TOKENS, CAPTION_BATCHES = 16, 64, 32, 20, (1, 8)
@@ -252,23 +250,10 @@ SECTIONS |= {"compiled": functools.partial(embed, compiled=True), "caption": cap
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often every competitor is timed")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser = parser_of(__doc__, SECTIONS)
     parser.add_argument("--dtypes", default="bfloat16,float32", help="of the sections image, text and compiled")
-    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled competitors")
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.inference", *argv])}
-    print(common["hardware"])
+    options, sections, common = begin(parser, "inference", argv)
     dtypes = tuple(getattr(torch, name) for name in options.dtypes.split(","))
     race = Race(QUICK if options.quick else BASE, options.rounds, not options.no_compile, dtypes)
     for section in sections:

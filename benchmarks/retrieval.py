@@ -12,12 +12,9 @@
 faiss is an extra of this benchmark: `pip install --no-deps faiss-cpu==1.15.1`.
 """
 
-import argparse
 import itertools
 import multiprocessing
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +30,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from ..configuration_mome import MomeConfig
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_rows
 from ..modeling_mome import MomeModel
 from ..processing_mome import MomeProcessor
 from ..retrieval import Embedder, ExactIndex, embed_corpus, load_table
@@ -41,6 +38,7 @@ from ..retrieval.rows import read_pixels
 from ..retrieval.sources import open_source
 from ..retrieval.table import TableInfo, table_schema, to_table, write_table
 from ..training.pixels import pixel_scale
+from .command import begin, parser_of
 from .training import QUICK, SMALL
 
 DIMENSION, TOP_K, BATCH, QUERIES = 256, 10, 128, 50
@@ -247,24 +245,12 @@ SECTIONS = {"embed": embed, "search": search, "memory": memory}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often jobs, loops and batches are timed")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser = parser_of(__doc__, SECTIONS, "jobs, loops and batches are")
     parser.add_argument("--rows", default="100000,1000000", metavar="N,...", help="sizes of the tables")
     parser.add_argument("--images", type=int, default=8192, help="of the corpus that is embedded")
     parser.add_argument("--corpus", help="images to embed, as `mome embed` takes them; default: drawings")
     parser.add_argument("--model", help="folder or Hub id; default: random weights of the icon model's size")
-    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    torch.set_num_threads(options.threads)
-    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.retrieval", *argv])}
-    print(common["hardware"])
+    options, sections, common = begin(parser, "retrieval", argv)
     rows, images = [int(count) for count in options.rows.split(",")], options.images
     if options.quick:
         rows, images = [5000], 192

@@ -11,11 +11,8 @@
 Turns, medians and ratios are those of `mome.benchmarks.inference`.
 """
 
-import argparse
 import json
 import multiprocessing
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..configuration_mome import MomeConfig
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_rows
 from ..modeling_mome import MomeForConditionalGeneration
 from ..training import objective
 from ..training.data import Batch
@@ -32,6 +29,7 @@ from ..training.optimisation import build_optimizer
 from ..training.pixels import PixelScale
 from ..training.recipe import Recipe
 from .captioning import coca, import_coca
+from .command import begin, parser_of
 from .inference import BF16, FP32, Competitor, Race
 
 # The small icon model of the design: 20.6 million parameters, 16 patches.
@@ -159,24 +157,11 @@ SECTIONS = {"step": step, "memory": memory}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often every competitor is timed")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAME,...", help="sections, in this order")
+    parser = parser_of(__doc__, SECTIONS)
     parser.add_argument("--dtypes", default="float32", help="bfloat16 is autocast")
     parser.add_argument("--shape", type=json.loads, default={}, help="dimensions to change, as JSON")
-    parser.add_argument("--quick", action="store_true", help="tiny dimensions: shows that it runs, measures nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled competitors")
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"unknown section {unknown.pop()!r}: choose from {', '.join(SECTIONS)}")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    common = environment() | {"command": shlex.join(["python", "-m", "mome.benchmarks.training", *argv])}
-    print(common["hardware"])
+    options, sections, common = begin(parser, "training", argv)
     dtypes = tuple({"float32": FP32, "bfloat16": BF16}[name] for name in options.dtypes.split(","))
     race = Race((QUICK if options.quick else SMALL) | options.shape, options.rounds, not options.no_compile, dtypes)
     for section in sections:
