@@ -39,6 +39,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, max_tokens: int) -> P
         vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), min_frequency=2, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # The trainer numbers pieces in another order each time; which pieces there are is always the same.
+    learnt = sorted(tokenizer.get_vocab().keys() - set(SPECIAL_TOKENS))
+    numbered = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *learnt])}
+    tokenizer.model = models.WordPiece(numbered, unk_token="[UNK]")
     ids = [(token, tokenizer.token_to_id(token)) for token in ("[BOS]", "[EOS]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=ids)
     return PreTrainedTokenizerFast(
