@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from PIL import Image
@@ -144,6 +145,22 @@ def test_a_debian_archive_is_unpacked_into_a_relative_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     folder = sources._unpack(sources.SOURCES["wamerican-small"], Path("words.deb"), Path("cache"))
     assert (folder / "words").read_text() == "house"
+
+
+def test_a_row_less_does_not_move_the_others(tmp_path):
+    names = held_out_names("validation", 12)
+    rows = [row(name, texts=["pet"]) for name in names]
+    pictures = {each.source_id: picture(each.source_id, blob(number)) for number, each in enumerate(rows)}
+
+    def order_of(chosen, folder):
+        build.write_splits(tmp_path / folder, chosen, ["validation"] * len(chosen), pictures)
+        return pq.read_table(tmp_path / folder / "validation-00000-of-00001.parquet")["name"].to_pylist()
+
+    for folder in ("all", "less"):
+        (tmp_path / folder).mkdir()
+    whole, less = order_of(rows, "all"), order_of([*rows[:4], *rows[5:]], "less")
+    assert less == [name for name in whole if name != names[4]]
+    assert whole != names and sorted(whole) == sorted(names)
 
 
 def test_the_files_load_as_a_hugging_face_data_set(tmp_path):
