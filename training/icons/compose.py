@@ -22,7 +22,8 @@ BLACK, WHITE = NAMES.index("black"), NAMES.index("white")
 MIN_CONTRAST = 2.2  # below it an icon is hard to see
 TURN_SHARE, TURN_DEGREES = 0.2, 8.0
 OUTLINE_SHARE = 0.25  # of the icons that are redrawn
-LEFT_OF_INK = 0.5  # share of its ink that a redrawn icon must keep
+LEFT_OF_INK = 0.5  # share of its ink that an icon with thinner lines must keep
+FILLED = 0.5  # an icon is filled if its outline has less than this share of its ink; only such become outlines
 COLOUR_SHARE = 0.6  # of the visible pixels: from here on a picture is said to have that colour
 FIRM = 0.6  # mean opacity of the ink from which on it has the colour that it is painted in
 PLAIN_INK = 24.0
@@ -138,7 +139,7 @@ class _Icons:
         inside = _neighbours(_neighbours(before, np.minimum), np.minimum)
         outline = before - inside
         ink = before.sum(axis=(1, 2))
-        outlines = (kind < OUTLINE_SHARE) & (outline.sum(axis=(1, 2)) < LEFT_OF_INK * ink)
+        outlines = (kind < OUTLINE_SHARE) & (outline.sum(axis=(1, 2)) < FILLED * ink)
         thinner = ~outlines & (kind < (1 + OUTLINE_SHARE) / 2) & (thin.sum(axis=(1, 2)) > LEFT_OF_INK * ink)
         after = before + strength * (_neighbours(before, np.maximum) - before)
         after[thinner], after[outlines] = thin[thinner], outline[outlines]
