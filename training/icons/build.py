@@ -114,7 +114,7 @@ def write_splits(
     """Writes the parquet files of every split, and removes those of an earlier build.
 
     The order is random but each row's own: one row more or less, as renderers on two processors differ in single
-    pixels and so in a few look-alikes, does not move the others, nor change who is among the first thousand.
+    pixels and so in a few look-alikes, does not move the others. A split that loses none is the same everywhere.
     """
     order = sorted(range(len(rows)), key=lambda index: hashlib.sha256(rows[index].source_id.encode()).digest())
     counts = {}

@@ -135,9 +135,9 @@ class _Icons:
             return outlined
         before, kind, strength = self.alpha[chosen], draws[1, chosen], draws[2, chosen].astype(np.float32)
         strength = strength[:, None, None]
-        thin = before - strength * (before - _neighbours(before, np.minimum))
-        inside = _neighbours(_neighbours(before, np.minimum), np.minimum)
-        outline = before - inside
+        eroded = _neighbours(before, np.minimum)
+        thin = before - strength * (before - eroded)
+        outline = before - _neighbours(eroded, np.minimum)
         ink = before.sum(axis=(1, 2))
         outlines = (kind < OUTLINE_SHARE) & (outline.sum(axis=(1, 2)) < FILLED * ink)
         thinner = ~outlines & (kind < (1 + OUTLINE_SHARE) / 2) & (thin.sum(axis=(1, 2)) > LEFT_OF_INK * ink)
