@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # The release of transformers that the package still supports, for `make test-oldest`.
 OLDEST = 5.17.0
 
-.PHONY: quickstart demo test test-oldest lint bench clean
+.PHONY: quickstart demo test test-oldest test-newest lint bench clean
 
 quickstart: $(VENV)/.installed
 	$(RUN) -m mome.quickstart $(IMAGES)
@@ -18,6 +18,15 @@ test: $(VENV)/.installed
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest tests -n 2
+
+# The newest release of everything, as users get it today: made anew each time.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  torch==$$(.venv-newest/bin/python -c "import torch; print(torch.__version__.split('+')[0])") -e ".[test]"
+	.venv-newest/bin/python -m pytest tests -n 2
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -33,7 +42,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m mome.benchmarks.space --results evaluation/results.csv
 
 clean:
-	rm -rf .venv .venv-oldest .cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .cache build *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

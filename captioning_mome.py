@@ -108,13 +108,13 @@ class CaptionContext:
         pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         image_tokens_in_input: bool | None,
     ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
         self.config = config
-        self.past_key_values = past_key_values
+        self.cache = cache
         tokens = inputs_embeds if input_ids is None else input_ids
         self.batch = tokens.shape[0]
         self.image_tokens, self.images, self.placed, self.order = 0, 0, False, None
@@ -132,8 +132,8 @@ class CaptionContext:
         if not self.text_tokens:
             raise ValueError(f"input_ids of shape {tuple(tokens.shape[:2])} holds no text: start it with [BOS]")
 
-        self.past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        self.num_image_tokens = self.image_tokens or cached_image_tokens(past_key_values)
+        self.past_length = 0 if cache is None else cache.get_seq_length()
+        self.num_image_tokens = self.image_tokens or cached_image_tokens(cache)
         self.attention_mask = self._widen(attention_mask)
         self.text_ids = None if input_ids is None else self.text_part(input_ids)
         self.text_embeds = None if inputs_embeds is None else self.text_part(inputs_embeds)
@@ -181,7 +181,7 @@ class CaptionContext:
             self.config,
             like.new_empty(self.batch, self.tokens, 0),
             self.attention_mask,
-            self.past_key_values,
+            self.cache,
             allow_is_causal_skip=not (self.image_tokens or materialise),
         )
         if mask is None or mask.ndim != 4 or not self.image_tokens:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import ModelOutput, logging
 
 from .captioning_mome import MomeCache, cached_image_tokens, is_image_token, prepare_prompt
+from .compatibility_mome import CACHE_NAME, take_cache
 from .guidance_mome import (
     CONTRASTIVE_TOP_K,
     CaptionCandidates,
@@ -162,14 +163,14 @@ class MomeGenerationMixin(GenerationMixin):
             (batch · num_return_sequences, tokens) ids, prompt included, or a `ModelOutput` that has them as
             `sequences`, as transformers does. With re-ranking the captions of an image come best first, and the
             `ModelOutput` also has, (batch · num_return_sequences,) each: `rerank_scores`, and `candidate_indices`,
-            the rows of `past_key_values`, `hidden_states` and `attentions`, which stay in order of the candidates.
+            the rows of `cache`, `hidden_states` and `attentions`, which stay in order of the candidates.
             With `output_cosine`, `cosine` as well.
 
         Raises:
             ValueError: another number of prompts than images, or a prompt that fills the position table; guidance
                 without what it needs. A caption that reaches the table's end stops there.
         """
-        config, cache = self.config, kwargs.get("past_key_values")
+        config, cache = self.config, take_cache(kwargs)
         pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
         kwargs.pop("image_outputs", None)  # an assistant gets those of the model it assists
         has_image = pixel_values is not None or cached_image_tokens(cache) > 0
@@ -180,10 +181,12 @@ class MomeGenerationMixin(GenerationMixin):
         options, kwargs = self._merge_options(generation_config, kwargs)
         added = 0
         if has_image:
-            input_ids, added = self._place_image(input_ids, options, kwargs)
+            input_ids, added = self._place_image(input_ids, cache, options, kwargs)
             kwargs["image_tokens_in_input"] = True
         if input_ids is not None:
             kwargs["input_ids"] = input_ids
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         self._bound_lengths(has_image, added, options, kwargs)
         guidance = CaptionGuidance(self, options, has_image, kwargs)
         outputs = guidance.finish(super().generate(None, guidance.options, **guidance.kwargs))
@@ -206,14 +209,10 @@ class MomeGenerationMixin(GenerationMixin):
             setattr(options, key, value)
         return options, options.update(**asked)
 
-    def _place_image(self, input_ids, options, kwargs) -> tuple[torch.Tensor | None, int]:
+    def _place_image(self, input_ids, cache, options, kwargs) -> tuple[torch.Tensor | None, int]:
         """Put the image tokens in front of a prompt without them; returns it and how many ids were added."""
         config, embeds, mask = self.config, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        pixel_values, cache, tokens = (
-            kwargs.get("pixel_values"),
-            kwargs.get("past_key_values"),
-            config.num_image_tokens,
-        )
+        pixel_values, tokens = kwargs.get("pixel_values"), config.num_image_tokens
         prompt = input_ids if embeds is None else embeds
         if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
             raise ValueError(
@@ -282,11 +281,11 @@ class MomeGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """In place of the default cache, one that isn't copied for every token."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get(CACHE_NAME)
         if made is not given and type(made) is DynamicCache and not made.offloading:
-            model_kwargs["past_key_values"] = MomeCache(self.config)
+            model_kwargs[CACHE_NAME] = MomeCache(self.config)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
         """Beams and candidates share their image: its pixels are not repeated."""

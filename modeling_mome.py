@@ -48,6 +48,7 @@ from .captioning_mome import (
     cached_image_tokens,
     extend_mask,
 )
+from .compatibility_mome import CACHE_NAME, MomeCachedOutput, accepts_cache
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
@@ -526,13 +527,13 @@ class MomeCaptionHead(nn.Module):
 
 
 @dataclass
-class MomeCaptionOutput(ModelOutput):
+class MomeCaptionOutput(MomeCachedOutput):
     """Captions of images.
 
     Attributes:
         loss: weighted sum of contrastive, caption and router losses, with `labels`.
         logits: (batch, tokens, vocabulary), next-token logits in line with `input_ids`.
-        past_key_values: cache of the image's and the caption's keys and values.
+        cache: keys and values of the image and the caption (`past_key_values` before transformers 5.24).
         hidden_states: (batch, tokens, width) before each layer and at the end, image tokens first.
         attentions: per layer, (batch, heads, tokens, keys).
         router_logits: per layer, a dict from group to logits (batch, tokens, experts).
@@ -540,11 +541,6 @@ class MomeCaptionOutput(ModelOutput):
         image_embeds: (images, projection_dim), L2-normalised, where images went through this call.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[dict[str, torch.Tensor], ...] | None = None
     contrastive_loss: torch.Tensor | None = None
     caption_loss: torch.Tensor | None = None
@@ -606,13 +602,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
     @merge_with_config_defaults
     @can_return_tuple
+    @accepts_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -628,7 +625,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
             attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
             position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
-            past_key_values: what earlier calls have seen, the image included.
+            cache: what earlier calls have seen, the image included; also taken as `past_key_values`.
             inputs_embeds: (batch, tokens, width), in place of `input_ids`.
             labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
                 predicted from the positions before it.
@@ -645,9 +642,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         if labels is not None:
             self._check_labels(labels, input_ids, pixel_values)
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = MomeCache(self.config)
-        if pixel_values is not None and cached_image_tokens(past_key_values):
+        if use_cache and cache is None:
+            cache = MomeCache(self.config)
+        if pixel_values is not None and cached_image_tokens(cache):
             pixel_values = None  # the cache has seen it
 
         if pixel_values is not None:
@@ -661,7 +658,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             pixel_values,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             image_tokens_in_input,
         )
         if input_ids is not None:
@@ -672,7 +669,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             if image is None:
                 image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
             prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
-        text = self._caption_pass(context, prefix, past_key_values, logits_to_keep, **kwargs)
+        text = self._caption_pass(context, prefix, cache, logits_to_keep, **kwargs)
         logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
 
         loss = caption_loss = contrastive = image_embeds = None
@@ -690,7 +687,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         return MomeCaptionOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
             hidden_states=self._join_states(context, image, text),
             attentions=self._join_attentions(context, image, text),
             router_logits=self.model._by_group(kwargs, image=image, text=text),
@@ -713,7 +710,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             )
         _check_pairs(pixel_values, input_ids)
 
-    def _caption_pass(self, context, prefix, past_key_values, logits_to_keep, **kwargs) -> MomeEncoderOutput:
+    def _caption_pass(self, context, prefix, cache, logits_to_keep, **kwargs) -> MomeEncoderOutput:
         """Text states (batch, text tokens, width), behind them those of the `[MASK]` tokens if there are any."""
         config, words = self.config, self.get_input_embeddings()
         masks = 0
@@ -745,15 +742,15 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             mask,
             position_bias,
             prefix=prefix,
-            past_key_values=past_key_values,
+            cache=cache,
             key_order=context.key_order,
             num_mask_tokens=masks,
             causal=True,
             return_dict=True,
             **kwargs,
         )
-        if past_key_values is not None:
-            past_key_values.num_image_tokens = context.num_image_tokens
+        if cache is not None:
+            cache.num_image_tokens = context.num_image_tokens
         return outputs
 
     def _mask_for_mask_tokens(self, mask: torch.Tensor | None, masks: int) -> torch.Tensor | None:

@@ -30,6 +30,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .routing_mome import MomeRouter, grouped_linear, permute_rows
 
@@ -308,6 +309,7 @@ class MomeAttention(nn.Module):
         self.output = MomePerGroup({group: MomeLinear(width, width) for group in groups})
         self.output_norm = _layer_norms(config, groups) if config.sub_layernorm else None
 
+    @accepts_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -317,7 +319,7 @@ class MomeAttention(nn.Module):
         key_order: torch.Tensor | None = None,
         num_mask_tokens: int = 0,
         causal: bool = False,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[FlashAttentionKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """See `MomeEncoder.forward`. Returns states, attention weights, and keys and values of these tokens."""
@@ -328,7 +330,7 @@ class MomeAttention(nn.Module):
             .view(batch, tokens, 3, self.config.num_attention_heads, self.head_dim)
             .permute(2, 0, 3, 1, 4)
         )
-        keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, past_key_values)
+        keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, cache)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -350,9 +352,9 @@ class MomeAttention(nn.Module):
             states = self.output_norm(states, spans)
         return self.output(states, spans), weights, key, value
 
-    def _gather_context(self, key, value, prefix, key_order, num_mask_tokens, past_key_values):
+    def _gather_context(self, key, value, prefix, key_order, num_mask_tokens, cache):
         """Image, cache and tokens one after the other; `[MASK]` tokens come last and are never cached."""
-        if prefix is None and past_key_values is None:
+        if prefix is None and cache is None:
             return key, value
         kept = key.shape[2] - num_mask_tokens
         pairs = []
@@ -365,8 +367,8 @@ class MomeAttention(nn.Module):
                 context = context.gather(2, order)
             pairs.append((context, masks))
         (keys, mask_keys), (values, mask_values) = pairs
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
         if num_mask_tokens:
             keys, values = torch.cat([keys, mask_keys], dim=2), torch.cat([values, mask_values], dim=2)
         return keys, values
@@ -549,7 +551,7 @@ class MomePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MomeLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -629,7 +631,7 @@ class MomeEncoder(MomePreTrainedModel):
         position_bias: torch.Tensor | None = None,
         joint: bool = False,
         prefix: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         return_key_values: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeEncoderOutput:
@@ -642,7 +644,7 @@ class MomeEncoder(MomePreTrainedModel):
             position_bias: (layers, 1 or batch, heads, tokens, keys), added to the attention scores.
             joint: from `fusion_start_layer` up, every token uses the joint experts.
             prefix: per layer, keys and values that come before these tokens: the image of a caption.
-            past_key_values: cache that prefix and tokens are written to.
+            cache: cache that prefix and tokens are written to.
             return_key_values: hand out the keys and values of these tokens, for the pass that they come before.
             kwargs: for the attention: `causal` where `attention_mask` may be `None`; `key_order` (batch, keys) by
                 which prefix and tokens are put in the order of the caller's `input_ids`; `num_mask_tokens` at the
@@ -666,7 +668,7 @@ class MomeEncoder(MomePreTrainedModel):
                 mask,
                 spans,
                 expert_spans,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},  # where checkpointing looks for it
                 **kwargs,
             )
             key_values += ((key, value),) if return_key_values else ()

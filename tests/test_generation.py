@@ -8,6 +8,7 @@ from transformers import CompileConfig, DynamicCache
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.captioning_mome import MomeCache, MomeCacheLayer
+from mome.compatibility_mome import CACHE_NAME
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -45,9 +46,7 @@ def test_step_by_step_calls_without_image_tokens_equal_one_call(variant, batch):
     pixel_values = batch["pixel_values"][::2]
     whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
     start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
-    rest = [
-        captioner(input_ids=ids[:, step : step + 2], past_key_values=start.past_key_values).logits for step in (3, 5)
-    ]
+    rest = [captioner(input_ids=ids[:, step : step + 2], cache=start.cache).logits for step in (3, 5)]
     close(torch.cat([start.logits, *rest], dim=1), whole)
 
 
@@ -194,7 +193,7 @@ def test_generation_goes_on_from_a_cache(variant, placed, batch):
             )
         rest = captioner.generate(
             **inputs,
-            past_key_values=first.past_key_values,
+            cache=first.cache,
             max_new_tokens=4,
             min_new_tokens=4,
             do_sample=False,
@@ -260,10 +259,29 @@ def test_lengths_count_text_and_end_with_the_position_table(batch):
 
 def test_a_text_that_outgrows_the_position_table_is_refused_in_decoding(batch):
     captioner, cache = tiny_captioner(), DynamicCache()
-    captioner(pixel_values=batch["pixel_values"], input_ids=torch.full((4, 23), 9), past_key_values=cache)
-    captioner(input_ids=torch.full((4, 1), 9), past_key_values=cache)
+    captioner(pixel_values=batch["pixel_values"], input_ids=torch.full((4, 23), 9), cache=cache)
+    captioner(input_ids=torch.full((4, 1), 9), cache=cache)
     with pytest.raises(ValueError, match="25 tokens, max_position_embeddings is 24"):
-        captioner(input_ids=torch.full((4, 1), 9), past_key_values=cache)
+        captioner(input_ids=torch.full((4, 1), 9), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_the_old_and_the_new_name_of_transformers(name, batch):
+    captioner = tiny_captioner()
+    ids, pixel_values = batch["input_ids"], batch["pixel_values"]
+    whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
+    start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
+    assert getattr(start, name) is start.cache is start[CACHE_NAME]
+    close(captioner(input_ids=ids[:, 3:], **{name: start.cache}).logits, whole[:, 3:])
+
+    first = captioner.generate(
+        pixel_values=pixel_values, return_dict_in_generate=True, **GREEDY | {"max_new_tokens": 3}
+    )
+    more = captioner.generate(first.sequences, **{name: first[CACHE_NAME]}, **GREEDY | {"max_new_tokens": 2})
+    at_once = captioner.generate(pixel_values=pixel_values, **GREEDY | {"max_new_tokens": 5})
+    assert torch.equal(more, at_once)
+    with pytest.raises(ValueError, match="two names for the same"):
+        captioner(input_ids=ids[:, 3:], cache=start.cache, past_key_values=start.cache)
 
 
 @every_variant
@@ -295,9 +313,9 @@ def test_a_cache_that_runs_out_of_room_changes_no_caption(variant, batch, monkey
 @torch.no_grad()
 def test_a_token_is_written_into_the_cache_without_a_copy_of_it(batch):
     captioner = tiny_captioner()
-    cache = captioner(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], use_cache=True).past_key_values
+    cache = captioner(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"], use_cache=True).cache
     before = cache.layers[0].keys
-    captioner(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
+    captioner(input_ids=batch["input_ids"][:, :1], cache=cache)
     after = cache.layers[0].keys
     assert after.data_ptr() == before.data_ptr() and after.shape[2] == before.shape[2] + 1
     assert torch.equal(after[:, :, :-1], before)

@@ -1,0 +1,58 @@
+"""What differs between the supported releases of transformers, in one place.
+
+5.24 renamed keys and values of earlier calls from `past_key_values` to `cache`: the argument of forwards, the key that
+`generate()` passes on, the field of outputs. This code says `cache`; callers may use either name with any release.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+OLD_CACHE_NAME = "past_key_values"
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if _RENAMED else OLD_CACHE_NAME  # the name that the installed transformers uses
+
+
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Remove the cache from keyword arguments, whichever name it has there, and return it.
+
+    Raises:
+        ValueError: both names are given.
+    """
+    given = {name: kwargs.pop(name) for name in ("cache", OLD_CACHE_NAME) if name in kwargs}
+    if len([cache for cache in given.values() if cache is not None]) > 1:
+        raise ValueError(f"got both cache and {OLD_CACHE_NAME}, two names for the same: pass cache only")
+    return next((cache for cache in given.values() if cache is not None), None)
+
+
+def accepts_cache(forward: Callable) -> Callable:
+    """Lets a function with the argument `cache` be called with the old name as well."""
+
+    @functools.wraps(forward)
+    def renamed(*args, **kwargs):
+        if OLD_CACHE_NAME in kwargs:
+            kwargs["cache"] = take_cache(kwargs)
+        return forward(*args, **kwargs)
+
+    return renamed
+
+
+@dataclass
+class MomeCachedOutput(CausalLMOutputWithPast):
+    """`loss`, `logits`, `cache`, `hidden_states`, `attentions`, with the cache's field called as transformers does."""
+
+    loss: torch.Tensor | None = None
+
+
+if not _RENAMED:  # since 5.24, transformers' outputs answer to both names
+    MomeCachedOutput.cache = property(lambda self: self[OLD_CACHE_NAME] if OLD_CACHE_NAME in self else None)
+
+
+__all__ = ["CACHE_NAME", "MomeCachedOutput", "accepts_cache", "take_cache"]
