@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from ..configuration_mome import MomeConfig
+from ..data.images import pixel_scale
 from ..evaluation.results import append_rows
 from ..modeling_mome import MomeModel
 from ..processing_mome import MomeProcessor
@@ -37,7 +38,6 @@ from ..retrieval import Embedder, ExactIndex, embed_corpus, load_table
 from ..retrieval.rows import read_pixels
 from ..retrieval.sources import open_source
 from ..retrieval.table import TableInfo, table_schema, to_table, write_table
-from ..training.pixels import pixel_scale
 from .command import begin, parser_of
 from .training import QUICK, SMALL
 

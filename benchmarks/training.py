@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..configuration_mome import MomeConfig
+from ..data.images import PixelScale
 from ..evaluation.results import append_rows
 from ..modeling_mome import MomeForConditionalGeneration
 from ..training import objective
-from ..training.data import Batch
+from ..training.batches import Batch
 from ..training.optimisation import build_optimizer
-from ..training.pixels import PixelScale
 from ..training.recipe import Recipe
 from .captioning import coca, import_coca
 from .command import begin, parser_of

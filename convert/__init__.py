@@ -11,8 +11,8 @@
     file ─ reading ─ KEY_MAP, operations ─ (upcycling) ─ strict load ─ folder, whole or not at all
 """
 
+from ..errors import ConversionError
 from .driver import convert
-from .errors import ConversionError
 from .operations import Options
 from .upcycling import upcycle_checkpoint
 

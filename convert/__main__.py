@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..errors import ConversionError
 from .card import summarise
 from .driver import SOURCES, convert
-from .errors import ConversionError
 from .operations import Options
 from .upcycling import upcycle_checkpoint
 

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ..configuration_mome import MomeConfig
+from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration
 from . import beit3, vlmo
 from .card import model_card
-from .errors import ConversionError
 from .operations import CAVEATS, STAND_INS, Options, Sizes, Source, pattern_of
 from .processors import build_processor, find_tokenizer, load_tokenizer, special_token_ids
 from .reading import Checkpoint, open_checkpoint

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import ConversionError
+from ..errors import ConversionError
 from .positions import resize_grid, resize_offsets
 from .reading import Checkpoint
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .errors import ConversionError
+from ..errors import ConversionError
 
 
 def resize_grid(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:

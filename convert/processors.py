@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
+from ..errors import ConversionError, first_sentence
 from ..processing_mome import MomeProcessor
-from .errors import ConversionError, first_sentence
 from .operations import Sizes, Source
 
 # Roles of special tokens and the names under which tokenizers have them.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError, first_sentence
+from ..errors import ConversionError, first_sentence
 
 # What training scripts put around a state dict, and the prefix that some put before its keys.
 WRAPPERS = ("state_dict", "module", "model")

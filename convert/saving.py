@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ..configuration_mome import MomeConfig
+from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
-from .errors import ConversionError
 
 ModelClass = type[MomeModel] | type[MomeForConditionalGeneration]
 WORDS, DECODER = "model.text_embedding.word_embeddings.weight", "lm_head.decoder.weight"

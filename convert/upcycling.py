@@ -15,8 +15,8 @@ import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_mome import MomeConfig
+from ..errors import ConversionError, first_sentence
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
-from .errors import ConversionError, first_sentence
 from .reading import open_checkpoint
 from .saving import check_output, save_model, whole_folder
 

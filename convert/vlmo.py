@@ -7,8 +7,8 @@ answering and reasoning heads are dropped, and so are tables that only repeat ho
 
 import math
 
+from ..errors import ConversionError
 from . import operations
-from .errors import ConversionError
 from .operations import (
     KeyMap,
     Operation,

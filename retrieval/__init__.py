@@ -10,9 +10,9 @@
 - `ExactIndex` compares with every row, without a server; `milvus.py` is for more than one machine (extra `milvus`).
 """
 
+from ..embedder import Embedder
+from ..errors import RetrievalError
 from .embed import EmbeddingReport, embed_corpus
-from .embedder import Embedder
-from .errors import RetrievalError
 from .exact import ExactIndex
 from .images import open_image
 from .loading import EmbeddingTable, load_table

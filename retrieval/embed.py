@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .embedder import BATCH_SIZE, Embedder
-from .errors import RetrievalError
+from ..embedder import BATCH_SIZE, Embedder
+from ..errors import RetrievalError
 from .job import EmbeddingJob, EmbeddingReport
 from .reading import Rows
 from .sources import Source, open_source

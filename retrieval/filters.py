@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .errors import RetrievalError, first_line, unknown_name
+from ..errors import RetrievalError, first_line, unknown_name
 
 COMPARISONS = {
     "==": pc.equal,

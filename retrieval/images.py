@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.images import decode_image
+from ..errors import RetrievalError, first_line
 from ..processing_mome import load_rgb_image
-from ..training.pixels import decode_image
-from .errors import RetrievalError, first_line
 from .reading import READING_ERRORS
 from .sources import Source, open_source
 

@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from .embedder import Embedder
-from .errors import RetrievalError
+from ..embedder import Embedder
+from ..errors import RetrievalError
 from .reading import digest_of
 from .rows import embed_rows
 from .sources import Source, SourceRow

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from .errors import RetrievalError, first_line, unknown_name
+from ..errors import RetrievalError, first_line, unknown_name
 from .table import RESERVED_COLUMNS, TableInfo, read_info, table_files
 
 ARROW_ROWS = 16_384  # rows that lie together in the memory-mapped file: a block of a matrix product

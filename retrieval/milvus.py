@@ -23,8 +23,8 @@ import torch
 from pymilvus.exceptions import MilvusException
 from transformers.utils import logging as transformers_logging
 
+from ..errors import RetrievalError
 from .digest import table_digest
-from .errors import RetrievalError
 from .filters import Condition
 from .loading import EmbeddingTable
 from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for

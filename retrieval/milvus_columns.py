@@ -20,7 +20,7 @@ import pyarrow.types as kinds
 import torch
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
-from .errors import RetrievalError
+from ..errors import RetrievalError
 from .filters import Condition, matching_rows
 from .loading import EmbeddingTable
 

@@ -10,7 +10,7 @@ import grpc
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from .errors import RetrievalError, first_line
+from ..errors import RetrievalError, first_line
 
 CONNECT_SECONDS = 10
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import RetrievalError
+from ..errors import RetrievalError
 from .exact import ExactIndex
 from .loading import EmbeddingTable
 from .search import Index

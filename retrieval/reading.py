@@ -18,7 +18,7 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
-from .errors import RetrievalError, first_line, unknown_name
+from ..errors import RetrievalError, first_line, unknown_name
 
 BUILDERS = {
     ".parquet": "parquet",

@@ -8,9 +8,9 @@ import pyarrow as pa
 import torch
 from PIL import UnidentifiedImageError
 
-from ..training.pixels import decode_image, pixel_scale, to_pixels
-from .embedder import Embedder
-from .errors import first_line
+from ..data.images import decode_image, pixel_scale, to_pixels
+from ..embedder import Embedder
+from ..errors import first_line
 from .sources import SourceRow
 from .table import to_table
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .embedder import Embedder
-from .errors import RetrievalError
+from ..embedder import Embedder
+from ..errors import RetrievalError
 from .filters import Condition, Where, matching_rows, parse_where
 from .loading import EmbeddingTable, check_model, load_table
 from .table import MODALITIES, RESERVED_COLUMNS

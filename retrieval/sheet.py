@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import RetrievalError, first_line
+from ..errors import RetrievalError, first_line
 from .images import open_image
 from .search import Hit
 

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from .errors import RetrievalError, first_line, unknown_name
+from ..errors import RetrievalError, first_line, unknown_name
 from .reading import READING_ERRORS, Rows, digest_of, read_corpus
 from .table import RESERVED_COLUMNS
 

@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .errors import RetrievalError, first_line
+from ..errors import RetrievalError, first_line
 
 FORMAT_VERSION = 1
 LEADING_COLUMNS = ("id", "modality", "uri", "text")

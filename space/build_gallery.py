@@ -60,7 +60,7 @@ def build_gallery(icons: Path) -> pa.Table:
     """
     files = sorted(icons.glob("test-*.parquet"))
     if not files:
-        raise FileNotFoundError(f"no test-*.parquet in {icons}: python -m mome.training.icons.build --output {icons}")
+        raise FileNotFoundError(f"no test-*.parquet in {icons}: python -m mome.icons.build --output {icons}")
     sets = read_attribution(icons / "ATTRIBUTION.md")
     rows = []
     for row in pa.concat_tables(map(pq.read_table, files)).to_pylist():

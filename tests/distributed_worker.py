@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from models import random_batch, tiny_captioner
 from mome.training import contrastive, objective
-from mome.training.data import Batch
+from mome.training.batches import Batch
 from mome.training.recipe import Recipe
 
 PAIRS = 32

@@ -12,8 +12,8 @@ from PIL import Image
 
 from builders import build_processor
 from models import tiny_captioner
-from mome.evaluation.guidance import main, measure, settings
-from mome.evaluation.pairs import load_pairs
+from mome.data.pairs import load_pairs
+from mome.experiments.guidance import main, measure, settings
 
 
 def png(seed: int) -> bytes:

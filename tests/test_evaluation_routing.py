@@ -11,7 +11,7 @@ from PIL import Image
 
 from builders import WORDS, build_processor
 from models import tiny_captioner
-from mome.evaluation.routing import GroupRouting, main, patches_of, route_texts, typical_words
+from mome.experiments.routing import GroupRouting, main, patches_of, route_texts, typical_words
 
 
 @pytest.fixture(scope="module")

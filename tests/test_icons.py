@@ -10,11 +10,11 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from mome.training.icons import build, render, sources, splits
-from mome.training.icons.assemble import Named
-from mome.training.icons.card import attribution, contact_sheet, data_card
-from mome.training.icons.collect import Icon, IconSet
-from mome.training.icons.naming import concept_key
+from mome.icons import build, render, sources, splits
+from mome.icons.assemble import Named
+from mome.icons.card import attribution, contact_sheet, data_card
+from mome.icons.collect import Icon, IconSet
+from mome.icons.naming import concept_key
 
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64" viewBox="0 0 64 64">'
 SQUARE = HEAD + '<path d="M10 10h40v40h-40z"/></svg>'

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mome.configuration_mome import MomeConfig
+from mome.experiments import ablation as ablate
 from mome.modeling_mome import MomeForConditionalGeneration
-from mome.training.icons import ablate
 from training_runs import MODEL, write_data
 
 

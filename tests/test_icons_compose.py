@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mome.training.icons.captions import article, scene_caption, sentence, split_noun, thing
-from mome.training.icons.compose import compose_icons
-from mome.training.icons.palette import NAMES, contrast, hsv_to_rgb, name_colours, sample_colours
+from mome.icons.captions import article, scene_caption, sentence, split_noun, thing
+from mome.icons.compose import compose_icons
+from mome.icons.palette import NAMES, contrast, hsv_to_rgb, name_colours, sample_colours
 
 THINGS = "bicycle house tree dog cat car key ball clock lamp".split()
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mome.training.icons.evaluate import bm25, evaluation_of, main, name_match, other_words
-from mome.training.icons.examples import captions_table, searches_table
+from mome.experiments.examples import captions_table, searches_table
+from mome.experiments.icons import bm25, evaluation_of, main, name_match, other_words
 
 
 def test_another_word_shares_no_word_with_the_name():

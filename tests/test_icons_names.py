@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from mome.training.icons.assemble import drawing_style, flag_code, keep_person, limit_variants, name_icons
-from mome.training.icons.collect import Icon, clipart_name, iconify_set
-from mome.training.icons.licences import reason_to_skip
-from mome.training.icons.naming import fused_words, strip_style, to_name, to_words
-from mome.training.icons.texts import Emoji, clean_tag, merge_texts, natural_label, shared_synonyms
+from mome.icons.assemble import drawing_style, flag_code, keep_person, limit_variants, name_icons
+from mome.icons.collect import Icon, clipart_name, iconify_set
+from mome.icons.licences import reason_to_skip
+from mome.icons.naming import fused_words, strip_style, to_name, to_words
+from mome.icons.texts import Emoji, clean_tag, merge_texts, natural_label, shared_synonyms
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The tokenizer that is learnt from the texts of the data set: the same each time, and it reads what it writes."""
 
-from mome.training.icons.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from mome.icons.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["house tree", "tree house boat", "red house", "red boat anchor"] * 20
 

@@ -15,7 +15,7 @@ from distributed_worker import dropout_pair, gradients, whole_batch
 from models import tiny_captioner
 from mome.modeling_mome import contrastive_loss
 from mome.training import contrastive, objective
-from mome.training.data import Batch
+from mome.training.batches import Batch
 from mome.training.recipe import Recipe
 
 TESTS = Path(__file__).parent

@@ -263,7 +263,7 @@ def test_a_dry_run_shows_the_folder_and_sends_nothing(hub, checkpoint):
 
 def test_the_folder_has_everything_and_the_card_its_results(checkpoint, tmp_path):
     results = tmp_path / "results.csv"
-    command = f"python -m mome.evaluation.guidance --checkpoint {checkpoint} --data x.parquet"
+    command = f"python -m mome.experiments.guidance --checkpoint {checkpoint} --data x.parquet"
     results.write_text(
         "commit,date,command,hardware,data,metric,value,peer,peer_value,ratio\n"
         f'a,2024-01-01,"{command}",cpu,icons held out,rerank: R@1,0.25,unguided,0.2,1.25\n'

@@ -68,7 +68,7 @@ def test_what_can_not_be_done_is_one_line(arguments, words, checkpoint, pictures
 
 
 def test_the_samples_are_held_out_and_attributed():
-    from mome.training.icons.splits import is_held_out
+    from mome.icons.splits import is_held_out
 
     records = [json.loads(line) for line in (quickstart.SAMPLES / "metadata.jsonl").read_text().splitlines()]
     attribution = (quickstart.SAMPLES / "ATTRIBUTION.md").read_text()

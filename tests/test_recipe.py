@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mome.training.recipe import Recipe, RecipeError
+from mome.errors import RecipeError
+from mome.training.recipe import Recipe
 
 GIVEN = {"output": "out", "dataset": "data", "checkpoint": "model", "steps": 3}
 RECIPES = sorted((Path(__file__).parent.parent / "training" / "recipes").glob("*.yaml"))

@@ -18,7 +18,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENAB
 QUIET |= {"RAY_raylet_start_wait_time_s": "300"}  # on a busy machine
 SCRIPT = """
 import sys
-from mome.retrieval.distributed import embed_with_daft
+from mome.retrieval.daft_job import embed_with_daft
 if __name__ == "__main__":
     source, output, model, runner = sys.argv[1:]
     print(embed_with_daft(source, output, model, runner=runner, modalities=("image", "text"), batch_size=4))
@@ -70,7 +70,7 @@ def test_daft_gives_row_for_row_the_table_of_embed_corpus(folder, tmp_path, runn
 
 
 def test_what_daft_cannot_do_is_refused_in_one_line(folder, tmp_path):
-    from mome.retrieval.distributed import embed_with_daft
+    from mome.retrieval.daft_job import embed_with_daft
 
     for output, options, message in (
         ("table", {}, "ends in .parquet"),

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from mome.benchmarks.milvus import serving
+from mome.errors import RetrievalError
 from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table, milvus_connection
 from mome.retrieval import milvus as milvus_module
 from mome.retrieval.digest import table_digest
-from mome.retrieval.errors import RetrievalError
 from mome.retrieval.milvus import MilvusIndex
 from mome.retrieval.milvus_columns import collection_schema
 from mome.retrieval.opening import open_index

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from builders import build_processor
-from mome.training.data import Collator
-from mome.training.recipe import RecipeError
-from mome.training.teacher import Teacher, distillation_loss
+from mome.errors import RecipeError
+from mome.training.batches import Collator
+from mome.training.distillation import Teacher, distillation_loss
 from test_training_data import as_dataset
 
 TEXTS = ["cat", "dog", "house", "tree", "car", "road", "sun", "moon"]

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from mome import MomeForConditionalGeneration
+from mome.errors import RecipeError
 from mome.training import checkpoint, finetune, optimisation
-from mome.training.recipe import Recipe, RecipeError
+from mome.training.recipe import Recipe
 from test_objective import TESTS, torchrun
 from test_training_data import numbers, png
 from training_runs import losses_of, write_data, write_recipe

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from builders import build_processor
-from mome.training.augment import build_augmentations
-from mome.training.data import Batches, Collator, Slice, epoch_of_batches, load_rows
-from mome.training.pixels import to_pixel_values
-from mome.training.recipe import RecipeError
+from mome.data.augment import build_augmentations
+from mome.data.images import to_pixel_values
+from mome.data.rows import load_rows
+from mome.errors import RecipeError
+from mome.training.batches import Batches, Collator, Slice, epoch_of_batches
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 

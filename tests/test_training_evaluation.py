@@ -6,8 +6,8 @@ import torch
 
 from builders import build_processor
 from models import tiny_captioner
-from mome.training import evaluate
-from mome.training.evaluate import Evaluation
+from mome.evaluation import evaluator as evaluate
+from mome.evaluation.evaluator import Evaluation
 from test_training_data import as_dataset, text_of
 
 

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from .recipe import Recipe, RecipeError
+from ..errors import RecipeError
+from .recipe import Recipe
 
 logger = get_logger(__name__)
 

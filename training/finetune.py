@@ -28,17 +28,19 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
 
+from ..data.augment import build_augmentations
+from ..data.images import pixel_scale
+from ..data.rows import load_rows
+from ..errors import MomeError, RecipeError
+from ..evaluation.evaluator import Evaluation, caption_images
 from . import report
-from .augment import build_augmentations
+from .batches import Batch, Batches, Collator, Slice, epoch_of_batches
 from .checkpoint import Checkpoints, Progress
-from .data import Batch, Batches, Collator, Slice, epoch_of_batches, load_rows
-from .evaluate import Evaluation, caption_images
+from .distillation import Teacher
 from .model import build_model, give_scalars_a_dimension, plain_name
 from .objective import LOSSES, PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
-from .pixels import pixel_scale
-from .recipe import Recipe, RecipeError
-from .teacher import Teacher
+from .recipe import Recipe
 
 logger = get_logger(__name__)
 
@@ -380,5 +382,5 @@ def main(recipe: Recipe) -> Path | None:
 if __name__ == "__main__":
     try:
         main(Recipe.from_command_line())
-    except RecipeError as error:
+    except MomeError as error:
         sys.exit(f"error: {error}")

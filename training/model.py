@@ -5,9 +5,10 @@ from torch import nn
 from transformers import AutoProcessor
 
 from ..configuration_mome import MomeConfig
+from ..errors import RecipeError
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
 LINEAR_LAYERS = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj"
 

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from torch import distributed, nn
 from torch.nn import functional as F
 
+from ..data.images import PixelScale
 from ..routing_mome import router_losses_of, router_sums
+from .batches import Batch
 from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, world_size
-from .data import Batch
-from .pixels import PixelScale
+from .distillation import distillation_loss
 from .recipe import Recipe
-from .teacher import distillation_loss
 
 GROUPS = ("image", "text")  # the groups of experts that these losses reach
 LOSSES = ("loss", "contrastive", "caption", "router", "teacher")  # of `StepLosses`

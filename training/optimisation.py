@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .recipe import Recipe, RecipeError
+from ..errors import RecipeError
+from .recipe import Recipe
 
 NO_DECAY = ("position_embedding", "position_bias", "cls_token", "modality_embedding", "logit_scale")
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, 2103.00020, section 2.5

@@ -22,9 +22,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
-
-class RecipeError(ValueError):
-    """A recipe that can't be used; one line with field, value and mend."""
+from ..errors import MomeError, RecipeError
 
 
 @strict
@@ -207,7 +205,7 @@ class Recipe:
             wanted = known[name] if typing.get_args(known[name]) else wanted
             raise RecipeError(f"recipe field {name}={values[name]!r}: expected {wanted}") from None
         except StrictDataclassError as error:
-            if isinstance(error.__cause__, RecipeError):
+            if isinstance(error.__cause__, MomeError):
                 raise error.__cause__ from None
             raise
 
@@ -246,7 +244,7 @@ class Recipe:
         config = overrides.pop("config")
         try:
             return cls.from_dict(overrides) if config is None else cls.from_yaml(config, overrides)
-        except RecipeError as error:
+        except MomeError as error:
             parser.error(str(error))
 
 

@@ -1,6 +1,6 @@
 """The processor of models for icons: a WordPiece tokenizer learnt from the texts of the data set, and 64-pixel images.
 
-python -m mome.training.icons.tokenizer --data DIR --output DIR [--cache DIR] [--vocabulary 6000] [--max-tokens 16]
+python -m mome.icons.tokenizer --data DIR --output DIR [--cache DIR] [--vocabulary 6000] [--max-tokens 16]
 
 General English words are learnt from as well, each counted once, so that words which no icon is called by fall into
 natural pieces.
@@ -14,7 +14,7 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
-from ...processing_mome import MomeProcessor
+from ..processing_mome import MomeProcessor
 from .captions import STYLE_ADJECTIVES
 from .palette import NAMES
 from .sources import SOURCES, fetch_source
@@ -82,7 +82,7 @@ def texts_to_learn_from(rows: datasets.Dataset, words: Iterable[str] = ()) -> It
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the processor")
     parser.add_argument("--cache", type=Path, help="folder of downloads, as of the build (default: DATA/cache)")
     parser.add_argument("--vocabulary", type=int, default=6000)

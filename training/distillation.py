@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .recipe import RecipeError
+from ..errors import RecipeError
 
 
 class Teacher:

@@ -1,6 +1,6 @@
 """Which part of the design is worth what: small models from the same pictures, equal in parameters and samples.
 
-python -m mome.training.icons.ablate --output runs/ablation [--width 128] [--steps 400] [--only VARIANT ...]
+python -m mome.experiments.ablation --output runs/ablation [--width 128] [--steps 400] [--only VARIANT ...]
 
 | variant | towers | captions | experts |
 | --- | --- | --- | --- |
@@ -26,10 +26,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.results import append_rows, environment
-from ...modeling_mome import MomeForConditionalGeneration
-from ..finetune import Trainer
-from ..recipe import Recipe
+from ..evaluation.results import append_rows, environment
+from ..modeling_mome import MomeForConditionalGeneration
+from ..training.finetune import Trainer
+from ..training.recipe import Recipe
 
 WIDTH, LAYERS = 128, 4
 CONTRASTIVE_ONLY = {"caption_weight": 0.0, "image_dropout": 0.0}
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None, **overrides: Any):
             print(table(figures), flush=True)
     if options.results:
         data = f"mome-icons validation, width {options.width}"
-        command = shlex.join(["python", "-m", "mome.training.icons.ablate", *(arguments or sys.argv[1:])])
+        command = shlex.join(["python", "-m", "mome.experiments.ablation", *(arguments or sys.argv[1:])])
         rows = [
             environment()
             | {"command": command, "data": f"{data}, {each['pairs']:.0f} pairs, seed {seed}"}

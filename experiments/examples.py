@@ -1,9 +1,9 @@
 """Captions and searches of held-out icons as they come, good and bad: what the figures look like.
 
-python -m mome.training.icons.examples --checkpoint DIR --data DIR [--captions 50] [--searches 20] > examples.md
+python -m mome.experiments.examples --checkpoint DIR --data DIR [--captions 50] [--searches 20] > examples.md
 
 Fifty random pictures of the test half with their greedy captions, and twenty random names with the five pictures that
-are nearest to each among 1,000. Nothing is chosen: the order is that of `mome.training.icons.evaluate`.
+are nearest to each among 1,000. Nothing is chosen: the order is that of `mome.experiments.icons`.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ...modeling_mome import MomeForConditionalGeneration
-from ...processing_mome import MomeProcessor
-from ..evaluate import caption_images, embed_images, embed_texts, one_each
-from .evaluate import evaluation_of
+from ..evaluation.evaluator import caption_images, embed_images, embed_texts, one_each
+from ..modeling_mome import MomeForConditionalGeneration
+from ..processing_mome import MomeProcessor
+from .icons import evaluation_of
 
 POOL, SHOWN = 1000, 5
 
@@ -46,7 +46,7 @@ def searches_table(queries: Sequence[int], names: Sequence[str], similarity: tor
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--searches", type=int, default=20)
     options = parser.parse_args(arguments)

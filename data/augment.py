@@ -2,7 +2,7 @@
 
     augmentations:
       - {name: random_crop, scale: [0.7, 1.0]}
-      - {name: "mome.training.icons.compose:compose_icons", scene_share: 0.15}
+      - {name: "mome.icons.compose:compose_icons", scene_share: 0.15}
 
 An augmentation takes the examples of a batch and a random generator, and returns as many examples. An example is a
 dict with `image` (PIL image, or uint8 array (height, width, 3)), `text` (the one drawn for this epoch) and the other
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from ..errors import DataError
 from ..processing_mome import load_rgb_image
-from .recipe import RecipeError
 
 Example = dict[str, Any]
 Augmentation = Callable[[list[Example], np.random.Generator], list[Example]]
@@ -92,7 +92,7 @@ def text_template(
     """Puts a share of the texts into a template drawn from `templates`, each with `{}` where the text goes."""
     for template in templates:
         if "{}" not in template:
-            raise RecipeError(f"template {template!r} has no {{}} for the text")
+            raise DataError(f"template {template!r} has no {{}} for the text")
     draws, chosen = rng.random(len(examples)), rng.integers(len(templates), size=len(examples))
     return [
         each | {"text": templates[index].replace("{}", each["text"])} if draw < share else each
@@ -109,29 +109,29 @@ def build_augmentations(entries: list[dict[str, Any]]) -> list[Augmentation]:
     """The functions that a recipe's entries name, with their keywords bound.
 
     Raises:
-        RecipeError: an unknown name or keyword.
+        DataError: an unknown name or keyword.
     """
     return [_build(dict(entry)) for entry in entries]
 
 
 def _build(entry: dict[str, Any]) -> Augmentation:
     if "name" not in entry:
-        raise RecipeError(f"augmentation {entry} has no name")
+        raise DataError(f"augmentation {entry} has no name")
     name = entry.pop("name")
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise RecipeError(f"augmentation {name!r} can't be loaded: {error}") from None
+            raise DataError(f"augmentation {name!r} can't be loaded: {error}") from None
     elif name in AUGMENTATIONS:
         function = AUGMENTATIONS[name]
     else:
         close = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(AUGMENTATIONS)} and module:function"
-        raise RecipeError(f"unknown augmentation {name!r}: {hint}")
+        raise DataError(f"unknown augmentation {name!r}: {hint}")
     try:
         inspect.signature(function).bind([], None, **entry)
     except TypeError as error:
-        raise RecipeError(f"augmentation {name!r}: {error}") from None
+        raise DataError(f"augmentation {name!r}: {error}") from None
     return functools.partial(function, **entry)

@@ -1,6 +1,6 @@
 """Who takes what: the share of every routed expert, and a picture of the patches and words that it is given.
 
-    python -m mome.evaluation.routing --checkpoint DIR --data held-out-*.parquet --picture routing.png --results FILE
+    python -m mome.experiments.routing --checkpoint DIR --data held-out-*.parquet --picture routing.png --results FILE
 
     images ─ image pass ─ router logits (images, tokens, experts) of each layer ─┐
                                                                                  ├─ GroupRouting ─ shares, picture
@@ -24,8 +24,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModel, AutoProcessor
 
-from .pairs import add_pair_arguments, batches_of, described, pairs_of
-from .results import append_rows, environment
+from ..data.pairs import add_pair_arguments, batches_of, described, pairs_of
+from ..evaluation.results import append_rows, environment
 
 PATCHES, PATCH_SIDE = 14, 32  # of a row of the picture, in pixels
 WORDS, RARE = 8, 5  # words of a row; rarer ones say little of who takes them
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
         draw(image, patches, text, tokens).save(options.picture)
     if options.results:
         common = environment() | {
-            "command": shlex.join(["python", "-m", "mome.evaluation.routing", *argv]),
+            "command": shlex.join(["python", "-m", "mome.experiments.routing", *argv]),
             "data": described(options, pairs),
         }
         rows = []

@@ -1,6 +1,6 @@
 """Two dozen pictures of held-out concepts, large enough to look at, with their attribution.
 
-python -m mome.training.icons.samples --output samples [--cache DIR]
+python -m mome.icons.samples --output samples [--cache DIR]
 """
 
 import argparse
@@ -45,7 +45,7 @@ SAMPLES = {
 HEAD = """# Sample pictures
 
 Pictures of concepts that no weights of this project were trained on, at 256 pixels, painted on white and otherwise
-unchanged. Written by `python -m mome.training.icons.samples`.
+unchanged. Written by `python -m mome.icons.samples`.
 
 | picture | set | author | licence |
 | --- | --- | --- | --- |

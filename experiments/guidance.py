@@ -1,6 +1,6 @@
 """Does guidance do what it is for? Captions of held-out images, unguided and guided, and what they are worth.
 
-    python -m mome.evaluation.guidance --checkpoint DIR --data held-out-*.parquet --results evaluation/results.csv
+    python -m mome.experiments.guidance --checkpoint DIR --data held-out-*.parquet --results evaluation/results.csv
 
 For each setting (greedy, beam 4, re-ranked, classifier-free, contrastive) it reports
 
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from ..data.pairs import Pair, add_pair_arguments, batches_of, described, pairs_of
+from ..evaluation.metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1
+from ..evaluation.results import append_rows, environment
 from ..guidance_mome import GUIDANCE_PRESETS
-from .metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1
-from .pairs import Pair, add_pair_arguments, batches_of, described, pairs_of
-from .results import append_rows, environment
 
 BASELINE = "unguided"
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     if options.results:
         judged = f", judged by {options.judge}" if options.judge else ""
         data = f"{described(options, pairs)}{judged}"
-        common = environment() | {"command": shlex.join(["python", "-m", "mome.evaluation.guidance", *argv])}
+        common = environment() | {"command": shlex.join(["python", "-m", "mome.experiments.guidance", *argv])}
         append_rows(options.results, [common | row for row in rows_of(scores, data)])
     return scores
 

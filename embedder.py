@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ..configuration_mome import MomeConfig
-from ..modeling_mome import MomeModel
-from ..processing_mome import MomeProcessor, load_rgb_image
-from ..training.pixels import to_pixel_values
-from .errors import RetrievalError, first_line
+from .configuration_mome import MomeConfig
+from .data.images import to_pixel_values
+from .errors import MomeError, first_line
+from .modeling_mome import MomeModel
+from .processing_mome import MomeProcessor, load_rgb_image
 
 BATCH_SIZE = 64
 FINGERPRINT_SAMPLES = 4096  # values of each tensor
@@ -67,20 +67,20 @@ class Embedder:
             revision: of a model on the Hub.
 
         Raises:
-            RetrievalError: no such checkpoint, one of another kind, or one without its processor; one line.
+            MomeError: no such checkpoint, one of another kind, or one without its processor; one line.
         """
         name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
         try:
             kind = MomeConfig.get_config_dict(name, revision=revision)[0].get("model_type")
             if kind != MomeConfig.model_type:
                 reason = f"is of type {kind!r}, not {MomeConfig.model_type!r}" if kind else "has no config.json"
-                raise RetrievalError(f"model {name!r} can't be loaded: it {reason}")
+                raise MomeError(f"model {name!r} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
             loaded = _load_quietly(name, dtype=dtype, revision=revision)
-        except RetrievalError:
+        except MomeError:
             raise
         except (OSError, ValueError) as error:
-            raise RetrievalError(f"model {name!r} can't be loaded: {first_line(error)}") from None
+            raise MomeError(f"model {name!r} can't be loaded: {first_line(error)}") from None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(loaded.to(device), processor, name)
 
@@ -117,7 +117,7 @@ class Embedder:
         """
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise RetrievalError(f"text {number} is {text!r}: pass a text of at least one word")
+                raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
         parts = [torch.zeros(0, self.dimension)]
         for start in range(0, len(texts), batch_size):
             some = list(texts[start : start + batch_size])
@@ -132,7 +132,7 @@ def _load_quietly(name: str, **options: Any) -> MomeModel:
     """Without the bar and the report of weights that embeddings don't need: those of a captioner's head.
 
     Raises:
-        RetrievalError: the checkpoint lacks weights.
+        MomeError: the checkpoint lacks weights.
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -144,7 +144,7 @@ def _load_quietly(name: str, **options: Any) -> MomeModel:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
-        raise RetrievalError(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
+        raise MomeError(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
     return model
 
 
