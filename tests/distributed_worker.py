@@ -71,7 +71,7 @@ def all_at_once(accelerator, model, batch, chunks, terms, recipe) -> objective.S
     outputs = []
     with accelerator.no_sync(model):
         for chunk in chunks:
-            state = objective.RandomState(batch.valid.device)
+            state = objective.RandomState(batch.valid)
             with torch.no_grad():  # moves the generator as the first of GradCache's two runs does
                 objective._run(model, chunk, embed_only=not terms.needs_caption_routing)
             with state.replayed():

@@ -12,10 +12,9 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import mome
-from mome.kernels_mome import FEW_ROWS_OF_AN_EXPERT, linear_of_few_rows
-from mome.routing_mome import MANY_ROWS, grouped_linear
-from mome.trunk_mome import FEW_EXPERTS_ON_CUDA, MomeExperts, MomeRouter
 from models import random_batch, tiny_captioner, tiny_config
+from mome.kernels_mome import FEW_ROWS_OF_AN_EXPERT, MANY_ROWS, grouped_linear, linear_of_few_rows
+from mome.trunk_mome import FEW_EXPERTS_ON_CUDA, MomeExperts, MomeRouter
 
 IMPLEMENTATIONS = ("eager", "all_experts", "batched_mm", "grouped_mm")
 routed = pytest.mark.parametrize("variant", ["routed", "top1"])
@@ -229,7 +228,7 @@ def test_the_router_is_no_linear_layer_but_is_saved_and_starts_as_one():
     routers = {name: each for name, each in captioner.named_modules() if isinstance(each, MomeRouter)}
     assert routers and not any(isinstance(each, nn.Linear) for each in routers.values())
     state = captioner.state_dict()
-    for name, router in routers.items():
+    for name in routers:
         assert [key for key in state if key.startswith(f"{name}.")] == [f"{name}.weight"]
         assert state[f"{name}.weight"].shape == (4, 64)
     start = torch.cat([each.weight.flatten() for each in routers.values()])

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from distributed_worker import dropout_pair, gradients, whole_batch
 from models import tiny_captioner
-from mome.modeling_mome import contrastive_loss
+from mome.losses_mome import contrastive_loss
 from mome.training import contrastive, objective
 from mome.training.batches import Batch
 from mome.training.recipe import Recipe
@@ -31,7 +31,8 @@ def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
 def torchrun(script: str | Path, *arguments: str, processes: int = 2, module: bool = False, **options):
     """Runs a script with so many processes that talk over gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += [*["-m"] * module, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
