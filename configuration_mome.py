@@ -2,13 +2,15 @@
 
 - the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
-- unknown keys and impossible combinations are refused with the offending value in the message.
+- unknown keys and impossible combinations are refused with the offending value in the message;
+- `did_you_mean`, the hint that all errors about unknown names give.
 """
 
 import copy
 import dataclasses
 import difflib
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -66,6 +68,12 @@ _TRANSFORMERS_KEYS = frozenset(
         "transformers_version",
     }
 )
+
+
+def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
+    """What to say to an unknown name: the closest of the choices as a question, or `otherwise` if none is close."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 @strict
@@ -225,8 +233,7 @@ class MomeConfig(PreTrainedConfig):
         fields = [field.name for field in dataclasses.fields(self)]
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:
-                close = difflib.get_close_matches(key, fields, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see the MomeConfig docstring for the known keys"
+                hint = did_you_mean(key, fields, "see the MomeConfig docstring for the known keys")
                 raise ValueError(f"unknown MomeConfig key {key!r} (value {kwargs[key]!r}): {hint}")
 
     def _check_dimensions(self):
@@ -260,8 +267,7 @@ class MomeConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}: use None for no joint experts"
             )
         if self.hidden_act not in ACT2FN:
-            close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "choose a key of transformers.activations.ACT2FN"
+            hint = did_you_mean(self.hidden_act, ACT2FN, "choose a key of transformers.activations.ACT2FN")
             raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -296,4 +302,4 @@ class MomeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean"]

@@ -1,11 +1,11 @@
 """Rows of image–text data sets, from anything that `datasets` reads, with images still encoded."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from ..configuration_mome import did_you_mean
 from ..errors import DataError
 
 
@@ -35,8 +35,7 @@ def load_rows(
         image_column = images[0]
     for name in (image_column, text_column, *further_columns):
         if name is not None and name not in columns:
-            close = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(columns)}"
+            hint = did_you_mean(name, columns, f"it has {', '.join(columns)}")
             raise DataError(f"{dataset!r} (split {split!r}) has no column {name!r}: {hint}")
     if isinstance(rows, datasets.Dataset) and not len(rows):
         raise DataError(f"{dataset!r} has no rows in split {split!r}")

@@ -233,9 +233,11 @@ def backward(accelerator: Accelerator, model: nn.Module, batch: Batch, recipe: R
         batch: the pairs of this process, on its device.
         recipe: weights of the losses, `chunk_size`.
     """
+    config = accelerator.unwrap_model(model).config
+    recipe = recipe.with_weights_of(config)
     chunks = batch.chunks(recipe.chunk_size)
     totals = Totals.of(batch, recipe.image_dropout if recipe.caption_weight else 0.0, recipe.chunk_size)
-    terms = _Terms(accelerator.unwrap_model(model).config, recipe, totals)
+    terms = _Terms(config, recipe, totals)
     if len(chunks) == 1:
         outputs = _run(model, batch)
         losses = terms.of(outputs, batch, _sum_over_ranks(outputs.assignments))
