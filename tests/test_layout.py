@@ -14,7 +14,9 @@ OUTSIDE = ("tests", "checkpoints")  # tests import everything; checkpoints hold 
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 600, 60, 9
 # Where splitting would hurt: (file, function) -> why.
 LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
-MANY_PARAMETERS: dict[tuple[str, str], str] = {}
+MANY_PARAMETERS: dict[tuple[str, str], str] = {
+    ("icons/compose.py", "compose_icons"): "an augmentation: its keywords are what a recipe may set",
+}
 
 
 @cache
@@ -110,7 +112,9 @@ def test_no_file_and_no_function_outgrows_its_reader(module):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = node.end_lineno - node.lineno + 1
-            assert lines <= LONGEST_FUNCTION or (name, node.name) in LONG_FUNCTIONS, f"{name}: {node.name}, {lines} lines"
+            assert lines <= LONGEST_FUNCTION or (name, node.name) in LONG_FUNCTIONS, (
+                f"{name}: {node.name}, {lines} lines"
+            )
             arguments = node.args
             number = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
             number -= bool(arguments.args) and arguments.args[0].arg in ("self", "cls")
