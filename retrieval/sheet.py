@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import RetrievalError, first_line
-from .images import open_image
-from .search import Hit
+from .corpus import open_image
+from .index import Hit
 
 SIDE, MARGIN, LINES, COLUMNS = 180, 12, 3, 5
 SUFFIXES = (".html", ".htm", ".png")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mome.errors import MomeError
 from mome.retrieval import Embedder, RetrievalError, embed_corpus, load_table, open_image, open_source
 from retrieval_corpora import COLOURS, draw, make_pictures, make_table, save_checkpoint
 
@@ -207,7 +208,7 @@ def test_batches_parts_and_workers_change_nothing_but_rounding(tmp_path, embedde
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-import mome.retrieval.job as job
+import mome.retrieval.embed as job
 from mome.retrieval import embed_corpus
 plain = job.write_table
 def slow(path, tables, schema):
@@ -271,7 +272,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
     source = open_source(tmp_path / "shard.tar")
     assert [row.id for row in source.rows(18)] == ["shard.tar/018", "shard.tar/019"]
 
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     class Stop(Exception):
         pass
@@ -292,7 +293,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
 def test_a_damaged_part_is_made_again(tmp_path, embedder):
     make_pictures(tmp_path / "pictures", 20)
     output = tmp_path / "table.parquet"
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(job.EmbeddingJob, "_finish", interrupted)
@@ -310,7 +311,7 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
     embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     other = Embedder.load(save_checkpoint(tmp_path / "other", seed=1))
     assert other.fingerprint != embedder.fingerprint
-    refused("is there already, made of another corpus, model or settings", tmp_path / "pictures", output, other)
+    refused("is there already, made from another corpus, model or settings", tmp_path / "pictures", output, other)
     make_pictures(tmp_path / "pictures", 10)
     refused("is there already", tmp_path / "pictures", output, embedder)
     assert embed_corpus(tmp_path / "pictures", output, other, overwrite=True, **QUIET).rows == 10
@@ -330,7 +331,7 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
 
 
 def test_an_old_table_stays_until_the_new_one_is_whole(tmp_path, embedder):
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     make_pictures(tmp_path / "pictures", 9)
     output = tmp_path / "table.parquet"
@@ -364,10 +365,13 @@ def test_corpora_and_columns_that_are_not_there_are_named(tmp_path, rows, embedd
     refused("modality 'sound'", rows, output, embedder, modalities=["sound"])
     refused("has no column of texts", rows.remove_columns("texts"), output, embedder, modalities="text")
     refused("batch_size=0 must be", rows, output, embedder, batch_size=0)
+    refused("embed_corpus has no 'modality': did you mean 'modalities'", rows, output, embedder, modality="image")
     twice = rows.remove_columns("key").add_column("key", ["a", "b", "a", "c"])
-    refused("'a' is twice in id_column='key'", twice, output, embedder, id_column="key")
+    refused("'a' occurs twice in id_column='key'", twice, output, embedder, id_column="key")
     refused("dict of splits, train", datasets.DatasetDict(train=rows), output, embedder)
     assert not output.exists() and not list(tmp_path.glob("*.parts"))
+    with pytest.raises(RetrievalError, match="open_source has no 'colour'"):
+        open_source(rows, colour="red")
 
 
 def test_models_that_do_not_load_are_named_in_one_line(tmp_path, checkpoint):
@@ -379,7 +383,7 @@ def test_models_that_do_not_load_are_named_in_one_line(tmp_path, checkpoint):
         name.unlink()
     (bare / "processor_config.json").unlink()
     for name, message in (("empty", "can't be loaded"), ("other", "of type 'bert'"), ("bare", "can't be loaded")):
-        with pytest.raises(RetrievalError, match=message) as raised:
+        with pytest.raises(MomeError, match=message) as raised:
             Embedder.load(tmp_path / name)
         assert "\n" not in str(raised.value)
 
@@ -401,5 +405,5 @@ def test_a_table_of_another_model_is_refused_before_any_search(tmp_path, embedde
     path = make_table(tmp_path / "table.parquet", rows=10)
     with pytest.raises(RetrievalError, match="made by another model .a-model"):
         Searcher.open(path, model=embedder)
-    with pytest.raises(RetrievalError, match="model 'a-model' can't be loaded"):
+    with pytest.raises(MomeError, match="model 'a-model' can't be loaded"):
         Searcher.open(path)
