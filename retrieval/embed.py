@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class EmbeddingReport:
         rows: of the table. images, texts: how many of each have an embedding. bad: how many rows have none.
         resumed: rows that were there before this run.
         seconds: that this run took.
+        left_out: reason → number of files and links in a folder that are not rows.
     """
 
     output: Path
@@ -104,6 +105,7 @@ class EmbeddingReport:
     bad: int
     resumed: int
     seconds: float
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def items_per_second(self) -> float:
@@ -114,6 +116,8 @@ class EmbeddingReport:
         text = f"{self.output}: {' and '.join(counts) or 'nothing'} embedded, {self.bad:,} could not be read"
         if self.resumed:
             text += f"; {self.resumed:,} rows were there already"
+        if self.left_out:
+            text += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         return f"{text}; {self.items_per_second:,.1f} items/s"
 
 
@@ -175,7 +179,7 @@ class EmbeddingJob:
         began = time.monotonic()
         if not overwrite and self._is_finished():
             self._clear()
-            return report_of(self._files(), self.output, began, None)
+            return report_of(self._files(), self.output, self.corpus, began, None)
         self._check_job(overwrite)
         done, resumed = self._parts_done()
         count, start = self.corpus.count, done * self.part_rows
@@ -188,7 +192,7 @@ class EmbeddingJob:
         if not done:
             raise self.corpus.empty()
         self._finish(done)
-        return report_of(self._files(), self.output, began, resumed)
+        return report_of(self._files(), self.output, self.corpus, began, resumed)
 
     # ------------------------------------------------------------------------------------------ what is there
 
@@ -329,7 +333,7 @@ class EmbeddingJob:
                 )
 
 
-def report_of(files: list[Path], output: Path, began: float, resumed: int | None) -> EmbeddingReport:
+def report_of(files: list[Path], output: Path, corpus: Corpus, began: float, resumed: int | None) -> EmbeddingReport:
     """Counts the rows of a finished table; `resumed=None`: all of them were there before."""
     rows = images = bad = 0
     for file in files:
@@ -339,9 +343,8 @@ def report_of(files: list[Path], output: Path, began: float, resumed: int | None
         bad += len(table) - pc.sum(good).as_py()
         images += pc.sum(pc.and_(good, pc.equal(table["modality"], "image"))).as_py()
     seconds = time.monotonic() - began
-    return EmbeddingReport(
-        output, rows, images, rows - bad - images, bad, rows if resumed is None else resumed, seconds
-    )
+    resumed = rows if resumed is None else resumed
+    return EmbeddingReport(output, rows, images, rows - bad - images, bad, resumed, seconds, corpus.left_out)
 
 
 def _unique(rows: Iterator[CorpusRow], seen: set[str] | None, corpus: Corpus) -> Iterator[CorpusRow]:

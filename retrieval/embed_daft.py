@@ -161,7 +161,7 @@ def embed_with_daft(
         write_table(output, _sorted_tables(folder / "results", schema), schema)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return report_of([output], output, began, 0)
+    return report_of([output], output, corpus, began, 0)
 
 
 def _info(embedder: Embedder, corpus: Corpus) -> TableInfo:

@@ -94,6 +94,55 @@ def test_images_that_cannot_be_read_are_counted_and_say_why(tmp_path, embedder):
     assert all(row["embedding"] is None and "\n" not in row["error"] for row in bad)
 
 
+def test_links_lead_to_each_file_once_and_dead_ones_are_counted(tmp_path, embedder):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    make_pictures(folder, 5)
+    make_pictures(elsewhere, 2)
+    (folder / "a-first").symlink_to(folder / "red")  # before "red", whose own path is the one that counts
+    (folder / "red" / "again").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "copy.png").symlink_to(folder / "red" / "000.png")
+    (folder / "linked.png").symlink_to(elsewhere / "red" / "000.png")
+    (folder / "linked-again.png").symlink_to(elsewhere / "red" / "000.png")
+    (folder / "other").symlink_to(elsewhere / "green")
+    (folder / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "dead-folder").symlink_to(tmp_path / "nowhere")
+    (folder / "dead.md").symlink_to(tmp_path / "nowhere.md")
+    report = embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET)
+    table = load_table(tmp_path / "table.parquet")
+    own = ["blue/002.png", "green/001.png", "red/000.png", "red/004.png", "yellow/003.png"]
+    dead = ["dead-folder", "dead.png", "self.png"]
+    assert sorted(table.column("id").to_pylist()) == sorted([*own, "linked-again.png", "other/001.png", *dead])
+    assert [row["id"] for row in table.rows if row["error"] is not None] == dead
+    assert "No such file" in table.rows[table.row_of("dead.png")]["error"]
+    assert (report.images, report.bad) == (7, 3)
+    assert "7 images embedded, 3 could not be read" in str(report)
+    assert report.left_out == {"links to what is listed already": 5}
+    assert "; left out: 5 links to what is listed already;" in str(report)
+    (folder / "dead.png").unlink()
+    refused("is there already", folder, tmp_path / "table.parquet", embedder)
+
+
+def test_a_shard_or_a_metadata_file_behind_a_dead_link_is_named(tmp_path, embedder):
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "pictures" / "metadata.csv").symlink_to(tmp_path / "nowhere.csv")
+    refused("metadata.csv can't be read: No such file", tmp_path / "pictures", tmp_path / "t.parquet", embedder)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "nowhere.tar")
+    refused("0.tar' is a dead link", tmp_path / "shards", tmp_path / "t.parquet", embedder)
+
+
+def test_metadata_in_a_linked_folder_counts(tmp_path, embedder):
+    make_pictures(tmp_path / "elsewhere", 1)
+    (tmp_path / "elsewhere" / "metadata.csv").write_text("file_name,artist\nred/000.png,somebody\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "linked").symlink_to(tmp_path / "elsewhere")
+    embed_corpus(tmp_path / "pictures", tmp_path / "table.parquet", embedder, **QUIET)
+    row = load_table(tmp_path / "table.parquet").rows[0]
+    assert (row["id"], row["artist"]) == ("linked/red/000.png", "somebody")
+
+
 def test_transparent_pictures_are_seen_on_white_and_turned_ones_upright(tmp_path, embedder):
     folder = tmp_path / "pictures"
     folder.mkdir()
