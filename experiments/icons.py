@@ -1,15 +1,15 @@
-"""What a model for icons is worth, on pictures that no training saw; every figure of the card and of the README.
+"""Evaluates a model for icons on images held out from training; the card's and the README's figures come from here.
 
 python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
 
 - `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
-  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and pictures that
-  training had, for comparison; `--template "an icon of a {}"` puts the names into a sentence;
-- `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
-  names read what people wrote; MoME sees pixels only;
-- `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
+  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and training
+  images for comparison; `--template "an icon of a {}"` puts the names into a sentence;
+- `words`: find an image by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
+  names read what people wrote; MoME sees only pixels;
+- `speed`: embeddings and captions per second, images already decoded, and the size of the weights.
 
-What is chosen by figures is chosen by those of the other half, `--half validation`.
+To choose between models, use the other half: `--half validation`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SEEN_SAMPLES = 3000  # enough for 1,000 distinct names
 def evaluation_of(
     folder: Path, name: str, samples: int | None = None, half: str = "test", template: str = "{}"
 ) -> Evaluation:
-    """The evaluation of one of `DATA`: pictures black on white or in their own colours, no randomness."""
+    """The evaluation on one entry of `DATA`: images black on white or in their own colours, nothing random."""
     files = folder / DATA[name].format(half=half)
     return Evaluation(
         dataset="parquet",
@@ -54,7 +54,7 @@ def evaluation_of(
 
 
 def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
-    """All figures of all data; by the validation half no figures of the unseen sets, by which nothing is chosen."""
+    """Figures for all of `DATA`; the unseen sets only with the test half, since they are never used to choose."""
     figures = {}
     for name in DATA:
         if half == "validation" and name.startswith("unseen set"):
@@ -69,7 +69,7 @@ def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: st
 
 
 def other_words(name: str, texts: Sequence[str]) -> list[str]:
-    """Texts that share no word with the name, in any of its forms that one is the beginning of."""
+    """Texts that share no word with the name; words of which one begins with the other count as the same."""
     own = words_of(name)
 
     def related(word: str) -> bool:
@@ -79,11 +79,11 @@ def other_words(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def words(embedder: Embedder, folder: Path, half: str = "test", pool: int = 1000) -> dict[str, float]:
-    """Recall of searching one picture for each of `pool` names by words that are not in the name."""
+    """Recall when `pool` images are searched for by words that are not in their names."""
     examples = one_each(evaluation_of(folder, "unseen concepts", half=half).examples())[:pool]
     names, texts = [each["text"] for each in examples], [each["references"] for each in examples]
     queries = list(dict.fromkeys(word for name, own in zip(names, texts) for word in other_words(name, own)))
-    # An icon that has the query in its name is no test of finding by another word, nor a wrong hit.
+    # An icon with the query in its name neither tests finding by another word nor counts as a wrong hit.
     wanted = torch.tensor([[query in other_words(*each) for each in zip(names, texts)] for query in queries])
     named = torch.tensor(
         [[query in own and not hit for own, hit in zip(texts, row)] for query, row in zip(queries, wanted.tolist())]
@@ -104,7 +104,7 @@ def words(embedder: Embedder, folder: Path, half: str = "test", pool: int = 1000
 
 
 def name_match(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
-    """(queries, names): share of the query's words that the name has."""
+    """(queries, names): share of the query's words that are in the name."""
     own = [set(words_of(name)) for name in names]
     rows = [[sum(word in each for word in asked) / len(asked) for each in own] for asked in map(words_of, queries)]
     return torch.tensor(rows)
@@ -113,10 +113,10 @@ def name_match(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
 def bm25(
     queries: Sequence[str], texts: Sequence[Sequence[str]], wanted: torch.Tensor, leave_out: bool
 ) -> torch.Tensor:
-    """(queries, documents) of BM25 (Robertson and Zaragoza, 2009); a document is all texts of a picture.
+    """(queries, documents) of BM25 (Robertson and Zaragoza, 2009); a document holds all texts of an image.
 
     Args:
-        leave_out: take the query itself out of the documents that are wanted, or BM25 has been told the answer.
+        leave_out: take the query itself out of the wanted documents; otherwise BM25 is told the answer.
     """
     from rank_bm25 import BM25Okapi
 
@@ -144,7 +144,7 @@ def minilm(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
 
 
 def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> float:
-    """Items per second of repeated work, after one round that isn't counted."""
+    """Items per second over repeated rounds of `work`; the first round is a warm-up."""
     work()
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -154,7 +154,7 @@ def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> 
 
 
 def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float]:
-    """Pictures and names to embeddings and pictures to captions, at batch 1 and 32."""
+    """Image embeddings, text embeddings and captions per second at batch sizes 1 and 32."""
     examples = evaluation_of(folder, "unseen concepts", 64).examples()[:32]
     images, names = [each["image"] for each in examples], [each["text"] for each in examples]
     figures = {}
@@ -176,8 +176,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     add_icons_arguments(parser)
     add_results_argument(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
-    parser.add_argument("--template", default="{}", help="what names are put into to be found by (default: {})")
+    parser.add_argument(
+        "--half", choices=("test", "validation"), default="test", help="which half of the held-out concepts"
+    )
+    parser.add_argument("--template", default="{}", help="what to put names into (default: {}, the name)")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
