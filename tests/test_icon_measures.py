@@ -149,6 +149,8 @@ def test_data_without_the_column_or_the_files_are_refused_in_one_line(data):
     pq.write_table(pq.read_table(path).drop_columns(["related"]), path)
     with pytest.raises(SystemExit, match="error: 'broader' needs the column 'related', which .*freehand.* lacks"):
         icons.main(arguments(data, "--on", "freehand", "--only", "broader"))
+    for path in data.glob("healthicons-*.parquet"):
+        path.unlink()
     with pytest.raises(SystemExit, match="error: .* has no healthicons-"):
         icons.main(arguments(data, "--on", "healthicons", "--only", "broader"))
 
