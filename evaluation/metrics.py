@@ -32,6 +32,24 @@ def retrieval_recall(
     return {k: (rank < k).float().mean().item() for k in ks}
 
 
+def r_precision(similarity: torch.Tensor, positives: torch.Tensor, most: int = 10) -> float:
+    """Mean over queries of the share of positives among the n most similar candidates, n the number of positives.
+
+    Manning, Raghavan and Schütze, "Introduction to Information Retrieval" (2008), section 8.4.
+
+    Args:
+        similarity: (queries, candidates).
+        positives: (queries, candidates) bool, at least one for each query.
+        most: largest n.
+    """
+    if not positives.any(dim=1).all():
+        raise ValueError("a query has no positive candidate")
+    counts = positives.sum(dim=1).clamp(max=most)
+    top = similarity.topk(int(counts.max()), dim=1).indices  # (queries, n)
+    hits = positives.gather(1, top) & (torch.arange(top.shape[1]) < counts[:, None])
+    return (hits.sum(dim=1) / counts).mean().item()
+
+
 def zero_shot_accuracy(
     similarity: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int] = (1, 5), seed: int = 0
 ) -> dict[int, float]:

@@ -1,15 +1,17 @@
 """Evaluates a model for icons on images held out from training; the card's and the README's figures come from here.
 
-python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
+python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...] [--on DATA ...]
 
 - `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
   (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and training
   images for comparison; `--template "an icon of a {}"` puts the names into a sentence;
-- `words`: find an image by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
-  names read what people wrote; MoME sees only pixels;
-- `speed`: embeddings and captions per second, images already decoded, and the size of the weights.
+- `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
+  names read what people wrote; MoME sees pixels only;
+- `broader`, `templates`, `glosses`: find pictures by a broader word, by a sentence, by a definition;
+- `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
 
-To choose between models, use the other half: `--half validation`.
+A part's figures are printed, and written to FILE, when it ends. What is chosen by figures is chosen by those of the
+other half, `--half validation`.
 """
 
 import argparse
@@ -21,13 +23,15 @@ import torch
 from tqdm import tqdm
 
 from ..embedder import Embedder
+from ..errors import DataError, MomeError
 from ..evaluation.evaluator import Evaluation, one_each
 from ..evaluation.metrics import retrieval_recall, words_of
 from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
+from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
 
-PARTS = ("retrieval", "words", "speed")
+PARTS = ("retrieval", "broader", "templates", "glosses", "words", "speed")
 DATA = {
     "unseen concepts": "{half}-*.parquet",
     "unseen set healthicons": "healthicons-*.parquet",
@@ -53,15 +57,58 @@ def evaluation_of(
     )
 
 
-def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
-    """Figures for all of `DATA`; the unseen sets only with the test half, since they are never used to choose."""
+def data_of(half: str, chosen: Sequence[str] | None = None) -> list[str]:
+    """Names of the data that are measured on: with the validation half no unseen set, by which nothing is chosen.
+
+    Args:
+        half: of the held-out concepts.
+        chosen: last words of the names, `healthicons`; default: all.
+    """
+    names = [name for name in DATA if chosen is None or name.split()[-1] in chosen]
+    return [name for name in names if half != "validation" or not name.startswith("unseen set")]
+
+
+def files_of(folder: Path, names: Sequence[str], half: str) -> list[Path]:
+    """The parquet files of data, all of which must be there.
+
+    Raises:
+        DataError: if some are not.
+    """
+    files = []
+    for name in names:
+        pattern = DATA[name].format(half=half)
+        found = sorted(folder.glob(pattern))
+        if not found:
+            raise DataError(f"{folder} has no {pattern}: python -m mome.icons.build --output {folder} writes it")
+        files += found
+    return files
+
+
+def retrieval(
+    embedder: Embedder, folder: Path, names: Sequence[str] = tuple(DATA), half: str = "test", template: str = "{}"
+) -> dict[str, float]:
+    """All figures of the data of these names."""
     figures = {}
-    for name in DATA:
-        if half == "validation" and name.startswith("unseen set"):
-            continue
+    for name in names:
         samples = SEEN_SAMPLES if name == "seen pictures" else None
         found = evaluation_of(folder, name, samples, half, template).run(embedder)
         figures |= {f"{name}: {metric}": value for metric, value in found.items()}
+    return figures
+
+
+def by_other_texts(
+    measure: Callable[[Embedder, Sequence[dict]], dict[str, float]],
+    embedder: Embedder,
+    folder: Path,
+    names: Sequence[str],
+    half: str,
+) -> dict[str, float]:
+    """Figures of one of `icon_measures` on what training did not see."""
+    figures = {}
+    for name in names:
+        if name != "seen pictures":
+            pool = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
+            figures |= {f"{name}: {measure.__name__}, {key}": value for key, value in measure(embedder, pool).items()}
     return figures
 
 
@@ -171,32 +218,48 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
     return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
 
+def run_part(part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
+    """The figures of one of `PARTS`."""
+    if part == "retrieval":
+        return retrieval(embedder, options.data, names, options.half, options.template)
+    if part == "words":
+        found = words(embedder, options.data, options.half)
+        return {f"by another word, {key}": value for key, value in found.items()}
+    if part == "speed":
+        return speed(embedder, options.data, options.checkpoint)
+    return by_other_texts(getattr(icon_measures, part), embedder, options.data, names, options.half)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_icons_arguments(parser)
     add_results_argument(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument(
-        "--half", choices=("test", "validation"), default="test", help="which half of the held-out concepts"
-    )
-    parser.add_argument("--template", default="{}", help="what to put names into (default: {}, the name)")
+    kinds = [name.split()[-1] for name in DATA]
+    parser.add_argument("--on", nargs="+", choices=kinds, metavar="DATA", help=f"{', '.join(kinds)} (default: all)")
+    parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
+    parser.add_argument("--template", default="{}", help="a sentence to put the names into (default: {})")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
-    embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
+    names = data_of(options.half, options.on)
+    try:
+        read = {*names, "unseen concepts"} if {"words", "speed"} & set(options.only) else names
+        icon_measures.check_parts(options.only, files_of(options.data, [*read], options.half))
+        embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
+    except MomeError as error:
+        raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
-    if "retrieval" in options.only:
-        figures |= retrieval(embedder, options.data, options.half, options.template)
-    if "words" in options.only:
-        found = words(embedder, options.data, options.half)
-        figures |= {f"by another word, {key}": value for key, value in found.items()}
-    if "speed" in options.only:
-        figures |= speed(embedder, options.data, options.checkpoint)
-    for name, value in figures.items():
-        print(f"{name:75s} {value:10.4g}")
-    if options.results:
-        data = f"mome-icons {options.half}, {options.checkpoint.name}"
-        append_figures(options.results, "mome.experiments.icons", data, figures, "icons, ", arguments)
+    for part in PARTS:
+        if part not in options.only:
+            continue
+        found = run_part(part, embedder, names, options)
+        for name, value in found.items():
+            print(f"{name:85s} {value:10.4g}", flush=True)
+        if options.results:
+            data = f"mome-icons {options.half}, {options.checkpoint.name}"
+            append_figures(options.results, "mome.experiments.icons", data, found, "icons, ", arguments)
+        figures |= found
     return figures
 
 
