@@ -4,7 +4,10 @@ import csv
 import datetime
 import platform
 import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,3 +34,32 @@ def append_rows(path: Path, rows: list[dict]):
         if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
+
+
+def append_figures(
+    path: Path,
+    module: str,
+    data: str,
+    figures: Mapping[str, float],
+    prefix: str = "",
+    arguments: Sequence[str] | None = None,
+):
+    """Appends a row for each figure.
+
+    Args:
+        path: the results file.
+        module: what was run with `python -m`, and `arguments`, with which; default: those of this process.
+        data: what was measured on.
+        figures: metric → value; `prefix` is put before the metrics.
+    """
+    common = environment() | {"command": command_of(module, arguments), "data": data}
+    rows = [common | {"metric": prefix + name, "value": f"{value:.4g}"} for name, value in figures.items()]
+    append_rows(path, rows)
+
+
+def command_of(module: str, arguments: Sequence[str] | None = None) -> str:
+    """The command line that runs a module; default: with the arguments of this process."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+__all__ = ["COLUMNS", "append_figures", "append_rows", "command_of", "environment"]

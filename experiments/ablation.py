@@ -20,16 +20,15 @@ was cut off goes on; a finished one isn't repeated.
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_figures
 from ..modeling_mome import MomeForConditionalGeneration
 from ..training.finetune import Trainer
 from ..training.recipe import Recipe
+from .arguments import add_results_argument
 
 WIDTH, LAYERS = 128, 4
 CONTRASTIVE_ONLY = {"caption_weight": 0.0, "image_dropout": 0.0}
@@ -150,7 +149,7 @@ def main(arguments: list[str] | None = None, **overrides: Any):
     parser.add_argument("--width", type=int, default=WIDTH, help="hidden size of all models (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the forward passes")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--results", type=Path, help="CSV file to append the figures to")
+    add_results_argument(parser)
     options = parser.parse_args(arguments)
     figures: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
@@ -162,17 +161,11 @@ def main(arguments: list[str] | None = None, **overrides: Any):
             figures.setdefault(variant, []).append(found)
             print(table(figures), flush=True)
     if options.results:
-        data = f"mome-icons validation, width {options.width}"
-        command = shlex.join(["python", "-m", "mome.experiments.ablation", *(arguments or sys.argv[1:])])
-        rows = [
-            environment()
-            | {"command": command, "data": f"{data}, {each['pairs']:.0f} pairs, seed {seed}"}
-            | {"metric": f"ablation, {variant}: {metric}", "value": f"{value:.4g}"}
-            for variant, runs in figures.items()
-            for seed, each in enumerate(runs)
-            for metric, value in each.items()
-        ]
-        append_rows(options.results, rows)
+        for variant, runs in figures.items():
+            for seed, each in enumerate(runs):
+                data = f"mome-icons validation, width {options.width}, {each['pairs']:.0f} pairs, seed {seed}"
+                module, prefix = "mome.experiments.ablation", f"ablation, {variant}: "
+                append_figures(options.results, module, data, each, prefix, arguments)
 
 
 if __name__ == "__main__":

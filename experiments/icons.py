@@ -13,8 +13,6 @@ What is chosen by figures is chosen by those of the other half, `--half validati
 """
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..evaluation.evaluator import Evaluation, caption_images, embed_images, embed_texts, one_each
+from ..embedder import Embedder
+from ..evaluation.evaluator import Evaluation, one_each
 from ..evaluation.metrics import retrieval_recall, words_of
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
-from ..modeling_mome import MomeForConditionalGeneration
-from ..processing_mome import MomeProcessor
+from .arguments import add_icons_arguments, add_results_argument
 
 PARTS = ("retrieval", "words", "speed")
 DATA = {
@@ -55,14 +53,14 @@ def evaluation_of(
     )
 
 
-def retrieval(captioner, processor, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
+def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
     """All figures of all data; by the validation half no figures of the unseen sets, by which nothing is chosen."""
     figures = {}
     for name in DATA:
         if half == "validation" and name.startswith("unseen set"):
             continue
         samples = SEEN_SAMPLES if name == "seen pictures" else None
-        found = evaluation_of(folder, name, samples, half, template).run(captioner, processor)
+        found = evaluation_of(folder, name, samples, half, template).run(embedder)
         figures |= {f"{name}: {metric}": value for metric, value in found.items()}
     return figures
 
@@ -80,7 +78,7 @@ def other_words(name: str, texts: Sequence[str]) -> list[str]:
     return [text for text in texts if words_of(text) and not any(map(related, words_of(text)))]
 
 
-def words(captioner, processor, folder: Path, half: str = "test", pool: int = 1000) -> dict[str, float]:
+def words(embedder: Embedder, folder: Path, half: str = "test", pool: int = 1000) -> dict[str, float]:
     """Recall of searching one picture for each of `pool` names by words that are not in the name."""
     examples = one_each(evaluation_of(folder, "unseen concepts", half=half).examples())[:pool]
     names, texts = [each["text"] for each in examples], [each["references"] for each in examples]
@@ -92,7 +90,7 @@ def words(captioner, processor, folder: Path, half: str = "test", pool: int = 10
     )
     images = [each["image"] for each in examples]
     scores = {
-        "MoME over pixels": embed_texts(captioner, processor, queries) @ embed_images(captioner, processor, images).T,
+        "MoME over pixels": embedder.embed_texts(queries) @ embedder.embed_images(images).T,
         "name match": name_match(queries, names),
         "BM25 over names and tags, the query's tag taken out": bm25(queries, texts, wanted, leave_out=True),
         "BM25 over names and all tags": bm25(queries, texts, wanted, leave_out=False),
@@ -155,7 +153,7 @@ def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> 
     return items * rounds / (time.perf_counter() - start)
 
 
-def speed(captioner, processor, folder: Path, checkpoint: Path) -> dict[str, float]:
+def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float]:
     """Pictures and names to embeddings and pictures to captions, at batch 1 and 32."""
     examples = evaluation_of(folder, "unseen concepts", 64).examples()[:32]
     images, names = [each["image"] for each in examples], [each["text"] for each in examples]
@@ -163,44 +161,40 @@ def speed(captioner, processor, folder: Path, checkpoint: Path) -> dict[str, flo
     for batch in (1, 32):
         few, said = images[:batch], names[:batch]
         jobs = {
-            "image embeddings": lambda few=few: embed_images(captioner, processor, few),
-            "text embeddings": lambda said=said: embed_texts(captioner, processor, said),
-            "greedy captions": lambda few=few: caption_images(captioner, processor, few),
+            "image embeddings": lambda few=few: embedder.embed_images(few),
+            "text embeddings": lambda said=said: embedder.embed_texts(said),
+            "greedy captions": lambda few=few: embedder.caption_images(few),
         }
         for job, work in jobs.items():
             figures[f"{job} per second at batch {batch}"] = per_second(work, batch)
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return figures | {"weights in MB": size / 1e6, "parameters in millions": captioner.num_parameters() / 1e6}
+    return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
-    parser.add_argument("--results", type=Path, help="CSV file to append every figure to")
+    add_icons_arguments(parser)
+    add_results_argument(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
     parser.add_argument("--template", default="{}", help="what names are put into to be found by (default: {})")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
-    processor = MomeProcessor.from_pretrained(options.checkpoint)
-    captioner = MomeForConditionalGeneration.from_pretrained(options.checkpoint).eval()
+    embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
     figures: dict[str, float] = {}
     if "retrieval" in options.only:
-        figures |= retrieval(captioner, processor, options.data, options.half, options.template)
+        figures |= retrieval(embedder, options.data, options.half, options.template)
     if "words" in options.only:
-        found = words(captioner, processor, options.data, options.half)
+        found = words(embedder, options.data, options.half)
         figures |= {f"by another word, {key}": value for key, value in found.items()}
     if "speed" in options.only:
-        figures |= speed(captioner, processor, options.data, options.checkpoint)
+        figures |= speed(embedder, options.data, options.checkpoint)
     for name, value in figures.items():
         print(f"{name:75s} {value:10.4g}")
     if options.results:
-        command = shlex.join(["python", "-m", "mome.experiments.icons", *(arguments or sys.argv[1:])])
-        shared = environment() | {"command": command, "data": f"mome-icons {options.half}, {options.checkpoint.name}"}
-        rows = [shared | {"metric": f"icons, {name}", "value": f"{value:.4g}"} for name, value in figures.items()]
-        append_rows(options.results, rows)
+        data = f"mome-icons {options.half}, {options.checkpoint.name}"
+        append_figures(options.results, "mome.experiments.icons", data, figures, "icons, ", arguments)
     return figures
 
 

@@ -1,14 +1,14 @@
 """Data card, attribution and contact sheet: written by the build, so that they cannot disagree with the data."""
 
 import io
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..data.sheet import Cell, Grid, Line, contact_sheet
 from .assemble import Named
 from .collect import IconSet
 from .compose import compose_icons
@@ -34,7 +34,6 @@ SPLIT_NOTES = {
     "healthicons-test": "the other concepts of that set",
     "freehand": "an unseen hand-drawn set",
 }
-SHEET_COLUMNS, SHEET_CELL = 10, (190, 76)
 
 
 def write_card(
@@ -57,7 +56,7 @@ def write_card(
         dropped: how many examples were dropped for which reason.
         images: PNG of each example by `source_id`.
     """
-    sheet = contact_sheet(rows, splits, images)
+    sheet = training_sheet(rows, splits, images)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(data_card(sets, rows, splits, skipped, dropped))
@@ -136,7 +135,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def contact_sheet(
+def training_sheet(
     rows: Sequence[Named], splits: Sequence[str], images: Mapping[str, bytes], count: int = 100, seed: int = 0
 ) -> Image.Image:
     """Composed training pictures with their captions, more scenes and sentences among them than training draws."""
@@ -148,11 +147,6 @@ def contact_sheet(
          "style": row.style}
         for row in chosen
     ]  # fmt: skip
-    width, height = SHEET_CELL
-    sheet = Image.new("RGB", (SHEET_COLUMNS * width, -(-len(examples) // SHEET_COLUMNS) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for place, example in enumerate(compose_icons(examples, rng, scene_share=0.3, sentence_share=0.8)):
-        left, top = place % SHEET_COLUMNS * width, place // SHEET_COLUMNS * height
-        sheet.paste(Image.fromarray(example["image"]), (left + 4, top + 4))
-        draw.multiline_text((left + 72, top + 3), textwrap.fill(example["text"], 20), "black", font, spacing=1)
-    return sheet
+    composed = compose_icons(examples, rng, scene_share=0.3, sentence_share=0.8)
+    cells = [Cell(each["image"], [Line(each["text"], size=10, most=5)]) for each in composed]
+    return contact_sheet([Grid(cells, columns=10, side=64, width=190, beside=True)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.images import decode_image
+from ..data.images import read_image
 from ..errors import RetrievalError, first_line
 from ..processing_mome import load_rgb_image
 from .reading import READING_ERRORS
@@ -30,7 +30,7 @@ def open_image(uri: str) -> Image.Image:
             split, number = inside.rsplit(":", 1)
             source = _opened(place, split)
             value = source.data[int(number)][source.image_column]
-        return load_rgb_image(decode_image(value), uri)
+        return read_image(value, uri)
     except (KeyError, IndexError, AttributeError, TypeError, *READING_ERRORS) as error:
         raise RetrievalError(f"image {uri!r} can't be read: {first_line(error)}") from None
 

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from ..embedder import Embedder
 from ..errors import RetrievalError
+from ..processing_mome import warn_of_cut_texts
 from .reading import digest_of
 from .rows import embed_rows
 from .sources import Source, SourceRow
@@ -81,6 +82,7 @@ class EmbeddingJob:
         info = TableInfo(embedder.name, embedder.fingerprint, embedder.dimension, corpus.name, digest_of(settings))
         self.schema = table_schema(info, corpus.metadata)
         self.info = info
+        self.cut: list[int] = []  # of each chunk, how many texts were too long
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,6 +120,7 @@ class EmbeddingJob:
             for tables in self._in_parts(self._chunks(_unique(rows, seen, self.corpus), workers), bar):
                 write_table(self._part(done), tables, self.schema)
                 done += 1
+        warn_of_cut_texts(sum(self.cut), self.embedder.longest_text)
         if not done:
             raise RetrievalError(f"{self.corpus.name or 'the data set'} has no rows in split {self.corpus.split!r}")
         self._finish(done)
@@ -202,7 +205,7 @@ class EmbeddingJob:
         rows = iter(rows)
 
         def embed(chunk: list[SourceRow]) -> tuple[int, pa.Table]:
-            return len(chunk), embed_rows(chunk, self.embedder, self.schema, self.modalities, several)
+            return len(chunk), embed_rows(chunk, self.embedder, self.schema, self.modalities, several, self.cut.append)
 
         with _threads_shared(workers, self.embedder.device) as workers:
             pool = ThreadPoolExecutor(workers, thread_name_prefix="embed")

@@ -2,6 +2,8 @@
 
 - a folder of images is listed by itself, so that every image in it counts, whatever its subfolders are called;
 - WebDataset shards are streamed, all else lies in the cache of `datasets` or stays where it is.
+
+Training reads with `mome.data.pairs`; a corpus also needs all files of a folder and a digest that shows changes.
 """
 
 import csv
@@ -18,21 +20,12 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
+from ..data.pairs import BUILDERS, Rows
 from ..errors import RetrievalError, first_line, unknown_name
 
-BUILDERS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-    ".tar": "webdataset",
-}
 # What reading a damaged file raises, in the libraries that read.
 READING_ERRORS = (OSError, EOFError, tarfile.TarError, pa.ArrowException, datasets.exceptions.DatasetsError)
 NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}
-Rows = datasets.Dataset | datasets.IterableDataset
 
 
 def digest_of(*parts: Any) -> str:

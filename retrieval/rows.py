@@ -1,12 +1,11 @@
 """Rows of a corpus to rows of a table: what is embedded of each, decoded, embedded, or with a reason why not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import torch
-from PIL import UnidentifiedImageError
 
 from ..data.images import decode_image, pixel_scale, to_pixels
 from ..embedder import Embedder
@@ -55,10 +54,10 @@ def items_of(row: SourceRow, modalities: Sequence[str] = ("image",), several_tex
     return items
 
 
-def embed_items(items: Sequence[Item], embedder: Embedder) -> torch.Tensor:
+def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int], Any] | None = None) -> torch.Tensor:
     """Items → (items, dimension) float32; those that can't be embedded get zeros, and the reason in `error`.
 
-    Images go through the model together, and so do texts.
+    Images go through the model together, and so do texts; `on_cut` is as in `Embedder.embed_texts`.
     """
     images, image_places, texts, text_places = [], [], [], []
     for place, item in enumerate(items):
@@ -76,7 +75,7 @@ def embed_items(items: Sequence[Item], embedder: Embedder) -> torch.Tensor:
     if images:
         embeddings[image_places] = embed_pixels(torch.cat(images), embedder)
     if texts:
-        embeddings[text_places] = embedder.embed_texts(texts)
+        embeddings[text_places] = embedder.embed_texts(texts, on_cut=on_cut)
     return embeddings
 
 
@@ -86,6 +85,7 @@ def embed_rows(
     schema: pa.Schema,
     modalities: Sequence[str] = ("image",),
     several_texts: bool = False,
+    on_cut: Callable[[int], Any] | None = None,
 ) -> pa.Table:
     """Some rows of a corpus as rows of a table, in their order.
 
@@ -94,9 +94,10 @@ def embed_rows(
         embedder: of the model.
         schema: of the table, see `table_schema`.
         modalities, several_texts: see `items_of`.
+        on_cut: as in `Embedder.embed_texts`.
     """
     items = [item for row in rows for item in items_of(row, modalities, several_texts)]
-    embeddings = embed_items(items, embedder)
+    embeddings = embed_items(items, embedder, on_cut)
     return to_table(columns_of(items, schema), embeddings, schema)
 
 
@@ -111,8 +112,6 @@ def read_pixels(value: Any, image_processor: Any) -> tuple[torch.Tensor | None, 
     """An encoded image as (1, channels, height, width) pixels for `embed_pixels`, or the reason why there are none."""
     try:
         return to_pixels([decode_image(value)], image_processor), None
-    except UnidentifiedImageError:  # whose text names an object in memory
-        return None, "not an image that Pillow can read"
     except Exception as error:  # Pillow's decoders raise nearly anything
         return None, first_line(error)
 

@@ -17,7 +17,8 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from ..errors import RetrievalError, first_line, unknown_name
+from ..data.pairs import encoded_images, texts_of, with_columns
+from ..errors import DataError, RetrievalError, first_line, unknown_name
 from .reading import READING_ERRORS, Rows, digest_of, read_corpus
 from .table import RESERVED_COLUMNS
 
@@ -146,12 +147,6 @@ class Source:
                 seen.add(str(id))
 
 
-def texts_of(value: Any) -> list[str]:
-    """The texts of a cell, one or a list, that are not blank."""
-    values = [value] if isinstance(value, str) else [] if value is None else value
-    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
-
-
 # ---------------------------------------------------------------------------------------------------- opening
 
 
@@ -188,8 +183,7 @@ def open_source(
     else:
         name = str(Path(source).resolve()) if Path(source).exists() else str(source)
         data, digest = read_corpus(name, split, streaming)
-    if data.features is None:  # a stream tells its columns only with its first row
-        data = data._resolve_features()
+    data = with_columns(data)
     if isinstance(data, datasets.Dataset) and not len(data):
         raise RetrievalError(f"{name or 'the data set'} has no rows in split {split!r}")
     where = repr(name) if name else "the data set"
@@ -218,9 +212,9 @@ def _is_text(kind: Any) -> bool:
 
 def _encoded(data: Rows, column: str, where: str) -> Rows:
     try:
-        return data.cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
-        raise RetrievalError(f"column {column!r} of {where} holds no images: {first_line(error)}") from None
+        return encoded_images(data, column, where)
+    except DataError as error:
+        raise RetrievalError(str(error)) from None
 
 
 def _metadata_features(features: datasets.Features, wanted: Sequence[str] | None, used: set) -> datasets.Features:
@@ -243,4 +237,4 @@ def _metadata_features(features: datasets.Features, wanted: Sequence[str] | None
     return found
 
 
-__all__ = ["Source", "SourceRow", "open_source", "texts_of"]
+__all__ = ["Source", "SourceRow", "open_source"]

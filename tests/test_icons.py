@@ -12,7 +12,7 @@ from PIL import Image
 
 from mome.icons import build, render, sources, splits
 from mome.icons.assemble import Named
-from mome.icons.card import attribution, contact_sheet, data_card
+from mome.icons.card import attribution, data_card, training_sheet
 from mome.icons.collect import Icon, IconSet
 from mome.icons.naming import concept_key
 
@@ -204,5 +204,5 @@ def test_the_card_counts_and_the_sheet_shows():
     card = data_card(made_up_sets(), rows, ["train"] * 10 + ["test"] * 2, {"x": "logos"}, {"repetitions": 7})
     assert "| train | 10 | 10 |" in card and "| test | 2 | 2 |" in card and "7 repetitions" in card
     images = {one.source_id: picture(one.source_id, blob(seed)).png for seed, one in enumerate(rows)}
-    sheet = contact_sheet(rows, ["train"] * 12, images, count=12)
+    sheet = training_sheet(rows, ["train"] * 12, images, count=12)
     assert sheet.size == (1900, 152) and np.asarray(sheet).std() > 10

@@ -3,14 +3,12 @@
 import json
 import shlex
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..cards import CAPTIONS, EMBEDDINGS, NOT_ASSESSED, SUMMARY, Card, Figure, facts_of, text_of
 from ..configuration_mome import MomeConfig
+from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
 from ..evaluation.results import append_rows, environment
 from ..modeling_mome import MomeForConditionalGeneration
-from ..processing_mome import load_rgb_image
 from .objective import GROUPS, PairModel
 from .recipe import Recipe
 
@@ -131,27 +129,13 @@ def routing_figures(assignments: torch.Tensor | None) -> dict[str, float]:
     return figures
 
 
-def contact_sheet(
-    images: list, captions: list[str], references: list[str], columns: int = 8, side: int = 128
-) -> Image.Image:
+def caption_sheet(images: list, captions: list[str], references: list[str]) -> Image.Image:
     """Images with what the model says of them, and below it, in grey, what the data says."""
-    font, lines, line_height = ImageFont.load_default(size=11), 4, 13
-    cell = side + lines * line_height + 8
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * cell), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (image, caption, reference) in enumerate(zip(images, captions, references)):
-        left, top = (index % columns) * (side + 8) + 4, (index // columns) * cell + 4
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else load_rgb_image(image)
-        image.thumbnail((side, side)) if max(image.size) > side else None
-        sheet.paste(image.resize((side, side)) if max(image.size) < side else image, (left, top))
-        y = top + side + 2
-        for text, colour in ((caption or "(nothing)", "black"), (reference, "#888888")):
-            for line in textwrap.wrap(text, 22)[: lines // 2]:
-                pen.text((left, y), line, fill=colour, font=font)
-                y += line_height
-    return sheet
+    cells = [
+        Cell(image, (Line(caption or "(nothing)", size=11, most=2), Line(reference, GREY, size=11, most=2)))
+        for image, caption, reference in zip(images, captions, references)
+    ]
+    return contact_sheet([Grid(cells, columns=8, side=128)])
 
 
 def write_results(path: Path, evaluation: str, data: str, figures: dict[str, float], stage: str):

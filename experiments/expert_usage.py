@@ -1,6 +1,6 @@
-"""Who takes what: the share of every routed expert, and a picture of the patches and words that it is given.
+"""How much each routed expert is used, and for what: its share of the tokens, and a picture of patches and words.
 
-    python -m mome.experiments.routing --checkpoint DIR --data held-out-*.parquet --picture routing.png --results FILE
+    python -m mome.experiments.expert_usage --checkpoint DIR --data held-out-*.parquet --picture usage.png
 
     images ─ image pass ─ router logits (images, tokens, experts) of each layer ─┐
                                                                                  ├─ GroupRouting ─ shares, picture
@@ -12,7 +12,6 @@ the first one of each image.
 """
 
 import argparse
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,16 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from ..data.pairs import add_pair_arguments, batches_of, described, pairs_of
-from ..evaluation.results import append_rows, environment
+from ..data.images import read_image
+from ..data.sheet import Line, Row, contact_sheet
+from ..embedder import Embedder
+from ..evaluation.results import append_figures
+from .arguments import add_pair_arguments, add_results_argument, described, pairs_from
 
-PATCHES, PATCH_SIDE = 14, 32  # of a row of the picture, in pixels
-WORDS, RARE = 8, 5  # words of a row; rarer ones say little of who takes them
-LABEL_WIDTH, ROW_HEIGHT, HEAD_HEIGHT, GAP = 150, PATCH_SIDE + 6, 26, 24
-TEXT_WIDTH = 560
+PATCHES, PATCH_SIDE, LABEL_WIDTH = 14, 32, 130  # of a row of the picture; the last two in pixels
+WORDS, RARE = 8, 5  # words of a row; rarer ones say little about the expert that takes them
 
 
 @dataclass(frozen=True)
@@ -63,28 +63,26 @@ def choices(router_logits: Sequence[torch.Tensor], experts_per_token: int, mask:
     return torch.stack(chosen).cpu()
 
 
-@torch.no_grad()
-def route_images(model, processor, images: list[Image.Image], batch_size: int = 64) -> GroupRouting:
+def route_images(embedder: Embedder, images: Sequence) -> GroupRouting:
     """Every token of every image in turn: `[CLS]`, then the patches row by row."""
-    parts = []
-    for batch in batches_of(images, batch_size, "images"):
-        inputs = processor(images=batch, return_tensors="pt")
-        logits = model.get_image_features(**inputs, output_router_logits=True).router_logits
+    model, parts = embedder.model, []
+    for pixel_values in embedder.pixel_batches(images):
+        with embedder.evaluating():
+            logits = model.get_image_features(pixel_values, output_router_logits=True).router_logits
         every_token = torch.ones(logits[0].shape[:2], dtype=torch.bool)
         parts.append(choices(logits, model.config.experts_per_token, every_token))
     return GroupRouting("image", torch.cat(parts, dim=1), model.config.experts_per_group)
 
 
-@torch.no_grad()
-def route_texts(model, processor, texts: list[str], batch_size: int = 64) -> tuple[GroupRouting, list[str]]:
+def route_texts(embedder: Embedder, texts: Sequence[str]) -> tuple[GroupRouting, list[str]]:
     """Every token of every text in turn, padding aside, and what the tokens are called."""
-    parts, tokens = [], []
-    for batch in batches_of(texts, batch_size, "texts"):
-        inputs = processor(text=batch, return_tensors="pt", truncation=True)
+    model, parts, tokens = embedder.model, [], []
+    for inputs in embedder.token_batches(texts):
         mask = inputs["attention_mask"].bool()
-        logits = model.get_text_features(**inputs, output_router_logits=True).router_logits
+        with embedder.evaluating():
+            logits = model.get_text_features(**inputs, output_router_logits=True).router_logits
         parts.append(choices(logits, model.config.experts_per_token, mask))
-        tokens += processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][mask].tolist())
+        tokens += embedder.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][mask].tolist())
     return GroupRouting("text", torch.cat(parts, dim=1), model.config.experts_per_group), tokens
 
 
@@ -108,32 +106,23 @@ def typical_words(tokens: Sequence[str], taken: torch.Tensor, count: int = WORDS
 
 
 def draw(image: GroupRouting, patches: np.ndarray, text: GroupRouting, tokens: Sequence[str]) -> Image.Image:
-    """A row for each expert of each layer: image experts with patches on the left, text experts with words."""
-    layers, experts = len(image.experts), image.num_experts
-    patches_width = PATCHES * (PATCH_SIDE + 2)
-    left_of_text = LABEL_WIDTH + patches_width + GAP
-    block = HEAD_HEIGHT + experts * ROW_HEIGHT
-    sheet = Image.new("RGB", (left_of_text + LABEL_WIDTH + TEXT_WIDTH, layers * block + 8), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    rng = np.random.default_rng(0)
-    shares = {each.group: each.shares() for each in (image, text)}
-    for layer in range(layers):
-        top = layer * block
-        pen.text((8, top + 6), f"layer {layer + 1}", fill="black", font=font)
-        for expert in range(experts):
-            y = top + HEAD_HEIGHT + expert * ROW_HEIGHT
-            for group, left in (("image", 8), ("text", left_of_text)):
-                share = shares[group][layer, expert].item()
-                pen.rectangle((left, y + 18, left + share * (LABEL_WIDTH - 20), y + 26), fill="#6470d8")
-                pen.text((left, y), f"{group} {expert + 1}: {share:.0%}", fill="black", font=font)
-            taken = image.tokens_of(layer, expert).numpy()
-            for place, index in enumerate(rng.permutation(taken)[:PATCHES]):
-                x = LABEL_WIDTH + place * (PATCH_SIDE + 2)
-                sheet.paste(Image.fromarray(patches[index]).resize((PATCH_SIDE,) * 2), (x, y))
-                pen.rectangle((x - 1, y - 1, x + PATCH_SIDE, y + PATCH_SIDE), outline="#cccccc")
-            words = "  ".join(typical_words(tokens, text.tokens_of(layer, expert)))
-            pen.text((left_of_text + LABEL_WIDTH, y + 8), words or "first choice of no word", fill="black", font=font)
-    return sheet
+    """For each layer a row for each expert: image experts with some of their patches, text experts with words."""
+    rng, blocks = np.random.default_rng(0), []
+    for layer in range(len(image.experts)):
+        blocks.append(Line(f"layer {layer + 1}", size=16))
+        for expert in range(image.num_experts):
+            taken = rng.permutation(image.tokens_of(layer, expert).numpy())[:PATCHES]
+            label = [_label(image, layer, expert)]
+            blocks.append(Row(label, list(patches[taken]), None, PATCH_SIDE, LABEL_WIDTH, frame=True))
+        for expert in range(text.num_experts):
+            words = "  ".join(typical_words(tokens, text.tokens_of(layer, expert))) or "first choice of no word"
+            blocks.append(Row([_label(text, layer, expert)], (), Line(words), label_width=LABEL_WIDTH))
+    return contact_sheet(blocks)
+
+
+def _label(routing: GroupRouting, layer: int, expert: int) -> Line:
+    share = routing.shares()[layer, expert].item()
+    return Line(f"{routing.group} {expert + 1}: {share:.0%}", bar=share)
 
 
 def table(groups: Sequence[GroupRouting]) -> str:
@@ -152,32 +141,29 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository of a routed model")
     add_pair_arguments(parser)
     parser.add_argument("--picture", type=Path, help="where to draw who takes what, as PNG")
-    parser.add_argument("--results", type=Path, help="CSV file to append the smallest and largest share to")
+    add_results_argument(parser)
     options = parser.parse_args(argv)
     model = AutoModel.from_pretrained(options.checkpoint).eval()
     if model.config.experts_per_group == 1:
         parser.error(
             f"{options.checkpoint} has one expert a modality, there is nothing to choose: pass a routed model"
         )
-    processor = AutoProcessor.from_pretrained(options.checkpoint)
-    pairs = pairs_of(options)
-    images = [pair.open() for pair in pairs]
-    image = route_images(model, processor, images)
-    text, tokens = route_texts(model, processor, [pair.references[0] for pair in pairs])
+    embedder = Embedder(model, AutoProcessor.from_pretrained(options.checkpoint), options.checkpoint)
+    pairs = pairs_from(options)
+    images = [read_image(pair.image, f"image {number}") for number, pair in enumerate(pairs)]
+    image = route_images(embedder, images)
+    text, tokens = route_texts(embedder, [pair.texts[0] for pair in pairs])
     print(table([image, text]))
     if options.picture:
         patches = patches_of(images, model.config.patch_size, model.config.grid_size)
         draw(image, patches, text, tokens).save(options.picture)
     if options.results:
-        common = environment() | {
-            "command": shlex.join(["python", "-m", "mome.experiments.routing", *argv]),
-            "data": described(options, pairs),
-        }
-        rows = []
+        figures = {}
         for each in (image, text):
-            for metric, value in (("smallest", each.shares().min()), ("largest", each.shares().max())):
-                rows.append({"metric": f"routing, {each.group}: {metric} share of an expert", "value": f"{value:.4g}"})
-        append_rows(options.results, [common | row for row in rows])
+            name, shares = f"{each.group}: {{}} share of an expert", each.shares()
+            figures |= {name.format("smallest"): shares.min().item(), name.format("largest"): shares.max().item()}
+        data = described(options, pairs)
+        append_figures(options.results, "mome.experiments.expert_usage", data, figures, "routing, ", argv)
     return image, text
 
 
