@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import missing_package
+
 try:
     import pyarrow as pa
     import pyarrow.parquet as pq
     import resvg_py  # noqa: F401
     import tqdm  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error.name} is missing: pip install 'mome[icons]'", name=error.name) from None
+    raise ModuleNotFoundError(missing_package(error, "icons"), name=error.name) from None
 
 from .assemble import Named, name_icons
 from .card import write_card
