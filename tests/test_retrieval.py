@@ -72,7 +72,7 @@ def test_exact_search_finds_what_comparing_one_by_one_finds(table, monkeypatch, 
 
 
 def test_many_blocks_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr("mome.retrieval.loading.ARROW_ROWS", 64)
+    monkeypatch.setattr("mome.retrieval.table.ARROW_ROWS", 64)
     monkeypatch.setattr(exact_module, "GROUP_ROWS", 2)
     table = load_table(make_table(tmp_path / "table.parquet", bad=(3, 500)))
     assert len(table.blocks) > 10
@@ -155,10 +155,10 @@ def test_queries_that_cannot_be_compared_are_refused(table, queries, message):
         ({"top_k": 0}, "top_k=0 must be"),
         ({"top_k": 2.5}, "top_k=2.5 must be"),
         ({"where": {"color": "red"}}, "has no 'color': did you mean 'colour'"),
-        ({"where": {"year": {"~": 1}}}, "operator '~' is none of"),
+        ({"where": {"year": {"~": 1}}}, "operator '~' is not one of"),
         ({"where": {"year": "soon"}}, "filter on 'year' of type int32: 'soon' doesn't fit"),
         ({"where": {"year": {"<": None}}}, "None can't be compared"),
-        ({"where": {"year": []}}, "no list of values"),
+        ({"where": {"year": []}}, "is not a list of values"),
         ({"where": "red"}, "pass a dict"),
     ],
 )
@@ -201,20 +201,20 @@ def test_rows_that_are_no_embeddings_are_refused(tmp_path):
     one_line(long, "row 5 .id '5'. has length 2 instead of 1")
     assert len(load_table(long, check=False)) == 10
     twice = make_table(tmp_path / "twice.parquet", rows=3, id=["a", "b", "a"])
-    one_line(twice, "id 'a' is there twice")
+    one_line(twice, "id 'a' occurs twice")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = make_table(tmp_path / "table.parquet", rows=1000)
     data = path.read_bytes()
     (tmp_path / "short.parquet").write_bytes(data[: len(data) // 2])
-    one_line(tmp_path / "short.parquet", "short.parquet is truncated or no parquet file")
+    one_line(tmp_path / "short.parquet", "short.parquet is truncated or not a parquet file")
     middle = bytearray(data)
     middle[100:400] = bytes(300)
     (tmp_path / "middle.parquet").write_bytes(middle)
     one_line(tmp_path / "middle.parquet", "can't be read, it may be damaged|not finite|instead of 1|twice|no id")
     (tmp_path / "empty.parquet").write_bytes(b"")
-    one_line(tmp_path / "empty.parquet", "truncated or no parquet file")
+    one_line(tmp_path / "empty.parquet", "truncated or not a parquet file")
     pq.write_table(pa.table({"id": ["a"], "embedding": [[1.0]]}), tmp_path / "other.parquet")
     one_line(tmp_path / "other.parquet", "lacks the column 'modality'")
     one_line(tmp_path / "none.parquet", "is not there")

@@ -14,8 +14,8 @@ from PIL import Image
 from builders import build_processor
 from mome.data.augment import build_augmentations
 from mome.data.images import to_pixel_values
-from mome.data.rows import load_rows
-from mome.errors import RecipeError
+from mome.data.pairs import load_rows
+from mome.errors import DataError, RecipeError
 from mome.training.batches import Batches, Collator, Slice, epoch_of_batches
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -129,15 +129,15 @@ def test_what_is_missing_is_named(options, message, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     as_dataset(number=list(range(20))).to_parquet(folder / "train.parquet")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DataError, match=message):
         load(folder, **options)
 
 
 def test_no_rows_and_no_data_set_are_errors(tmp_path):
     as_dataset().select([]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(RecipeError, match=r"no rows|no row|can't be read|corresponds to no data"):
+    with pytest.raises(DataError, match=r"no rows|no row|can't be read|corresponds to no data"):
         load(tmp_path / "train.parquet")
-    with pytest.raises(RecipeError, match="nowhere"):
+    with pytest.raises(DataError, match="nowhere"):
         load(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="fewer than batch_size=64"):
         Batches(as_dataset(), collator(None), Slice(64), seed=0)
@@ -277,7 +277,7 @@ def test_a_flip_never_makes_a_text_untrue():
     ],
 )
 def test_an_unknown_augmentation_is_refused(entry, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(DataError, match=message):
         build_augmentations([entry])
 
 

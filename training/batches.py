@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from ..data.augment import Augmentation, Example
-from ..data.images import decode_image, to_pixels
-from ..data.rows import texts_of
+from ..data.images import to_pixels
+from ..data.pairs import read_pair
 from ..errors import RecipeError
 from ..processing_mome import MomeProcessor
 from .distillation import Teacher
@@ -104,10 +104,8 @@ class Collator:
         for place, (row, name) in enumerate(zip(rows, names)):
             draw = rng.random()  # one for every row, good or bad, so that a bad row changes nothing else
             try:
-                texts = texts_of(row[self.text_column])
-                if not texts:
-                    raise ValueError("no text")
-                image = decode_image(row[self.image_column])
+                pair = read_pair(row, self.image_column, self.text_column)
+                image, texts = pair.open(), pair.texts
             except Exception as error:  # Pillow's decoders raise nearly anything
                 bad.append(f"{self._name(row, name)}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
                 continue

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from ..data.augment import build_augmentations
 from ..data.images import pixel_scale
-from ..data.rows import load_rows
+from ..data.pairs import load_rows
+from ..embedder import Embedder
 from ..errors import MomeError, RecipeError
-from ..evaluation.evaluator import Evaluation, caption_images
+from ..evaluation.evaluator import Evaluation
 from . import report
 from .batches import Batch, Batches, Collator, Slice, epoch_of_batches
 from .checkpoint import Checkpoints, Progress
@@ -335,7 +336,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             captioner.to(self.accelerator.device).eval()
             for name, evaluation in self.evaluations.items():
-                figures[name] = evaluation.run(captioner, self.processor)
+                figures[name] = evaluation.run(Embedder(captioner, self.processor))
                 self.log.write(step, evaluation=name, stage=stage, **figures[name])
                 shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures[name].items())
                 tqdm.write(f"{name}, step {step}: {shown}")
@@ -353,10 +354,11 @@ class Trainer:
         few = dataclasses.replace(evaluation, max_samples=self.recipe.sheet_images)
         examples = few.examples()
         images = [each["image"] for each in examples]
-        captions = caption_images(captioner, self.processor, images, max_new_tokens=evaluation.max_new_tokens)
+        embedder = Embedder(captioner, self.processor)
+        captions = embedder.caption_images(images, max_new_tokens=evaluation.max_new_tokens)
         folder = self.output / "sheets"
         folder.mkdir(exist_ok=True)
-        sheet = report.contact_sheet(images, captions, [each["text"] for each in examples])
+        sheet = report.caption_sheet(images, captions, [each["text"] for each in examples])
         sheet.save(folder / f"{name}-{self.progress.step:08d}.png")
 
     def finish(self) -> Path:
