@@ -113,7 +113,7 @@ class MomeConfig(PreTrainedConfig):
         lm_head_transform: BERT's dense-activation-norm before the caption head's matrix (VLMo).
         tie_word_embeddings: share the matrix of the caption head with the word embedding.
         experts_per_group: experts in each of the groups `image`, `text`, `joint`. 1 is hard modality routing.
-        experts_per_token: how many experts of its group a token uses.
+        experts_per_token: how many experts of its group a token uses; may be set anew where a model is loaded.
         expert_intermediate_size: inner width of a routed expert.
         shared_expert: an expert beside the routed ones that every token of the group uses.
         router_aux_loss_coef: weight of the balance loss, per group.
@@ -183,10 +183,7 @@ class MomeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown_keys(kwargs)
-        self._check_dimensions()
-        self._check_experts()
-        self._check_heads()
-        self._check_token_ids()
+        self.check()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.pop("custom_pipelines", None)
@@ -206,6 +203,13 @@ class MomeConfig(PreTrainedConfig):
     def to_dict(self) -> dict:
         """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+
+    def check(self):
+        """Raises a ValueError with the value if the fields don't fit one another."""
+        self._check_dimensions()
+        self._check_experts()
+        self._check_heads()
+        self._check_token_ids()
 
     @property
     def grid_size(self) -> int:
@@ -266,7 +270,8 @@ class MomeConfig(PreTrainedConfig):
     def _check_experts(self):
         if self.experts_per_token > self.experts_per_group:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} is more than experts_per_group={self.experts_per_group}"
+                f"experts_per_token={self.experts_per_token} is more than experts_per_group={self.experts_per_group}: "
+                f"choose {self.experts_per_group} or fewer"
             )
         if self.experts_per_group == 1 and self.shared_expert:
             raise ValueError("shared_expert=True needs experts_per_group of 2 or more, got experts_per_group=1")

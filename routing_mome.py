@@ -12,17 +12,24 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .kernels_mome import FEW_ROWS_OF_AN_EXPERT, linear_of_few_rows
 
-class MomeRouter(nn.Linear):
+MANY_ROWS = 256  # of all experts, from which half precision pays for windows of standard sizes, see `_windows`
+
+
+class MomeRouter(nn.Module):
     """Chooses `experts_per_token` of the experts of one group for each of its tokens.
 
     A router only knows the experts of its own group, so that the softmax over its logits is the group-masked
     softmax over all experts: p = softmax(logits), top-k, renormalised if k > 1. With k = 1 the raw p is kept, or
     the router would get no gradient (Switch, 2101.03961).
+
+    It is no `nn.Linear`: what adapts or quantises the linear layers of a model expects one tensor of each.
     """
 
     def __init__(self, config):
-        super().__init__(config.hidden_size, config.experts_per_group, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.experts_per_group, config.hidden_size))
         self.experts_per_token = config.experts_per_token
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,31 +42,53 @@ class MomeRouter(nn.Linear):
         return logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
 
-def _windows(tokens_per_expert: torch.Tensor, rows: int):
-    """For each expert in use (expert, its first row, its end, first row and end of a window of a standard size).
+def _windows(tokens_per_expert: torch.Tensor, rows: int, standard_sizes: bool):
+    """For each expert in use (expert, its first row, its end, first row and end of the window to compute).
 
-    The window holds the expert's rows and some of its neighbours'. A library such as oneDNN builds a kernel per
-    matrix shape: row counts that change with every batch would cost more than the rows computed in vain.
+    The window is the expert's rows; with `standard_sizes` some of its neighbours' too. In half precision oneDNN
+    builds a kernel per matrix shape: row counts that change with every batch would cost more than the rows computed
+    in vain. A single row gets a neighbour: the last bit of its product would depend on where the weights lie.
     """
     average = max(rows // len(tokens_per_expert), 1)
-    step = max(16, 2 ** (average.bit_length() - 4))
+    step = max(16, 2 ** (average.bit_length() - 4)) if standard_sizes else 1
     start = 0
     for expert, count in enumerate(tokens_per_expert.tolist()):
         if count:
-            size = min(-(-count // step) * step, rows)
+            size = min(max(-(-count // step) * step, 2), rows)
             window = min(start, rows - size)
             yield expert, start, start + count, window, window + size
         start += count
 
 
+def _wants_standard_sizes(inputs: torch.Tensor) -> bool:
+    return inputs.device.type == "cpu" and inputs.dtype != torch.float32 and inputs.shape[0] > MANY_ROWS
+
+
 def _grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, few=0)
+
+
+def _grouped_products(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor, few: int
+) -> torch.Tensor:
+    """`grouped_linear`; experts with up to `few` rows are computed by `linear_of_few_rows`."""
     outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
-        window = F.linear(inputs[first:last], weight[expert], bias[expert])
-        outputs[start:end] = window[start - first : end - first]
+    for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
+        if end - start <= few:
+            outputs[start:end] = linear_of_few_rows(inputs[start:end], weight[expert], bias[expert])
+        elif (first, last) == (start, end):
+            torch.addmm(bias[expert], inputs[start:end], weight[expert].T, out=outputs[start:end])
+        else:
+            window = F.linear(inputs[first:last], weight[expert], bias[expert])
+            outputs[start:end] = window[start - first : end - first]
     return outputs
+
+
+def _needs_operators() -> bool:
+    """Whether somebody may ask for gradients or for a graph. What only computes takes the short way."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _grouped_linear_backward(
@@ -69,10 +98,12 @@ def _grouped_linear_backward(
     grad = grad.contiguous()
     grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     grad_weight, grad_bias = torch.zeros_like(weight), grad.new_zeros(weight.shape[:2])
-    for expert, start, end, first, last in _windows(tokens_per_expert, inputs.shape[0]):
-        window = grad[first:last].clone()
-        window[: start - first] = 0  # the neighbours' rows count for their own experts only
-        window[end - first :] = 0
+    for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
+        window = grad[first:last]
+        if (first, last) != (start, end):
+            window = window.clone()
+            window[: start - first] = 0  # the neighbours' rows count for their own experts only
+            window[end - first :] = 0
         grad_inputs[start:end] = (window @ weight[expert])[start - first : end - first]
         torch.mm(window.T, inputs[first:last], out=grad_weight[expert])
         grad_bias[expert] = window.sum(dim=0)
@@ -145,12 +176,17 @@ def grouped_linear(
     Returns:
         (rows, out)
     """
-    return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
+    if _needs_operators():
+        return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
+    waits_for_weights = inputs.device.type == "cpu" and inputs.dtype == torch.float32
+    few = FEW_ROWS_OF_AN_EXPERT if waits_for_weights else 0
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, few)
 
 
 def permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`rows[order]` for a permutation of the rows (rows, width) and its inverse."""
-    return torch.ops.mome.permute_rows(rows, order, inverse)
+    permute = torch.ops.mome.permute_rows if _needs_operators() else _permute_rows
+    return permute(rows, order, inverse)
 
 
 def router_sums(

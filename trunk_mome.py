@@ -23,6 +23,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,11 +33,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
+from .kernels_mome import all_experts_forward
 from .routing_mome import MomeRouter, grouped_linear, permute_rows
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
 
+FEW_EXPERTS_ON_CUDA = 8  # of a group, up to which a GPU takes all of them as one product unless told otherwise
 FEW_ROWS = 64  # up to which a CPU multiplies them with parts of a weight, see `MomeLinear`
 WEIGHT_PARTS = 8
 
@@ -394,9 +397,16 @@ class MomeFeedForward(nn.Module):
         return self.down_proj(hidden_states)
 
 
+ExpertsInterface.register("all_experts", all_experts_forward)
+
+
 @use_experts_implementation(has_gate=False, has_bias=True)
 class MomeExperts(nn.Module):
-    """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm."""
+    """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm.
+
+    This forward is `experts_implementation="eager"`; `all_experts` is `kernels_mome.all_experts_forward`, the others
+    are transformers' own.
+    """
 
     def __init__(self, config: MomeConfig):
         super().__init__()
@@ -557,6 +567,10 @@ class MomePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: MomeConfig, *args, **kwargs):
+        config.check()  # it may have been changed since it was made: `from_pretrained(path, experts_per_token=1)`
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit is an error.
@@ -578,9 +592,11 @@ class MomePreTrainedModel(PreTrainedModel):
         return model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The default is `eager` without a GPU: `grouped_mm` is made for one."""
+        """The default is `eager` without a GPU, `all_experts` for few experts on one, else transformers' own."""
         if requested_experts is None and not torch.cuda.is_available():
             requested_experts = "eager"
+        elif requested_experts is None and self.config.experts_per_group <= FEW_EXPERTS_ON_CUDA:
+            requested_experts = "all_experts"
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
