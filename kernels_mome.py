@@ -179,12 +179,22 @@ def grouped_linear(
     Returns:
         (rows, out)
     """
-    return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
+    if _needs_operators():
+        return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
+    waits_for_weights = inputs.device.type == "cpu" and inputs.dtype == torch.float32
+    few = FEW_ROWS_OF_AN_EXPERT if waits_for_weights else 0
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, few)
 
 
 def permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`rows[order]` for a permutation of the rows (rows, width) and its inverse."""
-    return torch.ops.mome.permute_rows(rows, order, inverse)
+    permute = torch.ops.mome.permute_rows if _needs_operators() else _permute_rows
+    return permute(rows, order, inverse)
+
+
+def _needs_operators() -> bool:
+    """Whether somebody may ask for gradients or for a graph. What only computes takes the short way."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _windows(tokens_per_expert: torch.Tensor, rows: int, standard_sizes: bool):
@@ -192,14 +202,14 @@ def _windows(tokens_per_expert: torch.Tensor, rows: int, standard_sizes: bool):
 
     The window is the expert's rows; with `standard_sizes` some of its neighbours' too. In half precision oneDNN
     builds a kernel per matrix shape: row counts that change with every batch would cost more than the rows computed
-    in vain.
+    in vain. A single row gets a neighbour: the last bit of its product would depend on where the weights lie.
     """
     average = max(rows // len(tokens_per_expert), 1)
     step = max(16, 2 ** (average.bit_length() - 4)) if standard_sizes else 1
     start = 0
     for expert, count in enumerate(tokens_per_expert.tolist()):
         if count:
-            size = min(-(-count // step) * step, rows)
+            size = min(max(-(-count // step) * step, 2), rows)
             window = min(start, rows - size)
             yield expert, start, start + count, window, window + size
         start += count
@@ -212,10 +222,16 @@ def _wants_standard_sizes(inputs: torch.Tensor) -> bool:
 def _grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, few=0)
+
+
+def _grouped_products(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor, few: int
+) -> torch.Tensor:
+    """`grouped_linear`; experts with up to `few` rows are computed by `linear_of_few_rows`."""
     outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-    waits_for_weights = inputs.device.type == "cpu" and inputs.dtype == torch.float32
     for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
-        if waits_for_weights and end - start <= FEW_ROWS_OF_AN_EXPERT:
+        if end - start <= few:
             outputs[start:end] = linear_of_few_rows(inputs[start:end], weight[expert], bias[expert])
         elif (first, last) == (start, end):
             torch.addmm(bias[expert], inputs[start:end], weight[expert].T, out=outputs[start:end])

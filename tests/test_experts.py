@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import mome
 from models import random_batch, tiny_captioner, tiny_config
@@ -97,6 +97,26 @@ def test_a_grouped_product_is_a_linear_layer_for_each_expert(counts, dtype, atol
         assert_close(actual, expected, atol=atol * max(1, expected.abs().max().item()), rtol=0)
 
 
+@pytest.mark.parametrize(
+    "counts", [(1, 0, 0, 0), (3, 0, FEW_ROWS_OF_AN_EXPERT, 1), (FEW_ROWS_OF_AN_EXPERT + 1, 2, 0, 0)]
+)
+def test_a_grouped_product_without_gradients_is_the_same(counts, monkeypatch):
+    torch.manual_seed(0)
+    arguments = torch.randn(sum(counts), 24), torch.randn(4, 40, 24), torch.randn(4, 40), torch.tensor(counts)
+    few = []
+
+    def count_rows(rows, *others):
+        few.append(len(rows))
+        return linear_of_few_rows(rows, *others)
+
+    monkeypatch.setattr("mome.kernels_mome.linear_of_few_rows", count_rows)
+    expected = grouped_linear(*arguments)
+    assert not few
+    with torch.no_grad():
+        assert_close(grouped_linear(*arguments), expected, atol=1e-5, rtol=0)
+    assert few == [count for count in counts if 0 < count <= FEW_ROWS_OF_AN_EXPERT]
+
+
 @pytest.mark.parametrize("out", [40, 7])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_OF_AN_EXPERT])
 def test_a_linear_layer_of_few_rows_is_the_same(rows, out):
@@ -178,11 +198,10 @@ def test_a_number_of_experts_that_is_not_there_is_refused_at_load(folder, count)
 def test_code_beside_the_weights_knows_all_experts_too(folder):
     batch = random_batch(tiny_config("routed"))
     embeds = []
+    remote = get_class_from_dynamic_module("modeling_mome.MomeModel", folder)
+    assert remote is not mome.MomeModel and remote.__module__.startswith("transformers_modules")
     for implementation in ("eager", "all_experts"):
-        model = AutoModel.from_pretrained(
-            folder, trust_remote_code=True, experts_implementation=implementation, output_loading_info=True
-        )[0]
-        assert type(model).__module__.startswith("transformers_modules")
+        model = remote.from_pretrained(folder, experts_implementation=implementation, output_loading_info=True)[0]
         assert model.config._experts_implementation == implementation
         embeds.append(model.eval().get_image_features(batch["pixel_values"]).pooler_output)
     assert_close(*embeds, atol=1e-6, rtol=1e-5)
