@@ -28,8 +28,8 @@ from typing import Any
 
 from ..evaluation.results import append_rows, environment
 from ..modeling_mome import MomeForConditionalGeneration
-from ..training.finetune import Trainer
 from ..training.recipe import Recipe
+from ..training.trainer import Trainer
 
 WIDTH, LAYERS = 128, 4
 CONTRASTIVE_ONLY = {"caption_weight": 0.0, "image_dropout": 0.0}
@@ -51,7 +51,7 @@ def changes_of(variant: str, width: int) -> tuple[dict[str, Any], dict[str, Any]
 
 
 METRICS = ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10", "zero_shot_top1")
-RECIPE = Path(__file__).parent.parent / "recipes" / "icons.yaml"
+RECIPE = Path(__file__).parent.parent / "training" / "recipes" / "icons.yaml"
 
 
 def recipe_for(
@@ -98,7 +98,7 @@ def run(recipe: Recipe) -> dict[str, float] | None:
     figures = figures_of(trainer.output)
     if not recipe.caption_weight:  # its captions are those of random weights
         figures = {name: value for name, value in figures.items() if not name.startswith("caption")}
-    figures |= {"parameters": active_parameters(trainer.twin), "pairs": trainer.progress.pairs}
+    figures |= {"parameters": active_parameters(trainer.plain_captioner), "pairs": trainer.progress.pairs}
     done.write_text(json.dumps(figures))
     return figures
 

@@ -85,7 +85,7 @@ def test_a_batch_carries_the_teachers_embeddings_of_its_texts(tmp_path):
     [
         ("missing.parquet", 4, "missing.parquet"),
         ("broken.parquet", 4, "can't be read"),
-        ("teacher.parquet", 7, "6 coordinates, fewer than projection_dim=7"),
+        ("teacher.parquet", 7, "6 dimensions, fewer than projection_dim=7"),
         ("other.parquet", 4, "can't be read"),
     ],
 )
