@@ -5,6 +5,10 @@ RUN = $(VENV)/bin/python
 # The release of transformers that the package still supports, for `make test-oldest`.
 OLDEST = 5.17.0
 
+# Says in one line that Python is too old, before anything is installed.
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+  "Python 3.11 or newer is needed, PYTHON=$(PYTHON) is %s" % sys.version.split()[0])'
+
 .PHONY: quickstart demo test test-oldest test-newest lint bench clean
 
 quickstart: $(VENV)/.installed
@@ -21,6 +25,7 @@ test-oldest: .venv-oldest/.installed
 
 # The newest release of everything, as users get it today: made anew each time.
 test-newest:
+	@$(CHECK_PYTHON)
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -45,11 +50,13 @@ clean:
 	rm -rf .venv .venv-oldest .venv-newest .cache build *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
 .venv-oldest/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLDEST) -e ".[test]"

@@ -1,4 +1,4 @@
-"""The command `mome`: embed a corpus, search it, caption and classify pictures.
+"""The command `mome`: embed a corpus, search it, caption and classify images.
 
     mome embed pictures/ --output table.parquet
     mome search table.parquet "red bicycle" --top-k 20 --sheet hits.html
@@ -6,8 +6,8 @@
     mome caption a.jpg b.jpg
     mome classify a.jpg --labels "bicycle,car,tree"
 
-What can't be used is told in one line; exit status 1 for what failed, 2 for a command that makes no sense, 130 for an
-interruption.
+`python -m mome` is the same. Errors are one line; exit status 1 for what failed, 2 for a wrong command line, 130 for
+an interruption. `caption` and `classify` need only the base install, the others name the extra that they need.
 """
 
 import functools
@@ -19,22 +19,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import pipeline
+from transformers import Pipeline, pipeline
 from transformers.utils import logging
+
+from . import __version__
+from .errors import first_line, missing_package
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "mome-icons"
 
-app = typer.Typer(
-    name="mome",
-    help="Embeds, searches, captions and classifies images and text with a MoME model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="mome", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Folder or Hub id of a MoME checkpoint.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or Hub id of a checkpoint. Default: the one for icons.")
+]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _show_version(wanted: bool):
+    if wanted:
+        typer.echo(f"mome {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+):
+    """Embed, search, caption and classify images and text with a MoME model."""
 
 
 def in_one_line(command: Callable) -> Callable:
@@ -45,31 +59,29 @@ def in_one_line(command: Callable) -> Callable:
         try:
             return command(*arguments, **options)
         except KeyboardInterrupt:
-            typer.echo("mome: interrupted; the same command again goes on where a job was", err=True)
+            typer.echo("mome: interrupted; run the same command again to resume", err=True)
             raise typer.Exit(130) from None
         except ModuleNotFoundError as error:
-            extra = "daft" if error.name in ("daft", "ray") else "retrieval"
-            typer.echo(f"mome: {error.name} is not installed: pip install 'mome[{extra}]'", err=True)
+            typer.echo(f"mome: {missing_package(error, 'retrieval')}", err=True)
             raise typer.Exit(1) from None
         except (ValueError, OSError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            typer.echo(f"mome: {lines[0]}", err=True)
+            typer.echo(f"mome: {first_line(error)}", err=True)
             raise typer.Exit(1) from None
 
     return run
 
 
 def checkpoint(model: str | None) -> str:
-    """The model that was asked for, or the one that comes with the package.
+    """The model that was asked for, or the one in a clone of the project.
 
     Raises:
-        ValueError: none was asked for and none is there.
+        ValueError: none was asked for, and an installed package has no weights.
     """
     if model is not None:
         return model
     if (DEFAULT_MODEL / "config.json").exists():
         return str(DEFAULT_MODEL)
-    raise ValueError("no model: pass --model with the folder or Hub id of a MoME checkpoint")
+    raise ValueError("no model: pass --model FOLDER or a Hub id, or work in a clone, which has checkpoints/mome-icons")
 
 
 # ---------------------------------------------------------------------------------------------------- retrieval
@@ -86,14 +98,14 @@ def embed(
     image_column: Annotated[str | None, typer.Option(help="Default: the first column of images.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Default: text, texts, caption or captions.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Unique values. Default: path or number.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="Columns to keep, with commas. Default: all.")] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="No copy of the data set on the disk.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model together.")] = 64,
+    metadata: Annotated[str | None, typer.Option(help="Columns to keep, separated by commas. Default: all.")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Do not copy the data set to the disk.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core, up to 8.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     daft: Annotated[str | None, typer.Option(help="native or ray: embed with the workers of Daft.")] = None,
 ):
-    """Embed a corpus into a table; the same command again goes on where it was interrupted."""
+    """Embed a corpus into a table. Run the same command again to resume."""
     options = {
         "split": split,
         "modalities": modality or None,
@@ -110,7 +122,7 @@ def embed(
 
         report = embed_corpus(source, output, checkpoint(model), workers=workers, **options)
     else:
-        from .retrieval.daft_job import embed_with_daft
+        from .retrieval.embed_daft import embed_with_daft
 
         report = embed_with_daft(source, output, checkpoint(model), runner=daft, max_concurrency=workers, **options)
     typer.echo(str(report))
@@ -121,18 +133,24 @@ def embed(
 def search(
     table: Annotated[str, typer.Argument(help="Table of `mome embed`: a file, a folder, or a Hub id.")],
     query: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
-    image: Annotated[str | None, typer.Option(help="Look for what is like this picture (a file or a URL).")] = None,
-    id: Annotated[str | None, typer.Option(help="Look for what is like this row of the table.")] = None,
+    image: Annotated[str | None, typer.Option(help="Find what is similar to this image (a file or URL).")] = None,
+    id: Annotated[str | None, typer.Option(help="Find what is similar to this row of the table.")] = None,
     top_k: TopK = 10,
-    where: Annotated[list[str] | None, typer.Option(help="COLUMN=VALUE, COLUMN=A,B or COLUMN>=VALUE; repeat.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=VALUE, COLUMN=A,B or COLUMN>=VALUE; may be repeated.")
+    ] = None,
     modality: Annotated[str | None, typer.Option(help="Only image or text rows.")] = None,
     model: Model = None,
     index: Annotated[str, typer.Option(help="exact, or the URI of a Milvus index of the table.")] = "exact",
     as_json: AsJson = False,
-    sheet: Annotated[Path | None, typer.Option(help="Write the hits with pictures to this .html or .png.")] = None,
-    open_sheet: Annotated[bool, typer.Option("--open", help="Show the hits with pictures in the browser.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet of the hits to this .html or .png.")
+    ] = None,
+    open_sheet: Annotated[
+        bool, typer.Option("--open", help="Show a contact sheet of the hits in the browser.")
+    ] = False,
 ):
-    """Search a table by words, by picture or by one of its rows."""
+    """Search a table by words, by image or by one of its rows."""
     from .retrieval import Searcher, load_table
     from .retrieval.filters import parse_expressions
     from .retrieval.sheet import checked_sheet, write_sheet
@@ -162,7 +180,7 @@ def search(
 
 
 def _model_of(table: Any) -> str:
-    """The model that a table names, or, where that is gone, the one that comes with the package."""
+    """The model that made the table, or, if that folder is gone, the default one."""
     name = table.info.model
     if not name or (Path(name).is_absolute() and not Path(name).exists() and DEFAULT_MODEL.exists()):
         return checkpoint(None)
@@ -173,12 +191,12 @@ def _model_of(table: Any) -> str:
 
 
 def _read_all(task: str, files: list[str], model: str | None, **options) -> Iterable[tuple[str, list[dict]]]:
-    """Each file with what a pipeline says of it; files that can't be read are named, and make the command fail."""
+    """Each file with a pipeline's answer; unreadable files are named, and make the command fail."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a file that can't be read is reported below
     try:
-        run = pipeline(task, model=checkpoint(model))
+        run = _load(task, checkpoint(model))
         answers = run(list(files), on_error="skip", **options)
     finally:
         logging.set_verbosity(verbosity)
@@ -191,6 +209,15 @@ def _read_all(task: str, files: list[str], model: str | None, **options) -> Iter
             yield file, answer
     if failed:
         raise typer.Exit(1)
+
+
+def _load(task: str, model: str) -> Pipeline:
+    """The pipeline of a checkpoint; an error names the checkpoint, which those of transformers do not always."""
+    try:
+        return pipeline(task, model=model)
+    except (ValueError, OSError) as error:
+        reason = first_line(error)
+        raise ValueError(reason if model in reason else f"model {model!r} can't be loaded: {reason}") from error
 
 
 def _show(results: Iterable[tuple[str, list[dict]]], key: str, as_json: bool):
@@ -206,16 +233,18 @@ def _show(results: Iterable[tuple[str, list[dict]]], key: str, as_json: bool):
 @app.command()
 @in_one_line
 def caption(
-    files: Annotated[list[str], typer.Argument(help="Pictures: files or URLs.")],
+    files: Annotated[list[str], typer.Argument(help="Images: files or URLs.")],
     model: Model = None,
-    num_captions: Annotated[int | None, typer.Option("--num-captions", "-n", min=1, help="For each picture.")] = None,
+    num_captions: Annotated[
+        int | None, typer.Option("--num-captions", "-n", min=1, help="Captions of each image.")
+    ] = None,
     guidance: Annotated[str | None, typer.Option(help="rerank, classifier-free, contrastive or none.")] = None,
     prompt: Annotated[str | None, typer.Option(help="How every caption begins.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest caption.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
     as_json: AsJson = False,
 ):
-    """Caption pictures; the number is the cosine of picture and caption. With --json, a line for each picture."""
+    """Caption images. The number is the cosine of image and caption. With --json, one line for each image."""
     options = {"num_captions": num_captions, "guidance": guidance, "prompt": prompt, "max_new_tokens": max_new_tokens}
     options = {name: value for name, value in options.items() if value is not None}
     _show(_read_all("image-captioning", files, model, batch_size=batch_size, **options), "generated_text", as_json)
@@ -224,15 +253,15 @@ def caption(
 @app.command()
 @in_one_line
 def classify(
-    files: Annotated[list[str], typer.Argument(help="Pictures: files or URLs.")],
-    labels: Annotated[str, typer.Option("--labels", "-l", help="What to choose from, with commas.")],
+    files: Annotated[list[str], typer.Argument(help="Images: files or URLs.")],
+    labels: Annotated[str, typer.Option("--labels", "-l", help="Labels to choose from, separated by commas.")],
     model: Model = None,
-    template: Annotated[list[str] | None, typer.Option(help='Such as "a photo of a {}"; repeat for several.')] = None,
+    template: Annotated[list[str] | None, typer.Option(help='Such as "a photo of a {}"; may be repeated.')] = None,
     top_k: TopK = 5,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
     as_json: AsJson = False,
 ):
-    """Classify pictures by any labels, best first, with probabilities. With --json, a line for each picture."""
+    """Classify images by any labels, best first, with probabilities. With --json, one line for each image."""
     options = {"candidate_labels": labels, "top_k": top_k, "batch_size": batch_size}
     if template:
         options["templates"] = template
@@ -241,7 +270,7 @@ def classify(
 
 def main():
     """Runs the command `mome`."""
-    sys.exit(app())
+    sys.exit(app(prog_name="mome"))
 
 
 if __name__ == "__main__":

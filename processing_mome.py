@@ -19,8 +19,11 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 URL_TIMEOUT_SECONDS = 30
 UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
@@ -141,6 +144,32 @@ def load_rgb_image(image: Any, name: str = "image") -> Image.Image:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     source = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", None)
     raise ValueError(f"{name} ({os.fspath(source)!r}): {reason}" if source else f"{name} ({type(image)}): {reason}")
+
+
+def longest_text(tokenizer: Any, config: Any) -> int:
+    """The most tokens of a text, `[BOS]` and `[EOS]` counted, that both the tokenizer and the model take."""
+    return min(tokenizer.model_max_length, config.max_position_embeddings)
+
+
+def tokenize_texts(tokenizer: Any, texts: list[str], limit: int) -> tuple[BatchEncoding, list[int]]:
+    """Texts as model inputs, those of more than `limit` tokens cut to `limit`, `[EOS]` kept; and which were cut.
+
+    Returns:
+        `input_ids`, `attention_mask` (texts, tokens) int64, padded; the numbers of the texts that were cut.
+    """
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    inputs = tokenizer(texts, max_length=limit + 1, **options)  # one token more shows what is too long
+    if inputs["input_ids"].shape[1] <= limit:
+        return inputs, []
+    cut = (inputs["attention_mask"].sum(dim=1) > limit).nonzero().flatten().tolist()
+    return tokenizer(texts, max_length=limit, **options), cut
+
+
+def warn_of_cut_texts(count: int, limit: int, what: str = "text"):
+    """One warning for all texts that `tokenize_texts` has cut in a call."""
+    if count:
+        texts = f"1 {what} has" if count == 1 else f"{count} {what}s have"
+        logger.warning(f"{texts} more than {limit} tokens, the most that the model reads: the rest is cut off")
 
 
 class MomeProcessor(ProcessorMixin):
@@ -280,4 +309,11 @@ def _one_prompt_per_image(prompts, images) -> list[str]:
 # `save_pretrained` then copies this module and writes its `auto_map`, whether it was imported or loaded from the Hub.
 MomeProcessor.register_for_auto_class()
 
-__all__ = ["MomeProcessor", "MomeProcessorKwargs", "load_rgb_image"]
+__all__ = [
+    "MomeProcessor",
+    "MomeProcessorKwargs",
+    "load_rgb_image",
+    "longest_text",
+    "tokenize_texts",
+    "warn_of_cut_texts",
+]

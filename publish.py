@@ -18,9 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from .cards import CAPTIONS, EMBEDDINGS, Card, Figure, Task, facts_of, snippet, text_of, updated
 from .configuration_mome import MomeConfig
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .processing_mome import MomeProcessor
@@ -29,58 +30,8 @@ MODEL_CLASSES = {each.__name__: each for each in (MomeForConditionalGeneration, 
 # What a push owns: such files of the repository that the new folder lacks are deleted.
 OWNED = ["*_mome.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "preprocessor_config.json"]
 IGNORED = [".*", "__pycache__/*"]
-TAGS = ("mome", "custom_code", "image-captioning", "sentence-transformers")
-
-CARD = """---
-{metadata}
----
-
-# {name}
-
-A MoME model: one transformer for images and text whose feed-forward layers are experts of a modality, as in
-[VLMo](https://arxiv.org/abs/2111.02358) and [BEiT-3](https://arxiv.org/abs/2208.10442). One checkpoint embeds images
-and text in one space, captions images, classifies without labels and searches both ways.
-
-## Use
-
-The code is in this repository: `trust_remote_code=True` runs it. Read it, then pin the revision that you have read.
-
-```python
-{snippet}```
-
-The pipelines `zero-shot-image-classification`, `image-feature-extraction`, `feature-extraction` and
-`image-text-to-text` take it as well, and so does sentence-transformers, for lists of images and lists of texts:
-`SentenceTransformer("{repo_id}", trust_remote_code=True).encode(["a cat", "a dog"])`.
-
-## The model
-
-| | |
-|---|---|
-{facts}
-
-{evaluation}"""
-
-CAPTION_SNIPPET = """from transformers import pipeline
-
-caption = pipeline("image-captioning", model="{repo_id}", revision="{revision}", trust_remote_code=True)
-print(caption("image.png"))  # [{{"generated_text": ..., "score": cosine of image and caption}}]
-
-"""
-EMBEDDING_SNIPPET = """from transformers import AutoModel, AutoProcessor
-
-where = {{"revision": "{revision}", "trust_remote_code": True}}
-processor = AutoProcessor.from_pretrained("{repo_id}", **where)
-model = AutoModel.from_pretrained("{repo_id}", **where)
-outputs = model(**processor(text=["a cat", "a dog"], images=["image.png"], return_tensors="pt"))
-print(outputs.logits_per_image.softmax(dim=1), outputs.image_embeds.shape)
-"""
-
-
-def snippet_of(config: MomeConfig, repo_id: str, revision: str) -> str:
-    """How to load what was published; embeddings alone have no captions."""
-    captions = config.architectures == [MomeForConditionalGeneration.__name__]
-    text = CAPTION_SNIPPET + EMBEDDING_SNIPPET if captions else EMBEDDING_SNIPPET
-    return text.format(repo_id=repo_id, revision=revision)
+# A commit can't name itself: the card loads this branch, the command prints the commit to pin.
+REVISION = "main"
 
 
 def build_folder(
@@ -105,8 +56,8 @@ def build_folder(
     _check_fit(config, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    card = _model_card(checkpoint, model, repo_id, license, _results_of(checkpoint, results))
-    card.save(folder / "README.md")
+    card = _model_card(checkpoint, model, repo_id, license, results)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
@@ -187,106 +138,45 @@ def _check_fit(config: MomeConfig, processor: MomeProcessor):
         raise ValueError(f"the processor makes images of {sides[0]}×{sides[1]}, image_size is {config.image_size}")
 
 
-def _results_of(checkpoint: Path, results: Path | None) -> list[dict]:
-    """Rows of the results file whose command was run with this checkpoint; the last of each metric and data set."""
+def _results_of(checkpoint: Path, results: Path | None) -> list[Figure]:
+    """Figures of the results file whose command was run with this checkpoint; the last of each metric and data set."""
     if results is None:
         return []
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     resolved = checkpoint.resolve()
     own = [row for row in rows if any(Path(word).resolve() == resolved for word in shlex.split(row["command"])[1:])]
-    return list({(row["metric"], row["data"]): row for row in own}.values())
+    latest = {(row["metric"], row["data"]): row["value"] for row in own}
+    return [Figure(data, metric, _as_number(value)) for (metric, data), value in latest.items()]
+
+
+def _as_number(value: str) -> float | str:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 # ----------------------------------------------------------------------------------------------------------- card
 
 
-def _model_card(checkpoint: Path, model, repo_id: str, license: str, results: list[dict]) -> ModelCard:
-    """The checkpoint's own README with our metadata added, or a new one."""
+def _task(config: MomeConfig) -> Task:
+    """What a checkpoint can do: embeddings alone have no captions."""
+    return CAPTIONS if config.architectures == [MomeForConditionalGeneration.__name__] else EMBEDDINGS
+
+
+def _model_card(
+    checkpoint: Path, model: MomeModel | MomeForConditionalGeneration, repo_id: str, license: str, results: Path | None
+) -> str:
+    """The checkpoint's own card, loading from the Hub and with our metadata added, or a new one."""
+    figures, written = _results_of(checkpoint, results), checkpoint / "README.md"
+    metadata, task = {"license": license, "language": "en"}, _task(model.config)
+    if written.exists():
+        text = written.read_text(encoding="utf-8")
+        return updated(text, repo_id, task, REVISION, figures=figures, metadata=metadata)
     name = repo_id.split("/")[-1]
-    written = checkpoint / "README.md"
-    card = ModelCard.load(written) if written.exists() else None
-    given = {} if card is None else card.data.to_dict()
-    given.pop("model-index", None)  # in another form, `eval_results`
-    evaluations = {} if card is None else {(e.dataset_name, e.metric_name): e for e in card.data.eval_results or []}
-    evaluations |= {(e.dataset_name, e.metric_name): e for e in map(_evaluation, results)}
-    data = ModelCardData(
-        **{
-            "language": "en",
-            "license": license,
-            "library_name": "transformers",
-            "pipeline_tag": "image-to-text",
-            "model_name": name,
-            **given,
-            "tags": sorted(
-                {*(given.get("tags") or []), "mome", "custom_code", "image-captioning", "sentence-transformers"}
-            ),
-        },
-        eval_results=list(evaluations.values()) or None,
-    )
-    if card is not None:
-        card.data = data
-        return card
-    return ModelCard(
-        CARD.format(
-            metadata=data.to_yaml(),
-            name=name,
-            snippet=snippet_of(model.config, repo_id, "main"),
-            repo_id=repo_id,
-            facts="\n".join(f"| {fact} | {value} |" for fact, value in _facts(model).items()),
-            evaluation=_evaluation_table(results),
-        )
-    )
-
-
-def _evaluation(row: dict) -> EvalResult:
-    slug = "-".join("".join(c if c.isalnum() else " " for c in row["data"]).split()).lower()
-    try:
-        value = float(row["value"])
-    except ValueError:
-        value = row["value"]
-    return EvalResult(
-        task_type="image-to-text",
-        dataset_type=slug,
-        dataset_name=row["data"],
-        metric_type=row["metric"].split(":")[0].strip(),
-        metric_name=row["metric"],
-        metric_value=value,
-    )
-
-
-def _evaluation_table(results: list[dict]) -> str:
-    if not results:
-        return ""
-    lines = [f"| {row['data']} | {row['metric']} | {row['value']} |" for row in results]
-    return "\n".join(["## Evaluation", "", "| data | metric | value |", "|---|---|---|", *lines, ""])
-
-
-def _facts(model) -> dict[str, str]:
-    config = model.config
-    experts = "one each, hard routing"
-    if config.experts_per_group > 1:
-        experts = f"{config.experts_per_token} of {config.experts_per_group}, learned routing"
-    facts = {
-        "parameters": f"{model.num_parameters():,}",
-        "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × {config.num_attention_heads}",
-        "images": f"{config.image_size} × {config.image_size} pixels, {config.num_image_tokens} tokens",
-        "text": f"up to {config.max_position_embeddings} tokens, vocabulary of {config.vocab_size:,}",
-        "experts of a modality": experts,
-        "embeddings": f"{config.projection_dim} dimensions",
-    }
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        own = {key: value for key, value in generation.to_diff_dict().items() if key in GENERATION_FACTS}
-        if own:
-            facts["captions by default"] = ", ".join(f"{key}={value}" for key, value in own.items())
-    return facts
-
-
-GENERATION_FACTS = (
-    "num_beams do_sample max_new_tokens guidance_scale contrastive_weight contrastive_top_k rerank_weight "
-    "rerank_candidates rerank_scale"
-).split()
+    facts = facts_of(model.config, model.num_parameters(), getattr(model, "generation_config", None))
+    return text_of(Card(name, repo_id, task, REVISION, facts=facts, figures=figures, metadata=metadata))
 
 
 # -------------------------------------------------------------------------------------------------------- command
@@ -318,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {' '.join(lines)}", file=sys.stderr)
         return 1
     print(f"published {commit.repo_url} at {commit.oid}\n")
-    print(snippet_of(MomeConfig.from_pretrained(options.checkpoint), options.repo_id, commit.oid))
+    print(snippet(options.repo_id, _task(MomeConfig.from_pretrained(options.checkpoint)), commit.oid))
     return 0
 
 

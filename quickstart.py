@@ -1,11 +1,11 @@
-"""The quickstart: caption, label and search pictures with the weights that come with the project.
+"""The quickstart: captions, labels and searches pictures with the weights that come with the project.
 
     make quickstart                   the pictures of samples/, whose concepts were held out from training
     make quickstart IMAGES=folder     your own
-    python -m mome.quickstart --help  more: other sentences, labels, weights
+    python -m mome.quickstart --help  other sentences, labels, weights
 
-Prints what the model makes of each picture and writes a contact sheet with all of it. The weights know icons, emoji,
-pictograms and cliparts; they are not for photographs.
+Prints the results and writes them to a contact sheet. The weights know icons, emoji, pictograms and cliparts, not
+photographs.
 
     pictures ─┬─ image-captioning ─────────────────── caption, cosine ─────┐
               ├─ open-vocabulary-image-classification ─ label, probability ┼─ printed, contact sheet
@@ -22,28 +22,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from transformers import pipeline
 
+from .data.sheet import GREY, Cell, Grid, Line, Row, contact_sheet
+from .embedder import Embedder
 from .modeling_mome import MomeForConditionalGeneration
 from .processing_mome import MomeProcessor, load_rgb_image
 
 ROOT = Path(__file__).resolve().parent
 CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
 SAMPLES = ROOT / "samples"
-LABELS = ROOT / "training" / "icons" / "nouns.txt"
+LABELS = ROOT / "icons" / "nouns.txt"
 SENTENCES = ("something sweet to eat", "an insect", "music", "bad weather", "a tower in paris")
 HITS = 5
 
 
 @dataclass
 class Result:
-    """What the model makes of one picture.
+    """What the model says about one picture.
 
     Attributes:
-        name: what the file is called, or what is known to be on it.
+        name: the file's name, or what the picture is known to show.
         image: RGB.
-        caption, cosine: greedy caption, and how well it fits the picture, -1 to 1.
+        caption, cosine: greedy caption, and how well it fits the picture, from -1 to 1.
         labels: the best labels with their probabilities.
     """
 
@@ -55,7 +57,7 @@ class Result:
 
 
 def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
-    """File name and RGB picture of every image file of a folder; files that are none are named and left out.
+    """Name and RGB picture of every image file in a folder; unreadable ones are named and skipped.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -69,63 +71,50 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
         try:
             images.append((path.name, load_rgb_image(str(path))))
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     if not images:
         raise FileNotFoundError(f"no image in {str(folder)!r}: PNG, JPEG, WebP, GIF and the like are read")
     return images
 
 
 def known_names(folder: Path) -> dict[str, str]:
-    """What pictures show, by file name, where the folder's `metadata.jsonl` says so."""
+    """File name → what the picture shows, as far as the folder's `metadata.jsonl` says."""
     path = folder / "metadata.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {record["file_name"]: record["text"] for record in records}
 
 
 def label_set(names: Iterable[str] = ()) -> list[str]:
-    """Nouns that icons are often called by, and further names."""
+    """Nouns that often occur in names of icons, and further names."""
     return list(dict.fromkeys([*LABELS.read_text().split(), *names]))
 
 
-@torch.no_grad()
 def search(
-    model: MomeForConditionalGeneration, processor: MomeProcessor, images: list[Image.Image], sentences: Sequence[str]
+    embedder: Embedder, images: list[Image.Image], sentences: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best pictures for each sentence: cosines and indices, (sentences, hits) each."""
-    pixels = processor(images=images, return_tensors="pt").to(model.device)
-    tokens = processor(text=list(sentences), return_tensors="pt").to(model.device)
-    image_embeds = model.get_image_features(**pixels).pooler_output
-    text_embeds = model.get_text_features(**tokens).pooler_output
-    return tuple((text_embeds @ image_embeds.T).topk(min(HITS, len(images)), dim=1))
+    similarity = embedder.embed_texts(sentences) @ embedder.embed_images(images).T
+    return tuple(similarity.topk(min(HITS, len(images)), dim=1))
 
 
-def contact_sheet(results: list[Result], sentences: Sequence[str], hits: torch.Tensor) -> Image.Image:
+def draw(results: list[Result], sentences: Sequence[str], hits: torch.Tensor) -> Image.Image:
     """All pictures with caption and labels, below them the hits of every sentence."""
-    cell, picture, columns = (190, 200), 110, min(6, max(HITS + 1, len(results)))
-    rows = -(-len(results) // columns)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows + 40 + 90 * len(sentences)), "white")
-    pen, plain, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(12)
-
-    def line(x: int, y: int, text: str, font: ImageFont.FreeTypeFont, colour: str):
-        pen.text((x, y), textwrap.shorten(text, 26, placeholder="…"), font=font, fill=colour)
-
-    for number, result in enumerate(results):
-        x, y = number % columns * cell[0] + 10, number // columns * cell[1] + 8
-        sheet.paste(result.image.resize((picture, picture), Image.Resampling.LANCZOS), (x, y))
-        pen.rectangle((x - 1, y - 1, x + picture, y + picture), outline="#dddddd")
-        line(x, y + picture + 6, result.caption or "(no words)", plain, "black")
-        line(x, y + picture + 26, f"cosine {result.cosine:.2f}", small, "#666666")
-        for place, (label, score) in enumerate(result.labels[:2]):
-            line(x, y + picture + 42 + 16 * place, f"{label} {score:.0%}", small, "#1d5fa8")
-    top = cell[1] * rows + 20
-    pen.line((10, top - 10, sheet.width - 10, top - 10), fill="#dddddd")
-    for number, sentence in enumerate(sentences):
-        y = top + 90 * number
-        line(10, y + 30, sentence, plain, "black")
-        for place, index in enumerate(hits[number].tolist()):
-            small_picture = results[index].image.resize((80, 80), Image.Resampling.LANCZOS)
-            sheet.paste(small_picture, (230 + 100 * place, y))
-    return sheet
+    cells = []
+    for result in results:
+        lines = [Line(result.caption or "(no words)", size=14), Line(f"cosine {result.cosine:.2f}", GREY, size=12)]
+        labels = [Line(f"{label} {score:.0%}", "#1d5fa8", size=12) for label, score in result.labels[:2]]
+        cells.append(Cell(result.image, lines + labels))
+    rows = [
+        Row([Line(sentence, size=14, most=2)], [results[index].image for index in own])
+        for sentence, own in zip(sentences, hits.tolist())
+    ]
+    return contact_sheet(
+        [
+            Grid(cells, HITS + 1, side=110, width=190, frame=True),
+            Line("Found for each sentence, best first", GREY),
+            *rows,
+        ]
+    )
 
 
 def run(
@@ -158,9 +147,9 @@ def run(
         Result(name, image, best[0]["generated_text"], best[0]["score"], [(e["label"], e["score"]) for e in own])
         for name, image, best, own in zip(names, images, captions, chosen)
     ]
-    scores, hits = search(model, processor, images, sentences)
+    scores, hits = search(Embedder(model, processor), images, sentences)
     report(results, sentences, scores, hits)
-    contact_sheet(results, sentences, hits).save(sheet)
+    draw(results, sentences, hits).save(sheet)
     print(f"\ncontact sheet: {sheet} ({time.perf_counter() - start:.0f} s)")
     return results
 

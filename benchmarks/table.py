@@ -1,17 +1,48 @@
-"""Writes the results table of the README from `evaluation/results.csv`: the last row of every comparison.
+"""Writes the tables of README, docs and model card from `evaluation/results.csv`: the last row of every measurement.
 
-python -m mome.benchmarks.table
+    python -m mome.benchmarks.table
+
+Each stands between two comments, such as `<!-- speed -->` and `<!-- /speed -->`, in the files of `TABLES`.
 """
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..cards import HEADINGS, Figure, figures_table, replaced, updated
+
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results -->\n", "<!-- /results -->"
+RESULTS = ROOT / "evaluation" / "results.csv"
+CARD = Path("checkpoints", "mome-icons", "README.md")
+TABLES = {
+    Path("README.md"): ("icons",),
+    Path("docs", "results.md"): ("icons", "speed", "guidance", "ablation 128", "ablation 256"),
+}
+
+ICONS = "mome-icons test, mome-icons"  # data and checkpoint of `mome.experiments.icons`
+ICONS_ROWS = {
+    "unseen concepts": "unseen concepts (test half)",
+    "unseen set healthicons": "unseen set `healthicons`",
+    "unseen set freehand": "unseen set `streamline-freehand-color`",
+    "seen pictures": "training images, for comparison",
+}
+GUIDANCE = "test-00000-of-00001.parquet, 1500 images"
+ABLATIONS = {
+    "ablation 128": "mome-icons validation, 76800 pairs",
+    "ablation 256": "mome-icons validation, width 256, ",
+}
+ABLATION_METRICS = {
+    "text_to_image_r1": "R@1 t→i",
+    "text_to_image_r10": "R@10 t→i",
+    "image_to_text_r1": "R@1 i→t",
+    "image_to_text_r10": "R@10 i→t",
+    "zero_shot_top1": "zero-shot",
+    "caption_f1": "caption F1",
+}
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: what was measured, MoME's rate, the peer's, and their ratio with its spread over the rounds."""
+def speed_table(rows: list[dict]) -> str:
+    """What was measured, MoME's rate, the peer's, and their ratio with its spread over the rounds."""
     latest = {(row["metric"], row["peer"]): row for row in rows if ", per second: " in row["metric"]}
     lines = ["| per second | MoME | peer | | ratio (min–max) |", "|---|---|---|---|---|"]
     for (metric, peer), row in latest.items():
@@ -20,16 +51,95 @@ def table(rows: list[dict]) -> str:
         what += "" if ours == "MoME" else f" ({ours})"
         lines.append(f"| {what} | {row['value']} | {peer} | {row['peer_value']} | {row['ratio']} ({low}–{high}) |")
     hardware = sorted({row["hardware"] for row in latest.values()})
-    return "\n".join([*lines, "", "Measured on " + "; ".join(hardware) + "."]) + "\n"
+    return "\n".join([*lines, "", "Measured on " + "; ".join(hardware) + "."])
+
+
+def icons_figures(rows: Iterable[dict]) -> list[Figure]:
+    """What the shipped weights reach on icons: number of images and the metrics of `HEADINGS`, for each data set."""
+    latest = {row["metric"]: float(row["value"]) for row in rows if row["data"] == ICONS}
+    figures = []
+    for name, label in ICONS_ROWS.items():
+        figures.append(Figure(label, "images", int(latest[f"icons, {name}: images"])))
+        figures += [Figure(label, metric, latest[f"icons, {name}: {metric}"]) for metric in HEADINGS]
+    return figures
+
+
+def guidance_table(rows: Iterable[dict]) -> str:
+    """What each way of guidance makes of the captions of held-out icons: a row for each, a column for each metric."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["data"] == GUIDANCE and row["metric"].startswith("captions, "):
+            metric, method = row["metric"].removeprefix("captions, ").split(": ")
+            found.setdefault(method, {})[metric] = f"{float(row['value']):.3f}"
+    metrics = list(next(iter(found.values())))
+    return _table(["captions", *metrics], [[method, *map(own.get, metrics)] for method, own in found.items()])
+
+
+def ablation_table(rows: Iterable[dict], data: str) -> str:
+    """Each variant of the design: parameters, and its figures in per cent, ± half the range of the seeds.
+
+    Args:
+        rows: of the results file.
+        data: how the data of the ablation's rows begins; one seed a row.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["data"].startswith(data) and row["metric"].startswith("ablation, "):
+            variant, metric = row["metric"].removeprefix("ablation, ").split(": ")
+            found.setdefault(variant, {}).setdefault(metric, {})[row["data"]] = float(row["value"])
+    lines = []
+    for variant, own in found.items():
+        (parameters,) = set(own["parameters"].values())
+        cells = [_with_spread(list(own.get(metric, {}).values())) for metric in ABLATION_METRICS]
+        lines.append([variant, f"{parameters / 1e6:.2f} M", *cells])
+    return _table(["variant", "parameters", *ABLATION_METRICS.values()], lines)
+
+
+def _with_spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    middle, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{100 * middle:.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def tables(rows: list[dict]) -> dict[str, str]:
+    """Name → Markdown of all tables."""
+    return {
+        "icons": figures_table(icons_figures(rows)),
+        "speed": speed_table(rows),
+        "guidance": guidance_table(rows),
+        **{name: ablation_table(rows, data) for name, data in ABLATIONS.items()},
+    }
+
+
+def filled(rows: list[dict], root: Path = ROOT) -> dict[Path, str]:
+    """File → its text with the tables of these rows.
+
+    Raises:
+        ValueError: a file lacks the comments of one of its tables.
+    """
+    made, texts = tables(rows), {}
+    for path, names in TABLES.items():
+        text = (root / path).read_text(encoding="utf-8")
+        for name in names:
+            if f"<!-- {name} -->" not in text:
+                raise ValueError(f"{path} has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
+            text = replaced(text, name, made[name])
+        texts[path] = text
+    texts[CARD] = updated((root / CARD).read_text(encoding="utf-8"), figures=icons_figures(rows))
+    return texts
 
 
 def main():
-    with (ROOT / "evaluation" / "results.csv").open(newline="") as file:
+    with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(before + START + table(rows) + END + after)
+    for path, text in filled(rows).items():
+        (ROOT / path).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

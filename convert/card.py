@@ -1,87 +1,67 @@
-"""The model card of a converted checkpoint."""
+"""What the model card of a converted checkpoint tells."""
 
 import re
 from pathlib import Path
 
-from ..configuration_mome import MomeConfig
-from .operations import Sizes, Source
+from ..cards import CAPTIONS, EMBEDDINGS, IMAGES, Card, facts_of, text_of
+from .operations import Conversion, Sizes, Source
 
-CARD = """---
-license: {license}
-library_name: transformers
-pipeline_tag: {task}
-tags: [mome, {tag}, custom_code]
----
-
-# {name} as MoME
-
-Weights of {name} ([{paper}](https://arxiv.org/abs/{paper})), converted from `{file}` ({kind}; {shape}).
-{routing}
-```python
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-path = "path/or/name/of/this/checkpoint"
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-outputs = model(**processor(text=["a dog", "a cat"], images=[image], return_tensors="pt"))
-outputs.logits_per_image
-
-captioner = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)
-captioner.generate(**processor(images=[image], return_tensors="pt"))
-```
-
-Images: {images}. Texts: {texts}.
-{notes}
-## Licence and citation
+ENDING = """## Licence and citation
 
 The weights are those of {name}, published by Microsoft under the MIT License in
 [microsoft/unilm](https://github.com/microsoft/unilm); the code beside them is MoME's, Apache-2.0.
 
 ```bibtex
 {citation}
-```
-"""
+```"""
 
 
 def model_card(
-    source: Source, sizes: Sizes, config: MomeConfig, path: Path, dropped: list[str], notes: list[str]
+    source: Source, sizes: Sizes, done: Conversion, path: Path, parameters: int, with_tokenizer: bool
 ) -> str:
-    """Markdown with the front matter that the Hub reads."""
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        source, sizes: what was converted.
+        done: what it became.
+        path: the file of the weights.
+        parameters: their number.
+        with_tokenizer: whether the folder can embed texts.
+    """
+    config = done.config
     captions = source.name == "BEiT-3" and not any("caption head" in head for head in sizes.absent)
-    shape = f"{config.num_hidden_layers} × {config.hidden_size}, {config.num_attention_heads} heads, "
-    shape += f"{config.image_size} px, patch {config.patch_size}"
-    routing = ""
+    summary = f"Weights of {source.name} ([{source.paper}](https://arxiv.org/abs/{source.paper})), converted from "
+    summary += f"`{path.name}` ({sizes.kind})."
     if config.experts_per_group > 1:
-        routing = (
-            f"\nEvery expert became {config.experts_per_group} copies, of which a token uses "
-            f"{config.experts_per_token} ([2212.05055](https://arxiv.org/abs/2212.05055)): outputs are the dense ones "
-            "until training parts them.\n"
+        summary += (
+            f" Every expert became {config.experts_per_group} copies, of which a token uses "
+            f"{config.experts_per_token} ([2212.05055](https://arxiv.org/abs/2212.05055)): outputs equal those of the "
+            "dense model until training makes the copies differ."
         )
-    lines = [f"- {note}." for note in notes]
-    if dropped:
-        lines.append(f"- Not taken over: {', '.join(f'`{key}`' for key in summarise(dropped))}.")
-    return CARD.format(
-        license=source.license,
-        task="image-text-to-text" if captions else "zero-shot-image-classification",
-        tag=source.name.lower().replace("-", ""),
-        name=source.name,
-        paper=source.paper,
-        file=path.name,
-        kind=sizes.kind,
-        shape=shape,
-        routing=routing,
-        images=_images(sizes, config),
-        texts=f"up to {sizes.text_length or config.max_position_embeddings} tokens",
-        notes="\n" + "\n".join(lines) + "\n" if lines else "",
-        citation=source.citation,
+    facts = facts_of(config, parameters)
+    facts["images"] += _preprocessing(sizes)
+    facts["text"] = f"up to {sizes.text_length or config.max_position_embeddings} tokens"
+    facts["patches"] = f"{config.patch_size} × {config.patch_size} pixels"
+    lines = [f"- {note[:1].upper()}{note[1:]}." for note in done.notes]
+    if done.dropped:
+        lines.append(f"- Not taken over: {', '.join(f'`{key}`' for key in summarise(done.dropped))}.")
+    card = Card(
+        name=f"{source.name} as MoME",
+        path=str(done.output),
+        task=(CAPTIONS if captions else EMBEDDINGS) if with_tokenizer else IMAGES,
+        summary=summary,
+        facts=facts,
+        sections={"Notes on the conversion": "\n".join(lines)} if lines else {},
+        ending=ENDING.format(name=source.name, citation=source.citation),
+        metadata={"license": source.license, "tags": [source.name.lower().replace("-", "")]},
     )
+    return text_of(card)
 
 
-def _images(sizes: Sizes, config: MomeConfig) -> str:
-    side = f"{config.image_size} × {config.image_size} pixels"
+def _preprocessing(sizes: Sizes) -> str:
     if sizes.classifier:
-        return f"cropped from the centre to {side}, ImageNet's mean and deviation"
-    return f"resized to {side} (bicubic), scaled to −1…1"
+        return ", cropped from the centre, ImageNet's mean and deviation"
+    return ", resized (bicubic), scaled to −1…1"
 
 
 def summarise(keys: list[str]) -> list[str]:

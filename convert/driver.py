@@ -21,7 +21,7 @@ from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration
 from . import beit3, vlmo
 from .card import model_card
-from .operations import CAVEATS, STAND_INS, Options, Sizes, Source, pattern_of
+from .operations import CAVEATS, STAND_INS, Conversion, Options, Sizes, Source, pattern_of
 from .processors import build_processor, find_tokenizer, load_tokenizer, special_token_ids
 from .reading import Checkpoint, open_checkpoint
 from .saving import check_output, meta_model, save_model, whole_folder
@@ -32,23 +32,6 @@ SOURCES: dict[str, Source] = {"beit3": beit3.SOURCE, "vlmo": vlmo.SOURCE}
 SIGNATURES = {"beit3": "beit3.vision_embed.proj.weight", "vlmo": "transformer.patch_embed.proj.weight"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGE = 2**26  # bytes from which on a progress bar is worth its lines
-
-
-@dataclass
-class Conversion:
-    """What a conversion did.
-
-    Attributes:
-        output: the folder.
-        config: of the new checkpoint.
-        dropped: upstream keys without a place in it.
-        notes: what its users should know.
-    """
-
-    output: Path
-    config: MomeConfig
-    dropped: list[str]
-    notes: list[str]
 
 
 def convert(
@@ -91,12 +74,14 @@ def convert(
     if final is not config:
         state = upcycle(state, final)
     notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_on_vocabulary(source, config, with_tokenizer)]
+    done = Conversion(output, final, dropped, notes)
     with whole_folder(output) as folder:
         save_model(MomeForConditionalGeneration, final, state, folder)
         processor.save_pretrained(folder)
-        card = model_card(source, sizes, final, path, dropped, notes)
+        parameters = sum(tensor.numel() for tensor in state.values())
+        card = model_card(source, sizes, done, path, parameters, with_tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    return Conversion(output, final, dropped, notes)
+    return done
 
 
 def _on_vocabulary(source: Source, config: MomeConfig, with_tokenizer: bool) -> list[str]:

@@ -8,9 +8,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from ..configuration_mome import MomeConfig
 from ..errors import ConversionError
 from .positions import resize_grid, resize_offsets
 from .reading import Checkpoint
@@ -64,6 +66,23 @@ class Sizes:
     @property
     def new_grid(self) -> int:
         return self.config["image_size"] // self.config["patch_size"]
+
+
+@dataclass
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        output: the folder.
+        config: of the new checkpoint.
+        dropped: upstream keys without a place in it.
+        notes: what its users should know.
+    """
+
+    output: Path
+    config: MomeConfig
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 Operation = Callable[[list[torch.Tensor], Sizes], torch.Tensor]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..errors import ConversionError
+from ..errors import ConversionError, missing_package
 
 
 def resize_grid(positions: torch.Tensor, old: int, new: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def resize_offsets(biases: torch.Tensor, old: int, new: int) -> torch.Tensor:
         from scipy.interpolate import RectBivariateSpline
     except ModuleNotFoundError as error:
         raise ConversionError(
-            "resizing relative positions needs scipy: pip install 'mome[convert]' or leave out --image-size"
+            f"resizing relative positions: {missing_package(error, 'convert')}, or leave out --image-size"
         ) from error
     known, wanted = _geometric_offsets(2 * old - 1, 2 * new - 1), np.arange(1 - new, new, dtype=np.float64)
     degree = min(3, len(known) - 1)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-from ..errors import ConversionError, first_sentence
+from ..errors import ConversionError, first_sentence, missing_package
 from ..processing_mome import MomeProcessor
 from .operations import Sizes, Source
 
@@ -60,7 +60,7 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
         with _quiet():
             loaded = _read(path)
     except ModuleNotFoundError as error:
-        raise ConversionError(f"tokenizer {path} needs {error.name}: pip install 'mome[convert]'") from error
+        raise ConversionError(f"tokenizer {path}: {missing_package(error, 'convert')}") from error
     except Exception as error:  # the readers of the formats raise anything
         raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
     roles = {role: _token(loaded, role) for role in ROLES}

@@ -8,15 +8,16 @@ so that the copies soon see different tokens and part.
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..cards import facts_of, updated
 from ..configuration_mome import MomeConfig
 from ..errors import ConversionError, first_sentence
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
+from .operations import Conversion
 from .reading import open_checkpoint
 from .saving import check_output, save_model, whole_folder
 
@@ -70,17 +71,7 @@ def upcycle(state: dict[str, torch.Tensor], config: MomeConfig, seed: int = 0) -
     return routed
 
 
-@dataclass
-class Upcycling:
-    """What `upcycle_checkpoint` did: as `Conversion`."""
-
-    output: Path
-    config: MomeConfig
-    dropped: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, experts_per_token: int = 2) -> Upcycling:
+def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, experts_per_token: int = 2) -> Conversion:
     """Makes a routed checkpoint of a dense MoME one; tokenizer, processor and whatever lies beside come along.
 
     Raises:
@@ -94,17 +85,23 @@ def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, exper
         opened = open_checkpoint(file)
         state |= {key: opened.tensor(key) for key in opened.shapes}
     model_class = MomeForConditionalGeneration if any(key.startswith("lm_head.") for key in state) else MomeModel
+    card = folder / "README.md"
     try:
         state = upcycle(state, routed)
+        facts = facts_of(routed, sum(tensor.numel() for tensor in state.values()))
+        changed = {name: facts[name] for name in ("parameters", "experts of a modality")}
         with whole_folder(output) as made:
             save_model(model_class, routed, state, made)
             for path in folder.iterdir():
                 weights = path in files or path.name == SAFE_WEIGHTS_INDEX_NAME
                 if path.is_file() and not weights and not (made / path.name).exists():
                     shutil.copy(path, made)
+            if card.is_file():
+                text = updated(card.read_text(encoding="utf-8"), str(output), facts=changed)
+                (made / card.name).write_text(text, encoding="utf-8")
     except RuntimeError as error:  # of the strict load
         raise ConversionError(f"checkpoint {folder} does not fit its config.json: {first_sentence(error)}") from error
-    return Upcycling(output, routed)
+    return Conversion(output, routed)
 
 
 def _config_of(folder: Path) -> MomeConfig:

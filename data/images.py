@@ -6,21 +6,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from ..errors import first_line
 from ..processing_mome import load_rgb_image
 
 
 def decode_image(value: Any) -> Image.Image:
-    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read."""
+    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read.
+
+    Raises:
+        ValueError: there is no image, or none that Pillow can read.
+    """
     if isinstance(value, Image.Image):
         return value
     if not value or (value.get("bytes") is None and value.get("path") is None):
         raise ValueError("no image")
     source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-    image = Image.open(source)
+    try:
+        image = Image.open(source)
+    except UnidentifiedImageError:  # whose text names an object in memory
+        raise ValueError("not an image that Pillow can read") from None
     image.load()
     return image
+
+
+def read_image(value: Any, name: str = "image") -> Image.Image:
+    """An image as `load_rgb_image` takes it, or encoded as `datasets` holds it, as upright 8-bit RGB.
+
+    Raises:
+        ValueError: the image can't be used; one line with `name` and the reason.
+    """
+    if value is None or isinstance(value, dict):
+        try:
+            value = decode_image(value)
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            raise ValueError(f"{name}: {first_line(error)}") from None
+    return load_rgb_image(value, name)
 
 
 @dataclass(frozen=True)

@@ -1,83 +1,197 @@
-"""Held-out images with what people said of them, from parquet files: what the evaluations of this folder run over."""
+"""Reads image–text data: from anything that `datasets` reads to rows, and from a row to an image with its texts.
 
-import argparse
-import io
-from collections.abc import Iterator, Sequence
+    files, folders, Hub id ─ load_rows ─ rows, images still encoded ─┬─ read_pair ── one row as a `Pair`
+                                                                     └─ pairs_of ─── all rows that can be used
+    parquet files ───────────────────────── load_pairs ─────────────────────────── the first so many
+
+Training, evaluation and the experiments read by these functions alone; corpora that are searched have a reader of
+their own, which takes texts without images as well, and both share what a cell holds (`texts_of`, `encoded_images`).
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import pyarrow.parquet as pq
+import datasets
 from PIL import Image
-from tqdm import tqdm
 
-from ..processing_mome import load_rgb_image
+from ..configuration_mome import did_you_mean
+from ..errors import DataError, first_line
+from .images import decode_image
 
-T = TypeVar("T")
+Rows = datasets.Dataset | datasets.IterableDataset
+# What a file is read with, by its ending.
+BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".tar": "webdataset",
+}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, as bytes of a file, and what people said of it."""
+    """A row with an image and at least one text.
 
-    image: bytes
-    name: str
-    references: list[str]
+    Attributes:
+        image: encoded, as `datasets` holds it.
+        texts: those that are not blank.
+        row: all of its columns.
+    """
+
+    image: Any
+    texts: list[str]
+    row: dict[str, Any]
 
     def open(self) -> Image.Image:
-        return load_rgb_image(Image.open(io.BytesIO(self.image)), self.name)
+        """The image in its own mode, fully read."""
+        return decode_image(self.image)
 
 
-def load_pairs(files: Sequence[Path], image_column: str, text_column: str, limit: int | None = None) -> list[Pair]:
-    """Reads pairs from parquet files, in their order.
-
-    Args:
-        image_column: bytes, or a struct with `bytes`, as `datasets` writes images.
-        text_column: a text, or a list of texts, all of them references.
-        limit: take the first so many.
+def read_pair(row: dict[str, Any], image_column: str, text_column: str) -> Pair:
+    """A row as a pair; its image isn't decoded.
 
     Raises:
-        ValueError: a column is missing, or nothing is left; with the names that there are.
+        ValueError: no text or no image; one line.
     """
-    pairs: list[Pair] = []
-    for path in files:
-        table = pq.ParquetFile(path)
-        for column in (image_column, text_column):
-            if column not in table.schema_arrow.names:
-                raise ValueError(f"{path} has no column {column!r}: it has {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(batch_size=256, columns=[image_column, text_column]):
-            for row in batch.to_pylist():
-                image, texts = row[image_column], row[text_column]
-                texts = [texts] if isinstance(texts, str) else [text for text in texts or [] if text and text.strip()]
-                if texts and image:
-                    image = image["bytes"] if isinstance(image, dict) else image
-                    pairs.append(Pair(image, f"{path.name}, pair {len(pairs)}", texts))
-                if len(pairs) == limit:
-                    return pairs
+    texts = texts_of(row[text_column])
+    if not texts:
+        raise ValueError("no text")
+    if not row[image_column]:
+        raise ValueError("no image")
+    return Pair(row[image_column], texts, row)
+
+
+def pairs_of(rows: Iterable[dict[str, Any]], image_column: str, text_column: str) -> Iterator[Pair]:
+    """The rows with an image and a text, in their order; the others are left out."""
+    for row in rows:
+        try:
+            yield read_pair(row, image_column, text_column)
+        except ValueError:
+            continue
+
+
+def load_pairs(
+    files: Iterable[str | Path], image_column: str, text_column: str, limit: int | None = None
+) -> list[Pair]:
+    """The first pairs of parquet files, in their order; nothing is copied to the cache of `datasets`.
+
+    Raises:
+        DataError: a file or column that isn't there, or no row with an image and a text.
+    """
+    files = [str(path) for path in files]
+    options = {"data_files": {"train": files}}
+    rows, _ = load_rows("parquet", "train", options, True, image_column, text_column)
+    pairs = list(itertools.islice(pairs_of(rows, image_column, text_column), limit))
     if not pairs:
-        raise ValueError(f"no image with a text in {', '.join(str(path) for path in files)}")
+        raise DataError(f"no image with a text in {', '.join(files)}")
     return pairs
 
 
-def batches_of(items: Sequence[T], size: int, what: str) -> Iterator[Sequence[T]]:
-    """`size` items at a time, the last time what is left, under a progress bar called `what`."""
-    for start in tqdm(range(0, len(items), size), desc=what, unit="batch"):
-        yield items[start : start + size]
+def texts_of(value: Any) -> list[str]:
+    """The texts of a cell, one or a list of them, that are not blank."""
+    values = [value] if isinstance(value, str) else [] if value is None else value
+    return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser):
-    """Arguments that say which pairs; `pairs_of` reads them."""
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="PARQUET")
-    parser.add_argument("--image-column", default="image")
-    parser.add_argument("--text-column", default="texts", help="a text or a list of texts (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=1000, help="take the first so many (default: %(default)s)")
+def load_rows(
+    dataset: str,
+    split: str,
+    options: dict[str, Any] | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    text_column: str = "text",
+    further_columns: tuple[str | None, ...] = (),
+) -> tuple[Rows, str]:
+    """A split whose images are still encoded, and the name of its image column.
+
+    Args:
+        dataset: a file, a folder, or the Hub id or builder of a data set.
+        split: of the data set.
+        options: of `datasets.load_dataset`.
+        streaming: read a stream, without a copy of the data on the disk.
+        image_column: default: the first of type Image.
+        text_column: a text, or a list of texts.
+        further_columns: have to be there as well.
+
+    Raises:
+        DataError: no such data set, split or column; a column without images; no rows.
+    """
+    rows = with_columns(_read(dataset, split, dict(options or {}), streaming))
+    columns = rows.features
+    if image_column is None:
+        images = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise DataError(f"{dataset!r} has no column of type Image among {', '.join(columns)}: set image_column")
+        image_column = images[0]
+    for name in (image_column, text_column, *further_columns):
+        if name is not None and name not in columns:
+            hint = did_you_mean(name, columns, f"it has {', '.join(columns)}")
+            raise DataError(f"{dataset!r} (split {split!r}) has no column {name!r}: {hint}")
+    if isinstance(rows, datasets.Dataset) and not len(rows):
+        raise DataError(f"{dataset!r} has no rows in split {split!r}")
+    return encoded_images(rows, image_column, repr(dataset)), image_column
 
 
-def pairs_of(options: argparse.Namespace) -> list[Pair]:
-    """See `load_pairs`."""
-    return load_pairs(options.data, options.image_column, options.text_column, options.limit)
+def with_columns(rows: Rows) -> Rows:
+    """The rows with their columns known: a stream tells them only with its first row."""
+    return rows._resolve_features() if rows.features is None else rows
 
 
-def described(options: argparse.Namespace, pairs: Sequence[Pair]) -> str:
-    """For the results file: which files, how many pairs."""
-    return f"{' '.join(path.name for path in options.data)}, {len(pairs)} images"
+def encoded_images(rows: Rows, column: str, where: str) -> Rows:
+    """The rows with the images of a column left as they are stored.
+
+    Args:
+        where: what an error calls the data.
+
+    Raises:
+        DataError: the column holds no images.
+    """
+    try:
+        return rows.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
+        raise DataError(f"column {column!r} of {where} holds no images: {first_line(error)}") from None
+
+
+def _read(dataset: str, split: str, options: dict[str, Any], streaming: bool) -> Rows:
+    path = Path(dataset)
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(dataset)
+            rows = saved if isinstance(saved, datasets.Dataset) else _split_of(saved, split, dataset)
+            return rows.to_iterable_dataset() if streaming else rows
+        if path.suffix in BUILDERS and not path.is_dir():
+            options = {"data_files": {split: dataset}} | options
+            dataset = BUILDERS[path.suffix]
+        return datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise DataError(f"data set {dataset!r} is not there: {first_line(error)}") from None
+    except ValueError as error:
+        raise DataError(f"data set {dataset!r}, split {split!r}: {first_line(error)}") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(f"data set {dataset!r} can't be read: {first_line(error.__cause__ or error)}") from None
+
+
+def _split_of(saved: datasets.DatasetDict, split: str, dataset: str) -> datasets.Dataset:
+    if split not in saved:
+        raise DataError(f"{dataset!r} has no split {split!r}: it has {', '.join(saved)}")
+    return saved[split]
+
+
+__all__ = [
+    "BUILDERS",
+    "Pair",
+    "Rows",
+    "encoded_images",
+    "load_pairs",
+    "load_rows",
+    "pairs_of",
+    "read_pair",
+    "texts_of",
+    "with_columns",
+]

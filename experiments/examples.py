@@ -1,39 +1,38 @@
-"""Captions and searches of held-out icons as they come, good and bad: what the figures look like.
+"""Captions and searches of held-out icons, good and bad, to see what the figures mean.
 
 python -m mome.experiments.examples --checkpoint DIR --data DIR [--captions 50] [--searches 20] > examples.md
 
-Fifty random pictures of the test half with their greedy captions, and twenty random names with the five pictures that
-are nearest to each among 1,000. Nothing is chosen: the order is that of `mome.experiments.icons`.
+Fifty random images of the test half with their greedy captions, and twenty random names with the five nearest of 1,000
+images. Nothing is picked by hand: the order is that of `mome.experiments.icons`.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from ..evaluation.evaluator import caption_images, embed_images, embed_texts, one_each
-from ..modeling_mome import MomeForConditionalGeneration
-from ..processing_mome import MomeProcessor
+from ..embedder import Embedder
+from ..evaluation.evaluator import one_each
+from .arguments import add_icons_arguments
 from .icons import evaluation_of
 
 POOL, SHOWN = 1000, 5
 
 
 def captions_table(names: Sequence[str], captions: Sequence[str], cosines: Sequence[float]) -> str:
-    """Markdown: what a picture is called, what the model says, and their cosine."""
+    """Markdown: the name of an image, its caption, and the cosine of caption and image."""
     lines = ["| name | caption | cosine of caption and picture |", "|---|---|---|"]
     lines += [f"| {name} | {said} | {cosine:.2f} |" for name, said, cosine in zip(names, captions, cosines)]
     return "\n".join(lines)
 
 
 def searches_table(queries: Sequence[int], names: Sequence[str], similarity: torch.Tensor) -> str:
-    """Markdown: a query, the names of the nearest pictures, and the rank of the one that was looked for.
+    """Markdown: a query, the names of the nearest images, and the rank of the wanted one.
 
     Args:
-        queries: indices of the pictures that are searched by their names.
-        names: of all pictures.
-        similarity: (queries, pictures).
+        queries: indices of the images that are searched for by their names.
+        names: of all images.
+        similarity: (queries, images).
     """
     lines = ["| searched | found, nearest first | rank of its picture |", "|---|---|---|"]
     for row, wanted in zip(similarity, queries):
@@ -45,23 +44,21 @@ def searches_table(queries: Sequence[int], names: Sequence[str], similarity: tor
 
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder that mome.icons.build wrote")
+    add_icons_arguments(parser)
     parser.add_argument("--captions", type=int, default=50)
     parser.add_argument("--searches", type=int, default=20)
     options = parser.parse_args(arguments)
-    processor = MomeProcessor.from_pretrained(options.checkpoint)
-    captioner = MomeForConditionalGeneration.from_pretrained(options.checkpoint).eval()
+    embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
     examples = evaluation_of(options.data, "unseen concepts").examples()
     chosen = examples[: options.captions]
     images = [each["image"] for each in chosen]
-    captions = caption_images(captioner, processor, images)
-    fit = embed_images(captioner, processor, images) * embed_texts(captioner, processor, captions)
+    captions = embedder.caption_images(images)
+    fit = embedder.embed_images(images) * embedder.embed_texts(captions, allow_blank=True)
     first = captions_table([each["text"] for each in chosen], captions, fit.sum(dim=1).tolist())
     pool = one_each(examples)[:POOL]
     queries, names = range(min(options.searches, len(pool))), [each["text"] for each in pool]
-    pictures = embed_images(captioner, processor, [each["image"] for each in pool])
-    similarity = embed_texts(captioner, processor, [names[each] for each in queries]) @ pictures.T
+    pictures = embedder.embed_images([each["image"] for each in pool])
+    similarity = embedder.embed_texts([names[each] for each in queries]) @ pictures.T
     second = searches_table(queries, names, similarity)
     text = f"## {len(chosen)} captions\n\n{first}\n\n## {len(queries)} searches among {len(pool)} pictures\n\n{second}"
     print(text)

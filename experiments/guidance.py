@@ -1,31 +1,30 @@
-"""Does guidance do what it is for? Captions of held-out images, unguided and guided, and what they are worth.
+"""Does guidance help? Captions of held-out images with and without it, and how good they are.
 
     python -m mome.experiments.guidance --checkpoint DIR --data held-out-*.parquet --results evaluation/results.csv
 
 For each setting (greedy, beam 4, re-ranked, classifier-free, contrastive) it reports
 
-- `cosine`: mean cosine of image and caption, and `R@1`: share of captions that find their image first among all;
-- `exact match`, `token F1`, and with `pip install mome[eval]` `BLEU-4` and `CIDEr`, against the references.
+- `cosine`: mean cosine of image and caption, and `R@1`: share of captions that rank their own image first;
+- `exact match`, `token F1`, and with the extra `eval` also `BLEU-4` and `CIDEr`, against the references.
 
-The first two say whether a caption is specific to its image, the others whether it says what people said; guidance
-moves along the line between them. Cosine and R@1 come from the captioner's own embeddings, which re-ranking and
-contrastive guidance look at too: `--judge DIR` measures with another checkpoint instead.
+The first two tell how specific a caption is to its image, the others how close it is to what people wrote; guidance
+trades one for the other. Cosine and R@1 use the captioner's own embeddings, which re-ranking and contrastive guidance
+use as well: `--judge DIR` measures with another checkpoint instead.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from ..data.pairs import Pair, add_pair_arguments, batches_of, described, pairs_of
+from ..embedder import Embedder
 from ..evaluation.metrics import bleu4_and_cider, exact_match, retrieval_recall, token_f1
-from ..evaluation.results import append_rows, environment
+from ..evaluation.results import append_rows, command_of, environment
 from ..guidance_mome import GUIDANCE_PRESETS
+from .arguments import add_pair_arguments, add_results_argument, described, pairs_from
 
 BASELINE = "unguided"
 
@@ -37,7 +36,7 @@ def settings(
     beams: int = 4,
     candidates: int = 4,
 ) -> dict[str, dict[str, Any]]:
-    """What is compared: name → options of `generate()`. Nothing is left to the checkpoint's own defaults."""
+    """The settings to compare: name → options of `generate()`, independent of the checkpoint's defaults."""
     plain = {**GUIDANCE_PRESETS["none"], "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     chosen = {BASELINE: plain, f"beam {beams}": plain | {"num_beams": beams}}
     for weight in rerank_weights:
@@ -50,40 +49,10 @@ def settings(
     return chosen
 
 
-@torch.no_grad()
-def write_captions(captioner, processor, pairs: list[Pair], options: dict, batch_size: int, what: str) -> list[str]:
-    """One caption per image."""
-    captions = []
-    for batch in batches_of(pairs, batch_size, what):
-        inputs = processor(images=[pair.open() for pair in batch], return_tensors="pt")
-        captions += processor.post_process_image_text_to_text(captioner.generate(**inputs, **options))
-    return captions
-
-
-@torch.no_grad()
-def embed_images(model, processor, pairs: list[Pair], batch_size: int) -> torch.Tensor:
-    """(images, projection_dim), L2-normalised."""
-    embeds = []
-    for batch in batches_of(pairs, batch_size, "images"):
-        inputs = processor(images=[pair.open() for pair in batch], return_tensors="pt")
-        embeds.append(model.get_image_features(**inputs).pooler_output.float())
-    return torch.cat(embeds)
-
-
-@torch.no_grad()
-def embed_texts(model, processor, texts: list[str], batch_size: int) -> torch.Tensor:
-    """(texts, projection_dim), L2-normalised."""
-    embeds = []
-    for start in range(0, len(texts), batch_size):
-        inputs = processor(text=texts[start : start + batch_size], return_tensors="pt", truncation=True)
-        embeds.append(model.get_text_features(**inputs).pooler_output.float())
-    return torch.cat(embeds)
-
-
 def measure(
     captions: list[str], references: list[list[str]], image_embeds: torch.Tensor, text_embeds: torch.Tensor
 ) -> dict[str, float]:
-    """All metrics of one setting. Captions, references and embeddings are in the order of the images."""
+    """All metrics of one setting; captions, references and embeddings in the order of the images."""
     similarity = text_embeds @ image_embeds.T
     own = torch.eye(len(captions), dtype=torch.bool)
     scores = {"cosine": similarity.diagonal().mean().item(), "R@1": retrieval_recall(similarity, own, ks=(1,))[1]}
@@ -105,7 +74,7 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def rows_of(scores: dict[str, dict[str, float]], data: str) -> list[dict[str, str]]:
-    """Rows of the results file, each beside the unguided captions of the same run."""
+    """Rows of the results file, each compared with the unguided captions of the same run."""
     rows = []
     for name, values in scores.items():
         for metric, value in values.items():
@@ -116,8 +85,15 @@ def rows_of(scores: dict[str, dict[str, float]], data: str) -> list[dict[str, st
     return rows
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    argv = sys.argv[1:] if argv is None else argv
+def load(checkpoint: str, trust_remote_code: bool, captions: bool = False) -> Embedder:
+    """A checkpoint, with the package's code or its own."""
+    trust = {"trust_remote_code": trust_remote_code}
+    auto_class = AutoModelForImageTextToText if captions else AutoModel
+    model = auto_class.from_pretrained(checkpoint, **trust).eval()
+    return Embedder(model, AutoProcessor.from_pretrained(checkpoint, **trust), checkpoint)
+
+
+def options_from(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository")
     add_pair_arguments(parser)
@@ -131,31 +107,31 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the checkpoint's code, not the package's"
     )
-    parser.add_argument("--results", type=Path, help="append the rows to this CSV file")
-    options = parser.parse_args(argv)
-    trust = {"trust_remote_code": options.trust_remote_code}
-    pairs = pairs_of(options)
-    captioner = AutoModelForImageTextToText.from_pretrained(options.checkpoint, **trust).eval()
-    processor = AutoProcessor.from_pretrained(options.checkpoint, **trust)
-    judge, judge_processor = captioner, processor
-    if options.judge:
-        judge = AutoModel.from_pretrained(options.judge, **trust).eval()
-        judge_processor = AutoProcessor.from_pretrained(options.judge, **trust)
-    image_embeds = embed_images(judge, judge_processor, pairs, options.batch_size)
-    references, scores = [pair.references for pair in pairs], {}
+    add_results_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    argv = sys.argv[1:] if argv is None else argv
+    options = options_from(argv)
+    pairs = pairs_from(options)
+    images, references = [pair.image for pair in pairs], [pair.texts for pair in pairs]
+    captioner = load(options.checkpoint, options.trust_remote_code, captions=True)
+    judge = load(options.judge, options.trust_remote_code) if options.judge else captioner
+    image_embeds = judge.embed_images(images, options.batch_size, progress=True)
     weights = options.rerank_weight, options.guidance_scale, options.contrastive_weight
-    chosen = settings(*weights, candidates=options.rerank_candidates)
-    for name, generate in chosen.items():
-        generate = generate | {"max_new_tokens": options.max_new_tokens}
-        captions = write_captions(captioner, processor, pairs, generate, options.batch_size, name)
-        text_embeds = embed_texts(judge, judge_processor, captions, options.batch_size)
+    scores = {}
+    for name, generate in settings(*weights, candidates=options.rerank_candidates).items():
+        print(f"{name}:", file=sys.stderr)
+        captions = captioner.caption_images(images, options.batch_size, True, options.max_new_tokens, **generate)
+        text_embeds = judge.embed_texts(captions, options.batch_size, allow_blank=True)
         scores[name] = measure(captions, references, image_embeds, text_embeds)
     print(table(scores))
     if options.results:
         judged = f", judged by {options.judge}" if options.judge else ""
-        data = f"{described(options, pairs)}{judged}"
-        common = environment() | {"command": shlex.join(["python", "-m", "mome.experiments.guidance", *argv])}
-        append_rows(options.results, [common | row for row in rows_of(scores, data)])
+        common = environment() | {"command": command_of("mome.experiments.guidance", argv)}
+        rows = rows_of(scores, f"{described(options, pairs)}{judged}")
+        append_rows(options.results, [common | row for row in rows])
     return scores
 
 

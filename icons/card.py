@@ -1,17 +1,18 @@
 """Data card, attribution and contact sheet: written by the build, so that they cannot disagree with the data."""
 
 import io
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..data.sheet import Cell, Grid, Line, contact_sheet
 from .assemble import Named
 from .collect import IconSet
 from .compose import compose_icons
+from .rules import ICON_SENSES
 from .sources import SOURCES
 from .splits import SPLITS
 
@@ -34,7 +35,28 @@ SPLIT_NOTES = {
     "healthicons-test": "the other concepts of that set",
     "freehand": "an unseen hand-drawn set",
 }
-SHEET_COLUMNS, SHEET_CELL = 10, (190, 76)
+# To appear on all copies of the database.
+WORDNET_LICENCE = """\
+> This software and database is being provided to you, the LICENSEE, by Princeton University under the following
+> license. By obtaining, using and/or copying this software and database, you agree that you have read, understood, and
+> will comply with these terms and conditions.:
+>
+> Permission to use, copy, modify and distribute this software and database and its documentation for any purpose and
+> without fee or royalty is hereby granted, provided that you agree to comply with the following copyright notice and
+> statements, including the disclaimer, and that the same appear on ALL copies of the software, database and
+> documentation, including modifications that you make for internal use or for distribution.
+>
+> WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved.
+>
+> THIS SOFTWARE AND DATABASE IS PROVIDED "AS IS" AND PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES,
+> EXPRESS OR IMPLIED. BY WAY OF EXAMPLE, BUT NOT LIMITATION, PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR
+> WARRANTIES OF MERCHANT- ABILITY OR FITNESS FOR ANY PARTICULAR PURPOSE OR THAT THE USE OF THE LICENSED SOFTWARE,
+> DATABASE OR DOCUMENTATION WILL NOT INFRINGE ANY THIRD PARTY PATENTS, COPYRIGHTS, TRADEMARKS OR OTHER RIGHTS.
+>
+> The name of Princeton University or Princeton may not be used in advertising or publicity pertaining to distribution
+> of the software and/or database. Title to copyright in this software, database and any associated documentation shall
+> at all times remain with Princeton University and LICENSEE agrees to preserve same.
+"""
 
 
 def write_card(
@@ -57,7 +79,7 @@ def write_card(
         dropped: how many examples were dropped for which reason.
         images: PNG of each example by `source_id`.
     """
-    sheet = contact_sheet(rows, splits, images)
+    sheet = training_sheet(rows, splits, images)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README.md").write_text(data_card(sets, rows, splits, skipped, dropped))
@@ -87,8 +109,11 @@ def attribution(sets: Sequence[IconSet], rows: Sequence[Named]) -> str:
     lines += [f"| {one.name} | {one.version} | {one.licence} | {one.holds} |" for one in SOURCES.values()]
     lines += [
         "",
-        "The list of countable nouns in captions was chosen with the help of WordNet 3.0, Princeton University.",
+        "## WordNet",
+        "",
+        "The columns `related` and `gloss` are taken from WordNet, and the list of countable",
     ]
+    lines += ["nouns in captions was chosen with its help. Its licence:", "", *WORDNET_LICENCE.splitlines()]
     return "\n".join(lines) + "\n"
 
 
@@ -116,6 +141,9 @@ def data_card(
         concepts=f"{len({row.name for row in rows}):,}",
         sets=len(by_set),
         texts=f"{texts / len(rows):.1f}",
+        related=f"{len({row.name for row in rows if row.related}):,}",
+        glosses=f"{len({row.name for row in rows if row.gloss}):,}",
+        senses=len(ICON_SENSES),
         splits=_table(
             ("split", "pictures", "names", "for"),
             [(split, f"{by_split[split]:,}", f"{len(names[split]):,}", SPLIT_NOTES[split]) for split in SPLITS],
@@ -136,7 +164,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def contact_sheet(
+def training_sheet(
     rows: Sequence[Named], splits: Sequence[str], images: Mapping[str, bytes], count: int = 100, seed: int = 0
 ) -> Image.Image:
     """Composed training pictures with their captions, more scenes and sentences among them than training draws."""
@@ -148,11 +176,6 @@ def contact_sheet(
          "style": row.style}
         for row in chosen
     ]  # fmt: skip
-    width, height = SHEET_CELL
-    sheet = Image.new("RGB", (SHEET_COLUMNS * width, -(-len(examples) // SHEET_COLUMNS) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for place, example in enumerate(compose_icons(examples, rng, scene_share=0.3, sentence_share=0.8)):
-        left, top = place % SHEET_COLUMNS * width, place // SHEET_COLUMNS * height
-        sheet.paste(Image.fromarray(example["image"]), (left + 4, top + 4))
-        draw.multiline_text((left + 72, top + 3), textwrap.fill(example["text"], 20), "black", font, spacing=1)
-    return sheet
+    composed = compose_icons(examples, rng, scene_share=0.3, sentence_share=0.8)
+    cells = [Cell(each["image"], [Line(each["text"], size=10, most=5)]) for each in composed]
+    return contact_sheet([Grid(cells, columns=10, side=64, width=190, beside=True)])

@@ -8,7 +8,7 @@ pixels of the picture and whose columns are those of the icon. Pictures are neve
 mean something else then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -45,9 +45,8 @@ def compose_icons(
 ) -> list[dict[str, Any]]:
     """Draws a picture for each example and puts its text into words.
 
-    A scene shows the icon beside one or two others of the same list; its caption is a text of its own, so that its
-    `name` becomes that caption. Every word of a caption is true of the picture: colours are drawn from the middle of
-    what their name means, places are those drawn.
+    A scene shows the icon beside one or two others of the same list; its caption becomes its `name`. Every word of a
+    caption is true of the picture: colours are clear cases of their names, places are those drawn.
 
     Args:
         examples: dicts with `image` (PIL image of mode LA or RGBA, or uint8 array of 2 or 4 channels, square, all of
@@ -56,16 +55,14 @@ def compose_icons(
         side: height and width of the pictures.
         scene_share: share of the examples that become scenes.
         sentence_share: share of the other examples whose text is put into a sentence.
-        name_share: share of the examples whose text becomes their `name` before that. Icons with many tags are called
-            by their name one time in many otherwise.
-        colour_share: share of the pictures whose background, and whose icons of one colour, get colours; the others
-            are black on white. Shapes are learnt from few of them sooner, so that a run may begin with a small share.
-        redraw_share: share of the icons of one colour that are drawn with thicker or thinner lines than they have, or
-            as the outline of what they fill. A set has one hand: lines of one width, all filled or none.
+        name_share: share of the examples whose text becomes their `name` before that; icons with many tags are
+            otherwise rarely called by their name.
+        colour_share: share of the pictures with colours, in the background and in icons of one colour; the others are
+            black on white. Shapes are learnt sooner with few colours, so a run may begin with a small share.
+        redraw_share: share of the icons of one colour that get thicker or thinner lines, or become an outline.
         stretch: the largest share of its width or height by which an icon is made narrower or lower.
-        caption_sentences: whether sentences and scenes are captions to learn as well; else they only find their
-            pictures and are found. Nearly all begin with "a", more than any name does, so that a few of them among
-            the captions make greedy decoding begin with "a" wherever it is not sure.
+        caption_sentences: whether sentences and scenes are also captions to learn, not only texts to be found by. They
+            nearly all begin with "a": a few among the captions make greedy decoding say "a" wherever it is unsure.
         plain: no randomness: a dark icon on white, centred, full size, and the text as it is; for evaluation.
 
     Returns:
@@ -76,16 +73,12 @@ def compose_icons(
         ValueError: if a share is not in [0, 1], or an image has another mode or shape.
     """
     shares = {"scene_share": scene_share, "sentence_share": sentence_share, "name_share": name_share}
-    shares |= {"colour_share": colour_share, "redraw_share": redraw_share, "stretch": stretch}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}={share} must be between 0 and 1")
+    _check_shares(shares | {"colour_share": colour_share, "redraw_share": redraw_share, "stretch": stretch})
     if not examples:
         return []
     icons = _Icons([example["image"] for example in examples])
     if plain:
-        pictures, texts = _plain(icons, side), [example["text"] for example in examples]
-        return [{**example, "image": pictures[i], "text": texts[i]} for i, example in enumerate(examples)]
+        return [{**example, "image": picture} for example, picture in zip(examples, _plain(icons, side))]
     named = rng.random(len(examples)) < name_share
     examples = [{**one, "text": one.get("name") or one["text"]} if use else one for one, use in zip(examples, named)]
     scenes = _Scenes(examples, rng, scene_share)
@@ -96,6 +89,12 @@ def compose_icons(
     pictures = _paint(icons, scenes, colours, side, stretch, rng)
     captions = _captions(examples, icons, scenes, colours, sentence_share, caption_sentences, rng)
     return [{**example, "image": picture, **words} for example, picture, words in zip(examples, pictures, captions)]
+
+
+def _check_shares(shares: Mapping[str, float]):
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must be between 0 and 1")
 
 
 class _Icons:

@@ -6,13 +6,14 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
 from ..errors import RetrievalError, first_line
-from .images import open_image
-from .search import Hit
+from .corpus import open_image
+from .index import Hit
 
-SIDE, MARGIN, LINES, COLUMNS = 180, 12, 3, 5
+SIDE, COLUMNS = 180, 5
 SUFFIXES = (".html", ".htm", ".png")
 
 PAGE = """<!doctype html>
@@ -94,32 +95,12 @@ def _page(hits: Sequence[Hit], thumbnails: Sequence[Image.Image | str], title: s
 
 
 def _picture(hits: Sequence[Hit], thumbnails: Sequence[Image.Image | str], title: str) -> Image.Image:
-    font = ImageFont.load_default(14)
-    line, header = 18, 32
-    width, height = SIDE + MARGIN, SIDE + MARGIN + LINES * line
-    rows = -(-max(len(hits), 1) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + header + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 8), title, fill="black", font=font)
-    for number, (hit, shown) in enumerate(zip(hits, thumbnails)):
-        left, top = MARGIN + number % COLUMNS * width, header + number // COLUMNS * height
-        if isinstance(shown, str):
-            draw.multiline_text((left, top), _wrapped(shown, draw, font, 9), fill="dimgray", font=font)
-        else:
-            sheet.paste(shown, (left + (SIDE - shown.width) // 2, top + (SIDE - shown.height) // 2))
-        label = f"{hit.score:.3f} {'' if isinstance(shown, str) else hit.text or hit.id}"
-        draw.multiline_text((left, top + SIDE), _wrapped(label, draw, font, LINES), fill="black", font=font)
-    return sheet
-
-
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, lines: int) -> str:
-    """`text` in at most `lines` lines that are no wider than a picture."""
-    done = [""]
-    for letter in text.replace("\n", " "):
-        if draw.textlength(done[-1] + letter, font=font) > SIDE:
-            done.append("")
-        done[-1] += letter
-    return "\n".join(done[:lines])
+    cells = []
+    for hit, shown in zip(hits, thumbnails):
+        in_place = isinstance(shown, str)
+        label = Line(f"{hit.score:.3f} {'' if in_place else hit.text or hit.id}", size=14, most=3)
+        cells.append(Cell(Line(shown, GREY, size=14, most=9) if in_place else shown, [label]))
+    return contact_sheet([Line(title, size=14), Grid(cells, COLUMNS, SIDE)])
 
 
 __all__ = ["checked_sheet", "write_sheet"]

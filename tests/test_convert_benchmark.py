@@ -7,7 +7,7 @@ import pytest
 
 from mome.benchmarks.conversion import main
 from mome.benchmarks.inference import COLUMNS
-from mome.benchmarks.table import table
+from mome.benchmarks.table import speed_table
 
 QUICK = ["--quick", "--no-compile", "--rounds", "1"]
 
@@ -28,7 +28,7 @@ def test_conversions_are_measured_and_a_missing_peer_is_named(monkeypatch, capfd
                 row for row in written if row["metric"].startswith(f"conversion of {name}") and what in row["metric"]
             ]
             assert len(found) == 1 and float(found[0]["value"]) > 0
-    assert "conversion" not in table(written)  # the README's table is one of rates
+    assert "conversion" not in speed_table(written)  # a table of rates
 
 
 @pytest.mark.skipif(find_spec("torchscale") is None, reason="torchscale is a peer of the benchmarks alone")

@@ -20,6 +20,7 @@ import mome
 from builders import build_processor
 from loopback_hub import LoopbackHub
 from models import tiny_captioner
+from mome.cards import CAPTIONS, Card, text_of
 from mome.publish import build_folder, main
 
 REPO = "ada/tiny-mome"
@@ -136,6 +137,36 @@ def test_what_was_published_loads_without_the_package_and_offline_afterwards(hub
     offline = run(hub, there, "-c", LOAD, REPO, revision, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout.splitlines()[-1]) == results and not hub.requests
+
+
+USE_CARD = """
+import re, sys
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import pipeline
+Image.new("RGB", (20, 30), "red").save("image.png")
+card = ModelCard.load(sys.argv[1])
+(block,) = re.findall(r"```python\\n(.*?)```", card.text, flags=re.DOTALL)
+exec(block, {})
+exec(open(sys.argv[2]).read(), {})
+pipeline(card.data.pipeline_tag, model=sys.argv[1], trust_remote_code=True)
+assert "mome" not in sys.modules
+"""
+
+
+def test_the_code_of_the_card_and_of_the_command_runs_against_the_hub(hub, checkpoint, tmp_path):
+    local = shutil.copytree(checkpoint, tmp_path / "local")
+    (local / "README.md").write_text(text_of(Card("tiny", str(local), CAPTIONS, limitations="Knows dots.")))
+    pushed = push(local)[1]
+    revision = revision_of(pushed)
+    printed = tmp_path / "printed.py"
+    printed.write_text(pushed.split(revision, 1)[1])
+    assert f'revision="{revision}"' in printed.read_text()
+    card = hub.files(REPO)["README.md"].decode()
+    assert f'path = "{REPO}"' in card and str(local) not in card and "Knows dots." in card
+    used = run(hub, tmp_path / "there", "-c", USE_CARD, REPO, str(printed))
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.count("generated_text") == 2
 
 
 FINE_TUNE = """

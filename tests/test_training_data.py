@@ -14,7 +14,7 @@ from PIL import Image
 from builders import build_processor
 from mome.data.augment import build_augmentations
 from mome.data.images import to_pixel_values
-from mome.data.rows import load_rows
+from mome.data.pairs import load_rows
 from mome.errors import DataError, RecipeError
 from mome.training.batches import Batches, Collator, Shard, epoch_of_batches
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from ..data.augment import Augmentation, Example
-from ..data.images import decode_image, to_pixels
-from ..data.rows import texts_of
-from ..errors import RecipeError
+from ..data.images import to_pixels
+from ..data.pairs import read_pair
+from ..errors import RecipeError, first_line
 from ..processing_mome import MomeProcessor
 from .distillation import Teacher
 
@@ -112,12 +112,10 @@ class Collator:
         for place, (row, name) in enumerate(zip(rows, names)):
             draw = rng.random()  # for every row, so that a bad one does not shift the others' draws
             try:
-                texts = texts_of(row[self.text_column])
-                if not texts:
-                    raise ValueError("no text")
-                image = decode_image(row[self.image_column])
+                pair = read_pair(row, self.image_column, self.text_column)
+                image, texts = pair.open(), pair.texts
             except Exception as error:  # Pillow's decoders raise nearly anything
-                bad.append(f"{self._name(row, name)}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+                bad.append(f"{self._name(row, name)}: {first_line(error)}")
                 continue
             examples.append(row | {"image": image, "text": texts[int(draw * len(texts))]})
             places.append(place)
@@ -152,15 +150,15 @@ class Collator:
         if examples:
             pixel_values[places] = pixels
         return Batch(
-            pixel_values,
-            tokens["input_ids"],
-            tokens["attention_mask"],
-            torch.tensor(positive_ids),
-            valid,
-            captioned,
-            texts,
-            bad,
-            self.teacher.embed(texts) * valid[:, None] if self.teacher else None,
+            pixel_values=pixel_values,
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            positive_ids=torch.tensor(positive_ids),
+            valid=valid,
+            captioned=captioned,
+            texts=texts,
+            bad=bad,
+            teacher_embeds=self.teacher.embed(texts) * valid[:, None] if self.teacher else None,
         )
 
 

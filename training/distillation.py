@@ -68,14 +68,3 @@ class Teacher:
             size = weight.norm(dim=1, keepdim=True)
             found = (known.norm(dim=1) > 0) & (size[:, 0] > 0)
             weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
-
-
-def distillation_loss(text_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
-    """Sum of 1 − cosine over the rows that the teacher knows, ().
-
-    Args:
-        text_embeds: (texts, dimension), L2-normalised.
-        teacher_embeds: (texts, dimension), L2-normalised or zero.
-    """
-    known = teacher_embeds.square().sum(dim=1) > 0.5
-    return ((1 - (text_embeds * teacher_embeds).sum(dim=1)) * known).sum()

@@ -7,7 +7,6 @@ recipe.yaml ─┐
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
+from ..configuration_mome import did_you_mean
 from ..errors import MomeError, RecipeError
 
 
@@ -39,8 +39,7 @@ class RecipeFields:
         known = {each.name: each.type for each in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                hint = did_you_mean(name, known, f"the fields are {', '.join(known)}")
                 raise RecipeError(f"unknown recipe field {name!r}: {hint}")
         required = [each.name for each in dataclasses.fields(cls) if _is_required(each)]
         if missing := [name for name in required if values.get(name) is None]:
@@ -79,8 +78,8 @@ class RecipeFields:
         parser = cls._parser()
         options, unknown = parser.parse_known_args(arguments)
         if unknown:
-            close = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
-            parser.error(f"unknown field {unknown[0]!r}" + (f": did you mean --{close[0]}?" if close else ""))
+            known = [f"--{each.name}" for each in dataclasses.fields(cls)]
+            parser.error(f"unknown field {unknown[0]!r}: {did_you_mean(unknown[0], known, 'see --help')}")
         overrides = vars(options)
         config = overrides.pop("config")
         try:

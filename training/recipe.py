@@ -4,11 +4,12 @@ Processes (how many, DDP or FSDP, mixed precision) are not part of it: `accelera
 them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from ..configuration_mome import MomeConfig
 from ..errors import RecipeError
 from .fields import RecipeFields
 
@@ -54,8 +55,9 @@ class Recipe(RecipeFields):
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead of the weights.
         compile: compile the training forward pass with `torch.compile`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        contrastive_weight: weight of the contrastive loss (CoCa, 2205.01917: 1).
-        caption_weight: weight of the caption loss (CoCa, 2205.01917: 2).
+        contrastive_weight: weight of the contrastive loss; null: that of the model's config, by default 1 (CoCa,
+            2205.01917).
+        caption_weight: weight of the caption loss; null: that of the model's config, by default 2 (CoCa, 2205.01917).
         teacher: parquet file (columns `text` and `embedding`) with another model's embeddings of the texts, towards
             which the text embeddings are trained; a new model's word embeddings start from them.
         teacher_weight: weight of 1 − cosine to the teacher.
@@ -116,8 +118,8 @@ class Recipe(RecipeFields):
     compile: bool = False
     gradient_checkpointing: bool = False
     # Objectives.
-    contrastive_weight: float = 1.0
-    caption_weight: float = 2.0
+    contrastive_weight: float | None = None
+    caption_weight: float | None = None
     teacher: str | None = None
     teacher_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -144,7 +146,7 @@ class Recipe(RecipeFields):
         self._check_numbers()
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError(f"steps={self.steps} and epochs={self.epochs}: set exactly one of them")
-        if not self.contrastive_weight and not self.caption_weight:
+        if self.contrastive_weight == 0 and self.caption_weight == 0:
             raise RecipeError("contrastive_weight and caption_weight are both 0: nothing would be learnt")
         if len(self.betas) != 2:
             raise RecipeError(f"betas={self.betas}: give two numbers")
@@ -167,7 +169,7 @@ class Recipe(RecipeFields):
                 raise RecipeError(f"{name}={value}: must be at least 1")
         not_negative = "num_workers warmup_steps weight_decay checkpoint_every evaluate_every sheet_images"
         for name in (*not_negative.split(), "contrastive_weight", "caption_weight", "teacher_weight", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("max_bad_share", "label_smoothing", "image_dropout", "final_learning_rate_share", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
@@ -178,3 +180,9 @@ class Recipe(RecipeFields):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{name}={value}: must be above 0")
+
+    def with_weights_of(self, config: MomeConfig) -> "Recipe":
+        """The same recipe with the loss weights of a model's config where it has none."""
+        weights = {"contrastive_weight": config.contrastive_loss_weight, "caption_weight": config.caption_loss_weight}
+        missing = {name: float(weight) for name, weight in weights.items() if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self

@@ -1,20 +1,15 @@
-"""What a run writes down: its log, contact sheets, rows of results, and the model card at the end."""
+"""What a run writes down: its log, contact sheets, and the model card at the end."""
 
 import json
-import shlex
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
-from ..evaluation.results import append_rows, environment
-from ..processing_mome import load_rgb_image
+from ..cards import CAPTIONS, EMBEDDINGS, NOT_ASSESSED, SUMMARY, Card, Figure, facts_of, text_of
+from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
 from .objective import GROUPS
 from .recipe import Recipe
 
@@ -49,110 +44,45 @@ def routing_figures(assignments: torch.Tensor | None) -> dict[str, float]:
     return figures
 
 
-def contact_sheet(
-    images: list, captions: list[str], references: list[str], columns: int = 8, side: int = 128
-) -> Image.Image:
-    """Images with what the model says of them, and below it, in grey, what the data says."""
-    font, lines, line_height = ImageFont.load_default(size=11), 4, 13
-    cell = side + lines * line_height + 8
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * cell), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (image, caption, reference) in enumerate(zip(images, captions, references)):
-        left, top = (index % columns) * (side + 8) + 4, (index // columns) * cell + 4
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else load_rgb_image(image)
-        image.thumbnail((side, side)) if max(image.size) > side else None
-        sheet.paste(image.resize((side, side)) if max(image.size) < side else image, (left, top))
-        y = top + side + 2
-        for text, colour in ((caption or "(nothing)", "black"), (reference, "#888888")):
-            for line in textwrap.wrap(text, 22)[: lines // 2]:
-                pen.text((left, y), line, fill=colour, font=font)
-                y += line_height
-    return sheet
-
-
-def write_results(path: Path, evaluation: str, data: str, figures: dict[str, float], stage: str):
-    """Appends every figure as a row of the results file."""
-    command = shlex.join(["python", "-m", "mome.training", *sys.argv[1:]])
-    common = environment() | {"command": command, "data": data}
-    append_rows(
-        path,
-        [
-            common | {"metric": f"{evaluation}, {stage}: {name}", "value": f"{value:.4g}"}
-            for name, value in figures.items()
-        ],
-    )
+def caption_sheet(images: list, captions: list[str], references: list[str]) -> Image.Image:
+    """Images with the model's captions and, in grey, those of the data."""
+    cells = [
+        Cell(image, (Line(caption or "(nothing)", size=11, most=2), Line(reference, GREY, size=11, most=2)))
+        for image, caption, reference in zip(images, captions, references)
+    ]
+    return contact_sheet([Grid(cells, columns=8, side=128)])
 
 
 def write_card(
     folder: Path, recipe: Recipe, model: nn.Module, figures: dict[str, dict[str, float]], history: dict[str, Any]
 ):
-    """`README.md` of the trained model: what it is, from which data, how good, what it can't do."""
-    card = dict(recipe.card)
-    limitations = card.pop(
-        "limitations", "Not assessed beyond the figures above. It knows what its training data shows."
-    )
-    description = card.pop("description", "")
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=recipe.checkpoint,
-        tags=["mome", "image-captioning", "zero-shot-image-classification"],
-        model_name=folder.name,
-        eval_results=[
-            EvalResult(
-                task_type="image-to-text",
-                dataset_type=recipe.evaluations[name]["dataset"],
-                dataset_name=name,
-                metric_type=metric,
-                metric_value=round(value, 4),
-            )
-            for name, values in figures.items()
-            for metric, value in values.items()
-        ]
-        or None,
-        **card,
-    )
-    table = "\n".join(
-        f"| {name} | {metric} | {value:.4g} |" for name, values in figures.items() for metric, value in values.items()
-    )
+    """Writes `README.md`, the model card of a trained model.
+
+    Args:
+        folder: of the model.
+        recipe: what was trained; its `card` gives licence, language, limitations and the like.
+        model: the trained captioner.
+        figures: evaluation → metric → figure.
+        history: how many `steps`, `pairs` and `bad` rows the run has seen.
+    """
+    recipe, given = recipe.with_weights_of(model.config), dict(recipe.card)
     losses = f"contrastive × {recipe.contrastive_weight:g} + caption × {recipe.caption_weight:g}"
-    body = f"""---
-{data.to_yaml()}
----
-
-# {folder.name}
-
-{description or "A MoME model: one transformer that embeds images and texts in one space and captions images."}
-
-## Use
-
-```python
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{folder.name}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{folder.name}", trust_remote_code=True)
-captioner = AutoModelForImageTextToText.from_pretrained("{folder.name}", trust_remote_code=True)
-```
-
-## Data
-
-Trained on `{recipe.dataset}` (split `{recipe.split}`), {history["pairs"]:,} pairs seen, \
-{history["bad"]:,} rows left out.
-
-## Training
-
-{"From `" + str(recipe.checkpoint) + "`." if recipe.checkpoint else "From scratch."} {history["steps"]:,} steps of \
-{recipe.batch_size} pairs, losses {losses}, AdamW, learning rate {recipe.learning_rate:g}, \
-{sum(p.numel() for p in model.parameters()):,} parameters.
-
-## Figures
-
-{"| data | metric | value |" + chr(10) + "|---|---|---|" + chr(10) + table if table else "None were measured."}
-
-## Limitations
-
-{limitations}
-"""
-    ModelCard(body).save(folder / "README.md")
+    start = f"From `{recipe.checkpoint}`." if recipe.checkpoint else "From scratch."
+    card = Card(
+        name=folder.name,
+        path=str(folder),
+        task=CAPTIONS if recipe.caption_weight else EMBEDDINGS,
+        summary=given.pop("description", SUMMARY),
+        limitations=given.pop("limitations", NOT_ASSESSED),
+        facts=facts_of(model.config, sum(parameter.numel() for parameter in model.parameters())),
+        sections={
+            "Data": f"Trained on `{recipe.dataset}` (split `{recipe.split}`), {history['pairs']:,} pairs seen, "
+            f"{history['bad']:,} rows left out.",
+            "Training": f"{start} {history['steps']:,} steps of {recipe.batch_size} pairs, losses {losses}, AdamW, "
+            f"learning rate {recipe.learning_rate:g}.",
+        },
+        figures=[Figure(name, *figure) for name, values in figures.items() for figure in values.items()],
+        # A folder of this machine says nothing to the Hub, which takes `base_model` for a repository.
+        metadata={"base_model": None if Path(recipe.checkpoint or ".").exists() else recipe.checkpoint, **given},
+    )
+    (folder / "README.md").write_text(text_of(card), encoding="utf-8")

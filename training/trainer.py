@@ -28,9 +28,11 @@ from tqdm import tqdm
 
 from ..data.augment import build_augmentations
 from ..data.images import pixel_scale
-from ..data.rows import load_rows
+from ..data.pairs import load_rows
+from ..embedder import Embedder
 from ..errors import RecipeError
-from ..evaluation.evaluator import Evaluation, caption_images
+from ..evaluation.evaluator import Evaluation
+from ..evaluation.results import append_figures
 from . import report
 from .batches import Batch, Batches, Collator, Shard, epoch_of_batches
 from .checkpoint import Checkpoints, Progress
@@ -89,6 +91,7 @@ class Trainer:
     def _build_model(self):
         set_seed(self.recipe.seed)
         self.captioner, self.processor = build_model(self.recipe)
+        self.recipe = self.recipe.with_weights_of(self.captioner.config)
         longest = self.captioner.config.max_position_embeddings
         self.text_tokens = self.recipe.max_text_tokens or longest
         if self.text_tokens > longest:
@@ -301,10 +304,12 @@ class Trainer:
         """Runs every evaluation of the recipe, on the first process: evaluation → metric → figure."""
         captioner, figures = self.update_plain_captioner(), {}
         if self.accelerator.is_main_process:
-            captioner.to(self.accelerator.device).eval()
+            embedder = Embedder(captioner.to(self.accelerator.device).eval(), self.processor)
             for name, evaluation in self.evaluations.items():
-                figures[name] = evaluation.run(captioner, self.processor)
+                figures[name] = evaluation.run(embedder)
                 self._report(name, evaluation, stage, figures[name])
+                if self.recipe.sheet_images:
+                    self._draw_sheet(name, evaluation, embedder)
         flat = {f"{name}/{key}": value for name, values in figures.items() for key, value in values.items()}
         self.accelerator.log(flat, step=self.progress.step)
         self.accelerator.wait_for_everyone()
@@ -321,25 +326,23 @@ class Trainer:
         return self.plain_captioner
 
     def _report(self, name: str, evaluation: Evaluation, stage: str, figures: dict[str, float]):
-        """Logs and prints the figures of an evaluation, draws its sheet, and appends them to the results."""
+        """Logs and prints the figures of an evaluation, and appends them to the results."""
         step, recipe = self.progress.step, self.recipe
         self.log.write(step, evaluation=name, stage=stage, **figures)
         shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
         tqdm.write(f"{name}, step {step}: {shown}")
-        if recipe.sheet_images:
-            self._draw_sheet(name, evaluation)
         if recipe.results and stage != "during":
             data = f"{evaluation.source}, split {evaluation.split}, {self.progress.pairs} pairs trained on"
-            report.write_results(Path(recipe.results), name, data, figures, stage)
+            append_figures(Path(recipe.results), "mome.training", data, figures, prefix=f"{name}, {stage}: ")
 
-    def _draw_sheet(self, name: str, evaluation: Evaluation):
+    def _draw_sheet(self, name: str, evaluation: Evaluation, embedder: Embedder):
         few = dataclasses.replace(evaluation, max_samples=self.recipe.sheet_images)
         examples = few.examples()
-        images, length = [each["image"] for each in examples], evaluation.max_new_tokens
-        captions = caption_images(self.plain_captioner, self.processor, images, max_new_tokens=length)
+        images = [each["image"] for each in examples]
+        captions = embedder.caption_images(images, max_new_tokens=evaluation.max_new_tokens)
         folder = self.output / "sheets"
         folder.mkdir(exist_ok=True)
-        sheet = report.contact_sheet(images, captions, [each["text"] for each in examples])
+        sheet = report.caption_sheet(images, captions, [each["text"] for each in examples])
         sheet.save(folder / f"{name}-{self.progress.step:08d}.png")
 
     def finish(self) -> Path:

@@ -6,7 +6,7 @@ import torch
 
 from builders import build_processor
 from models import tiny_captioner
-from mome.evaluation import evaluator as evaluate
+from mome.embedder import Embedder
 from mome.evaluation.evaluator import Evaluation
 from test_training_data import as_dataset, text_of
 
@@ -19,38 +19,38 @@ def data(tmp_path):
     return {"dataset": str(tmp_path / "data"), "text_column": "texts", "captions": 0}
 
 
-@pytest.fixture
-def colour_blind(monkeypatch):
+class ColourBlind(Embedder):
     """Images and texts are known by their colour, so that images of one colour can't be told apart."""
+
     colours = ["red", "green", "blue", "white"]
 
-    def embed_texts(captioner, processor, texts, batch_size):
-        words = [[word for word in text.split() if word in colours] for text in texts]
-        return torch.tensor([[float(colour in each) for colour in colours] for each in words])
+    def __init__(self):
+        super().__init__(tiny_captioner(), build_processor())
 
-    def embed_images(captioner, processor, images, batch_size, progress):
+    def embed_texts(self, texts, batch_size):
+        words = [[word for word in text.split() if word in self.colours] for text in texts]
+        return torch.tensor([[float(colour in each) for colour in self.colours] for each in words])
+
+    def embed_images(self, images, batch_size, progress):
         pixels = torch.tensor([image.convert("RGB").getpixel((5, 5)) for image in images])
         known = torch.tensor([(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)])
         return (pixels[:, None] == known).all(dim=2).float()
 
-    monkeypatch.setattr(evaluate, "embed_texts", embed_texts)
-    monkeypatch.setattr(evaluate, "embed_images", embed_images)
 
-
-def test_one_image_for_each_label_is_found_by_it(data, colour_blind):
-    figures = Evaluation(**data).run(tiny_captioner(), build_processor())
+def test_one_image_for_each_label_is_found_by_it(data):
+    figures = Evaluation(**data).run(ColourBlind())
     assert figures["images"] == 4
     assert figures["text_to_image_r1"] == figures["image_to_text_r1"] == figures["zero_shot_top1"] == 1.0
 
 
-def test_every_image_with_a_label_counts_as_found_by_it(data, colour_blind):
-    figures = Evaluation(**data, every_image=True).run(tiny_captioner(), build_processor())
+def test_every_image_with_a_label_counts_as_found_by_it(data):
+    figures = Evaluation(**data, every_image=True).run(ColourBlind())
     assert figures["images"] == 20
     assert figures["text_to_image_r1"] == figures["image_to_text_r1"] == 1.0  # any of the five images of a colour
 
 
-def test_any_text_of_an_image_counts_and_all_of_them_ask(data, colour_blind):
-    figures = Evaluation(**data, every_image=True, all_texts=True).run(tiny_captioner(), build_processor())
+def test_any_text_of_an_image_counts_and_all_of_them_ask(data):
+    figures = Evaluation(**data, every_image=True, all_texts=True).run(ColourBlind())
     # 4 texts with a colour find one of their images first; 20 without one find nothing, ties count against them.
     assert figures["text_to_image_r1"] == pytest.approx(4 / 24)
     assert figures["image_to_text_r1"] == 1.0
@@ -59,6 +59,6 @@ def test_any_text_of_an_image_counts_and_all_of_them_ask(data, colour_blind):
 
 def test_evaluating_leaves_the_model_in_its_mode_and_the_generator_alone(data):
     captioner, before = tiny_captioner().train(), torch.get_rng_state()
-    figures = Evaluation(**data | {"captions": 4}).run(captioner, build_processor(image_size=16))
+    figures = Evaluation(**data | {"captions": 4}).run(Embedder(captioner, build_processor(image_size=16)))
     assert captioner.training and torch.equal(torch.get_rng_state(), before)
     assert 0 <= figures["caption_f1"] <= 1 and {"caption_exact", "caption_bleu4", "caption_cider"} <= figures.keys()

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 def test_pairs_come_in_order_and_those_without_a_text_are_left_out(data):
     pairs = load_pairs(data, "image", "texts")
-    assert [pair.references for pair in pairs] == [["red dot", "a dot"], ["cat"], ["blue line"], ["dog"], ["the cat"]]
+    assert [pair.texts for pair in pairs] == [["red dot", "a dot"], ["cat"], ["blue line"], ["dog"], ["the cat"]]
     assert pairs[0].open().size == (16, 16) and len(load_pairs(data, "image", "texts", limit=2)) == 2
     with pytest.raises(ValueError, match="no column 'caption': it has image, texts"):
         load_pairs(data, "image", "caption")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from builders import WORDS, build_processor
 from models import tiny_captioner
-from mome.experiments.routing import GroupRouting, main, patches_of, route_texts, typical_words
+from mome.embedder import Embedder
+from mome.experiments.expert_usage import GroupRouting, main, patches_of, route_texts, typical_words
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,10 @@ def test_shares_are_counts_of_choices():
 
 
 def test_tokens_of_a_padded_batch_go_where_they_go_alone():
-    model, processor = tiny_captioner("routed").model, build_processor(16)
+    embedder = Embedder(tiny_captioner("routed").model, build_processor(16))
     texts = ["a red dot", "cat", "the photo of a black cat on a line"]
-    together, tokens = route_texts(model, processor, texts)
-    alone = [route_texts(model, processor, [text]) for text in texts]
+    together, tokens = route_texts(embedder, texts)
+    alone = [route_texts(embedder, [text]) for text in texts]
     assert tokens == [token for _, own in alone for token in own] and tokens[:5] == "[BOS] a red dot [EOS]".split()
     assert torch.equal(together.experts, torch.cat([routing.experts for routing, _ in alone], dim=1))
 
