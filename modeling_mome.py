@@ -108,7 +108,7 @@ class MomeModel(MomePreTrainedModel):
         biases = self.encoder.position_bias
         position_bias = None if biases is None else biases.image(pixel_values.device)
         spans = (("image", hidden_states.shape[1]),)
-        return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
+        return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)  # layers, norm
 
     def project_image(self, states: torch.Tensor, joint_experts: bool = False) -> torch.Tensor:
         """States of an image pass (images, image tokens, width) → (images, projection_dim), L2-normalised."""
@@ -128,7 +128,7 @@ class MomeModel(MomePreTrainedModel):
         position_bias = None if biases is None else biases.text(position_ids, position_ids)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         spans = (("text", hidden_states.shape[1]),)
-        return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)
+        return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)  # layers, norm
 
     def project_text(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None = None, joint_experts: bool = False
