@@ -130,8 +130,7 @@ def write_splits(
 ) -> dict[str, int]:
     """Writes the parquet files of every split, and removes those of an earlier build.
 
-    The order is random but each row's own: one row more or less, as renderers on two processors differ in single
-    pixels and so in a few look-alikes, does not move the others. A split that loses none is the same everywhere.
+    The order is random but each row's own, so that one row more or less does not move the others.
     """
     order = sorted(range(len(rows)), key=lambda index: hashlib.sha256(rows[index].source_id.encode()).digest())
     counts = {}

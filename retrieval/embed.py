@@ -35,7 +35,7 @@ from ..errors import RetrievalError
 from ..processing_mome import warn_of_cut_texts
 from .corpus import Corpus, CorpusOptions, CorpusRow, Rows, digest_of, open_corpus, records_of
 from .items import embed_rows
-from .table import FORMAT_VERSION, TableInfo, read_info, replacing, table_schema, write_table
+from .table import FORMAT_VERSION, TableInfo, read_info, read_tables, replacing, table_schema, write_table
 
 PART_ROWS = 2048
 MOST_WORKERS = 8
@@ -311,7 +311,8 @@ class EmbeddingJob:
     def _finish(self, count: int):
         """Turns all parts into the table, in one step."""
         if self.output.suffix == ".parquet" and not self.output.is_dir():
-            write_table(self.output, (pq.read_table(self._part(number)) for number in range(count)), self.schema)
+            parts = map(self._part, range(count))
+            write_table(self.output, (table for part in parts for table in read_tables(part)), self.schema)
             self._clear()
         else:
             if self.output.is_dir():

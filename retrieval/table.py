@@ -11,14 +11,20 @@
     embedding  (dimension,) float32, L2-normalised; null for a row that could not be read
 
 A table is one file or a folder of files. The schema metadata of each file says which model made it (`TableInfo`), so
-that it can't be searched with another one by mistake. `datasets` keeps an open table as a memory-mapped Arrow file:
-opening it takes no memory, and rows are read from disk when they are needed.
+that it can't be searched with another one by mistake. A table that pandas, DuckDB or Polars wrote again can be read,
+without that check. An open table is a memory-mapped Arrow file in the cache of `datasets`: it takes no memory, and
+rows are read from disk when they are needed.
 """
 
 import bisect
+import hashlib
 import json
 import os
+import shutil
+import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -33,8 +39,12 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..errors import RetrievalError, first_line, unknown_name
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 LEADING_COLUMNS = ("id", "modality", "uri", "text")
@@ -156,24 +166,95 @@ def read_info(path: Path) -> tuple[TableInfo, pa.Schema]:
             f"{path} is not a table of embeddings: it lacks the column {missing[0]!r}; make one with `mome embed`"
         )
     kind = schema.field("embedding").type
-    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
-        raise RetrievalError(f"{path}: column 'embedding' is of type {kind}, not a fixed-size list of float32")
-    return _info_of(path, schema, kind.list_size), schema
+    if not _is_list(kind) or not pa.types.is_floating(kind.value_type):
+        raise RetrievalError(f"{path}: column 'embedding' is of type {kind}, not a list of floats")
+    return _info_of(path, schema), schema
 
 
-def _info_of(path: Path, schema: pa.Schema, dimension: int) -> TableInfo:
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _info_of(path: Path, schema: pa.Schema) -> TableInfo:
+    kind = schema.field("embedding").type
+    dimension = kind.list_size if pa.types.is_fixed_size_list(kind) else None
     written = (schema.metadata or {}).get(METADATA_KEY)
     if written is None:  # rewritten by other software: everything but the origin is there
-        return TableInfo(model="", fingerprint="", dimension=dimension)
+        return TableInfo(model="", fingerprint="", dimension=dimension or _first_length(path))
     given = json.loads(written)
     if given.get("format_version", 0) > FORMAT_VERSION:
         version = given["format_version"]
         raise RetrievalError(f"{path} has format version {version}, this mome reads {FORMAT_VERSION}: update mome")
     known = {each.name for each in fields(TableInfo)}
     info = TableInfo(**{key: value for key, value in given.items() if key in known})
-    if info.dimension != dimension:
+    if dimension not in (None, info.dimension):
         raise RetrievalError(f"{path}: embeddings have {dimension} dimensions, its metadata says {info.dimension}")
     return info
+
+
+def _first_length(path: Path) -> int:
+    """The length of the first embedding in a file of lists of any length.
+
+    Raises:
+        RetrievalError: there is none, or the file is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=["embedding"], batch_size=64):
+                if lengths := pc.list_value_length(batch.column(0)).drop_null().to_pylist():
+                    return lengths[0]
+    except (pa.ArrowException, OSError) as error:
+        raise RetrievalError(f"{path} can't be read, it may be damaged: {first_line(error)}") from None
+    raise RetrievalError(f"{path} holds no embeddings: embed the corpus again")
+
+
+def read_tables(path: Path) -> Iterator[pa.Table]:
+    """The rows of a parquet file, a row group at a time, their embeddings as fixed-size lists of float32.
+
+    Other software writes embeddings as lists of any length, and pyarrow before 26 can't read a null among fixed-size
+    lists (apache/arrow#35692). So embeddings are always read as lists of any length, which is what the footer says of
+    them without Arrow's own schema.
+
+    Raises:
+        RetrievalError: the file is damaged, or its embeddings differ in length.
+    """
+    info, schema = read_info(path)
+    kind = schema.field("embedding").type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        kind = pa.list_(pa.float32(), info.dimension)
+    others = [name for name in schema.names if name != "embedding"]
+    place = schema.names.index("embedding")
+    try:
+        with pq.ParquetFile(path) as file, pq.ParquetFile(path, metadata=_plain_footer(path)) as plain:
+            for group in range(file.num_row_groups):
+                vectors = plain.read_row_group(group, columns=["embedding"])["embedding"]
+                rows = file.read_row_group(group, columns=others)
+                yield rows.add_column(place, pa.field("embedding", kind), _fixed_size(vectors, kind, path))
+    except (pa.ArrowException, OSError) as error:
+        raise RetrievalError(f"{path} can't be read, it may be damaged: {first_line(error)}") from None
+
+
+def _plain_footer(path: Path) -> pq.FileMetaData:
+    """The footer of a parquet file without the Arrow schema: its key, of the same length, is unknown to pyarrow."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        footer = file.read(length).replace(b"ARROW:schema", b"arrow-schema")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + length.to_bytes(4, "little") + b"PAR1"))
+
+
+def _fixed_size(vectors: pa.ChunkedArray, kind: pa.FixedSizeListType, path: Path) -> pa.FixedSizeListArray:
+    """(rows,) lists of floats, some null → lists of the size and type that `kind` has."""
+    lengths = pc.list_value_length(vectors).to_numpy()  # NaN for null
+    valid = vectors.is_valid().to_numpy().astype(bool)
+    if (wrong := valid & (lengths != kind.list_size)).any():
+        length = int(lengths[wrong.argmax()])
+        raise RetrievalError(f"{path}: an embedding has {length} values, not {kind.list_size}: embed the corpus again")
+    values = np.zeros((len(vectors), kind.list_size), np.float32)
+    parts = [part.flatten().to_numpy(zero_copy_only=False) for part in vectors.chunks]  # without those of nulls
+    values[valid] = np.concatenate([np.zeros(0, np.float32), *parts]).reshape(-1, kind.list_size)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind, mask=pa.array(~valid))
 
 
 def table_files(source: str | Path) -> list[Path]:
@@ -241,7 +322,8 @@ def load_table(
         fingerprint: of the model that must have made it; default: any.
         dimension: that its embeddings must have; default: any.
         check: read all rows once and refuse embeddings that are not finite or not of length 1, and duplicate ids.
-        cache_dir: where `datasets` keeps the memory-mapped copy; default: its usual place.
+        cache_dir: where the memory-mapped copy is kept; default: the cache of `datasets`. Where it can't be written,
+            there is a warning, and the copy is temporary.
 
     Raises:
         RetrievalError: no such table, a truncated file, a table of another model, or bad rows; one line.
@@ -258,37 +340,64 @@ def load_table(
     count = sum(pq.read_metadata(path).num_rows for path in files)
     if not count:
         raise RetrievalError(f"table {source} has no rows")
-    try:
-        with _quiet_datasets(bars=count > MANY_ROWS):
-            rows = datasets.load_dataset(
-                "parquet",
-                data_files={"train": [str(path) for path in files]},
-                split="train",
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                writer_batch_size=ARROW_ROWS,
-            )
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise RetrievalError(f"{source} can't be read, it may be damaged: {reason}") from None
-    table = EmbeddingTable(rows, info, str(source))
+    copy, temporary = _arrow_copy(files, count, Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "mome")
+    table = EmbeddingTable(datasets.Dataset.from_file(str(copy)), info, str(source))
+    if temporary:
+        weakref.finalize(table, shutil.rmtree, copy.parent, ignore_errors=True)
     if check:
         table.check()
     return table
 
 
-@contextmanager
-def _quiet_datasets(bars: bool) -> Iterator[None]:
-    """No log lines for errors that are raised anyway; bars only where there is something to wait for."""
-    verbosity, shown = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not bars:
-        datasets.disable_progress_bars()
+def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]:
+    """All rows of the files as an Arrow file in the cache, to be memory-mapped, and whether it has to be deleted.
+
+    Where the cache can't be written, the copy is temporary.
+
+    Raises:
+        RetrievalError: a damaged file, or no place for the copy.
+    """
+    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    copy = cache / f"{hashlib.sha256(repr([ARROW_ROWS, stamps]).encode()).hexdigest()[:32]}.arrow"
+    if copy.exists():
+        return copy, False
     try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if shown:
-            datasets.enable_progress_bars()
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = cache / f"{copy.name}.{os.getpid()}-{threading.get_ident()}"
+        try:
+            _write_arrow(partial, files, count)
+            os.replace(partial, copy)
+        finally:
+            partial.unlink(missing_ok=True)
+        return copy, False
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+    folder = Path(tempfile.mkdtemp(prefix="mome-"))
+    logger.warning(f"the cache {cache} can't be written ({reason}): using {folder} until the table is closed")
+    try:
+        _write_arrow(folder / copy.name, files, count)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = error.strerror or first_line(error)
+        raise RetrievalError(f"neither the cache {cache} nor {folder} can be written: {reason}; set HF_HOME") from None
+    return folder / copy.name, True
+
+
+def _write_arrow(path: Path, files: list[Path], count: int):
+    """Writes all rows in blocks of `ARROW_ROWS`, whatever the row groups of the files are."""
+    with path.open("wb") as sink, tqdm(total=count, desc="opening", unit=" rows", disable=count < MANY_ROWS) as bar:
+        writer, waiting, rows = None, [], 0
+        for table in (table for file in files for table in read_tables(file)):
+            writer = writer or pa.ipc.new_stream(sink, table.schema)
+            waiting.append(table)
+            rows += len(table)
+            if rows >= ARROW_ROWS:
+                whole, rows = pa.concat_tables(waiting), rows % ARROW_ROWS
+                writer.write_table(whole.slice(0, len(whole) - rows).combine_chunks(), max_chunksize=ARROW_ROWS)
+                waiting = [whole.slice(len(whole) - rows)]
+            bar.update(len(table))
+        writer.write_table(pa.concat_tables(waiting).combine_chunks())
+        writer.close()
 
 
 def check_model(name: str, info: TableInfo, fingerprint: str | None, dimension: int | None):
@@ -436,6 +545,7 @@ __all__ = [
     "load_table",
     "push_table",
     "read_info",
+    "read_tables",
     "replacing",
     "table_files",
     "table_schema",
