@@ -135,8 +135,9 @@ def updated(
     task = own_task if own_task in TASKS else (task or EMBEDDINGS)
     merged = {**(metadata or {}), **given}
     merged["tags"] = [*(given.get("tags") or []), *((metadata or {}).get("tags") or [])]
-    name = merged.pop("model_name", None) or (path or "model").rsplit("/", 1)[-1]
-    body = card.text
+    body, heading = card.text, re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
+    name = card.data.model_name or (heading[1] if heading else (path or "model").rsplit("/", 1)[-1])
+    merged.pop("model_name", None)
     if path is not None:
         body = replaced(body, "use", usage(path, task, revision))
     if facts:
