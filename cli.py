@@ -122,7 +122,7 @@ def embed(
 
         report = embed_corpus(source, output, checkpoint(model), workers=workers, **options)
     else:
-        from .retrieval.daft_job import embed_with_daft
+        from .retrieval.embed_daft import embed_with_daft
 
         report = embed_with_daft(source, output, checkpoint(model), runner=daft, max_concurrency=workers, **options)
     typer.echo(str(report))

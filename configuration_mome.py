@@ -2,13 +2,15 @@
 
 - the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
-- unknown keys and impossible combinations are refused with the offending value in the message.
+- unknown keys and impossible combinations are refused with the offending value in the message;
+- `did_you_mean`, the hint that all errors about unknown names give.
 """
 
 import copy
 import dataclasses
 import difflib
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -68,6 +70,12 @@ _TRANSFORMERS_KEYS = frozenset(
 )
 
 
+def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
+    """What to say to an unknown name: the closest of the choices as a question, or `otherwise` if none is close."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
+
+
 @strict
 class MomeConfig(PreTrainedConfig):
     r"""Architecture of a mixture-of-modality-experts transformer.
@@ -113,7 +121,7 @@ class MomeConfig(PreTrainedConfig):
         lm_head_transform: BERT's dense-activation-norm before the caption head's matrix (VLMo).
         tie_word_embeddings: share the matrix of the caption head with the word embedding.
         experts_per_group: experts in each of the groups `image`, `text`, `joint`. 1 is hard modality routing.
-        experts_per_token: how many experts of its group a token uses.
+        experts_per_token: how many experts of its group a token uses; may be set anew where a model is loaded.
         expert_intermediate_size: inner width of a routed expert.
         shared_expert: an expert beside the routed ones that every token of the group uses.
         router_aux_loss_coef: weight of the balance loss, per group.
@@ -183,10 +191,7 @@ class MomeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown_keys(kwargs)
-        self._check_dimensions()
-        self._check_experts()
-        self._check_heads()
-        self._check_token_ids()
+        self.check()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.pop("custom_pipelines", None)
@@ -207,6 +212,13 @@ class MomeConfig(PreTrainedConfig):
         """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
+    def check(self):
+        """Raises a ValueError with the value if the fields don't fit one another."""
+        self._check_dimensions()
+        self._check_experts()
+        self._check_heads()
+        self._check_token_ids()
+
     @property
     def grid_size(self) -> int:
         """Patches along one side of the image."""
@@ -221,8 +233,7 @@ class MomeConfig(PreTrainedConfig):
         fields = [field.name for field in dataclasses.fields(self)]
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:
-                close = difflib.get_close_matches(key, fields, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see the MomeConfig docstring for the known keys"
+                hint = did_you_mean(key, fields, "see the MomeConfig docstring for the known keys")
                 raise ValueError(f"unknown MomeConfig key {key!r} (value {kwargs[key]!r}): {hint}")
 
     def _check_dimensions(self):
@@ -256,8 +267,7 @@ class MomeConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}: use None for no joint experts"
             )
         if self.hidden_act not in ACT2FN:
-            close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "choose a key of transformers.activations.ACT2FN"
+            hint = did_you_mean(self.hidden_act, ACT2FN, "choose a key of transformers.activations.ACT2FN")
             raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -266,7 +276,8 @@ class MomeConfig(PreTrainedConfig):
     def _check_experts(self):
         if self.experts_per_token > self.experts_per_group:
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} is more than experts_per_group={self.experts_per_group}"
+                f"experts_per_token={self.experts_per_token} is more than experts_per_group={self.experts_per_group}: "
+                f"choose {self.experts_per_group} or fewer"
             )
         if self.experts_per_group == 1 and self.shared_expert:
             raise ValueError("shared_expert=True needs experts_per_group of 2 or more, got experts_per_group=1")
@@ -291,4 +302,4 @@ class MomeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean"]

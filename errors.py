@@ -1,7 +1,8 @@
 """What goes wrong with things that are given to the package: one line each, naming the bad value and the fix."""
 
-import difflib
 from collections.abc import Iterable
+
+from .configuration_mome import did_you_mean
 
 # What each extra of the package installs, by the name under which it is imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -52,8 +53,7 @@ def first_sentence(error: BaseException) -> str:
 def unknown_name(name: str, known: Iterable[str], what: str) -> RetrievalError:
     """`what` has no `name`, with the closest name that it has."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
+    hint = did_you_mean(name, known, f"it has {', '.join(known) or 'none'}")
     return RetrievalError(f"{what} has no {name!r}: {hint}")
 
 

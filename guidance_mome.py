@@ -19,7 +19,6 @@ loss from that same pass. Hiding the image tokens of a row from all its caption 
 the same.
 """
 
-import difflib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor
 
 from .captioning_mome import is_image_token
-from .configuration_mome import MomeConfig
+from .configuration_mome import MomeConfig, did_you_mean
 
 GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "none": {"guidance_scale": 1.0, "contrastive_weight": 0.0, "rerank_weight": 0.0},
@@ -172,8 +171,7 @@ def guidance_options(guidance: str | Iterable[str] | dict[str, Any] | None) -> d
 
 def _check_choice(what: str, name: Any, choices: list[str]):
     if name not in choices:
-        close = difflib.get_close_matches(str(name), choices, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(choices)}"
+        hint = did_you_mean(name, choices, f"choose from {', '.join(choices)}")
         raise ValueError(f"unknown {what} {name!r}: {hint}")
 
 

@@ -53,7 +53,7 @@ from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
 from .heads_mome import MomeJointProjection, MomeMultimodalPooler
-from .routing_mome import router_losses
+from .losses_mome import caption_loss, contrastive_loss, router_loss, router_sums, same_caption
 from .trunk_mome import (
     MomeEncoder,
     MomeEncoderOutput,
@@ -65,33 +65,6 @@ from .trunk_mome import (
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
-
-# ---------------------------------------------------------------------------------------------------- losses
-
-
-def same_caption(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(texts, tokens) → (texts, texts) bool: which texts of a batch are equal, padding aside."""
-    if attention_mask is not None:
-        input_ids = input_ids.masked_fill(attention_mask == 0, -1)
-    return (input_ids[:, None, :] == input_ids[None, :, :]).all(dim=-1)
-
-
-def contrastive_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    """Multi-positive InfoNCE, mean of both directions (UniCL, 2204.03610, eq. 2–4).
-
-    With one positive per row it is the loss of CLIP. Several positives share the target mass equally, so that an
-    equal caption in the batch is no false negative.
-
-    Args:
-        logits_per_image: (images, texts), cosine times inverse temperature.
-        positives: (images, texts) bool, at least one per row and column.
-    """
-    logits = logits_per_image.float()
-    targets = positives.to(logits.dtype)
-    image_to_text = -(targets * logits.log_softmax(dim=1)).sum(dim=1) / targets.sum(dim=1)
-    text_to_image = -(targets * logits.log_softmax(dim=0)).sum(dim=0) / targets.sum(dim=0)
-    return (image_to_text.mean() + text_to_image.mean()) / 2
-
 
 # ----------------------------------------------------------------------------------------------------- model
 
@@ -380,7 +353,7 @@ class MomeModel(MomePreTrainedModel):
     def router_loss(
         self, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
     ) -> torch.Tensor | float:
-        """Weighted balance and z-losses, mean over layers and sum over groups.
+        """Weighted balance and z-losses of this process's tokens, mean over layers and sum over groups.
 
         Args:
             passes: of one group each: router logits per layer (batch, tokens, experts), and the tokens' mask.
@@ -391,9 +364,7 @@ class MomeModel(MomePreTrainedModel):
         config, total = self.config, 0.0
         for router_logits, token_mask in passes:
             for logits in router_logits or ():
-                balance, z_loss = router_losses(logits, config.experts_per_token, token_mask)
-                weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-                total = total + weighted / config.num_hidden_layers
+                total = total + router_loss(config, *router_sums(logits, config.experts_per_token, token_mask))
         return total
 
     # Parts of the passes.
@@ -672,14 +643,17 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         text = self._caption_pass(context, prefix, cache, logits_to_keep, **kwargs)
         logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
 
-        loss = caption_loss = contrastive = image_embeds = None
+        loss = captioned = contrastive = image_embeds = None
         if image is not None:
             image_embeds = self.model._image_embeds(image)
         if labels is not None:
             text_logits = logits if not context.placed else logits[:, -context.text_tokens :]
-            caption_loss = self._caption_loss(context, text_logits, labels, **loss_kwargs)
-            contrastive, router_loss = self._contrastive_loss(context, image, image_embeds, text, **kwargs)
-            loss = self.config.caption_loss_weight * caption_loss + router_loss
+            if (shift_labels := loss_kwargs.get("shift_labels")) is not None:
+                shift_labels = context.text_part(shift_labels)
+            num_items = loss_kwargs.get("num_items_in_batch")
+            captioned = caption_loss(text_logits, context.text_part(labels), num_items, shift_labels)
+            contrastive, routing_loss = self._contrastive_loss(context, image, image_embeds, text, **kwargs)
+            loss = self.config.caption_loss_weight * captioned + routing_loss
             loss = loss + self.config.contrastive_loss_weight * contrastive
 
         if text.router_logits:  # not of [MASK] tokens
@@ -692,7 +666,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             attentions=self._join_attentions(context, image, text),
             router_logits=self.model._by_group(kwargs, image=image, text=text),
             contrastive_loss=contrastive,
-            caption_loss=caption_loss,
+            caption_loss=captioned,
             image_embeds=image_embeds,
         )
 
@@ -772,15 +746,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             states = torch.cat([context.per_row(image.last_hidden_state), states], dim=1)
             states = context.in_input_order(states)
         return self.lm_head(states[:, -last:] if isinstance(logits_to_keep, int) else states[:, logits_to_keep])
-
-    def _caption_loss(self, context, logits, labels, shift_labels=None, **loss_kwargs) -> torch.Tensor:
-        return self.loss_function(
-            logits=logits.contiguous(),
-            labels=context.text_part(labels),
-            vocab_size=self.lm_head.decoder.weight.shape[0],
-            shift_labels=None if shift_labels is None else context.text_part(shift_labels).contiguous(),
-            **loss_kwargs,
-        )
 
     def _contrastive_loss(self, context, image, image_embeds, caption, **kwargs):
         """Contrastive loss of the batch, and the router losses of all three passes."""

@@ -1,11 +1,11 @@
-"""The quickstart: caption, label and search pictures with the weights that come with the project.
+"""The quickstart: captions, labels and searches pictures with the weights that come with the project.
 
     make quickstart                   the pictures of samples/, whose concepts were held out from training
     make quickstart IMAGES=folder     your own
-    python -m mome.quickstart --help  more: other sentences, labels, weights
+    python -m mome.quickstart --help  other sentences, labels, weights
 
-Prints what the model makes of each picture and writes a contact sheet with all of it. The weights know icons, emoji,
-pictograms and cliparts; they are not for photographs.
+Prints the results and writes them to a contact sheet. The weights know icons, emoji, pictograms and cliparts, not
+photographs.
 
     pictures ─┬─ image-captioning ─────────────────── caption, cosine ─────┐
               ├─ open-vocabulary-image-classification ─ label, probability ┼─ printed, contact sheet
@@ -40,12 +40,12 @@ HITS = 5
 
 @dataclass
 class Result:
-    """What the model makes of one picture.
+    """What the model says about one picture.
 
     Attributes:
-        name: what the file is called, or what is known to be on it.
+        name: the file's name, or what the picture is known to show.
         image: RGB.
-        caption, cosine: greedy caption, and how well it fits the picture, -1 to 1.
+        caption, cosine: greedy caption, and how well it fits the picture, from -1 to 1.
         labels: the best labels with their probabilities.
     """
 
@@ -57,7 +57,7 @@ class Result:
 
 
 def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
-    """File name and RGB picture of every image file of a folder; files that are none are named and left out.
+    """Name and RGB picture of every image file in a folder; unreadable ones are named and skipped.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -71,21 +71,21 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
         try:
             images.append((path.name, load_rgb_image(str(path))))
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     if not images:
         raise FileNotFoundError(f"no image in {str(folder)!r}: PNG, JPEG, WebP, GIF and the like are read")
     return images
 
 
 def known_names(folder: Path) -> dict[str, str]:
-    """What pictures show, by file name, where the folder's `metadata.jsonl` says so."""
+    """File name → what the picture shows, as far as the folder's `metadata.jsonl` says."""
     path = folder / "metadata.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {record["file_name"]: record["text"] for record in records}
 
 
 def label_set(names: Iterable[str] = ()) -> list[str]:
-    """Nouns that icons are often called by, and further names."""
+    """Nouns that often occur in names of icons, and further names."""
     return list(dict.fromkeys([*LABELS.read_text().split(), *names]))
 
 

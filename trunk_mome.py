@@ -23,6 +23,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,42 +33,19 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
-from .routing_mome import MomeRouter, grouped_linear, permute_rows
+from .kernels_mome import (
+    MomeLinear,
+    all_experts_forward,
+    is_faster_as_matmul,
+    matmul_attention_forward,
+    sorted_experts_forward,
+)
+from .routing_mome import MomeRouter
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
 
-FEW_ROWS = 64  # up to which a CPU multiplies them with parts of a weight, see `MomeLinear`
-WEIGHT_PARTS = 8
-
-
-class MomeLinear(nn.Linear):
-    """`nn.Linear` that is quicker on a CPU for the few rows of a decoding step: a token of some captions or beams.
-
-    Such a step mostly waits for the weights. As a batch of products of parts of the weight with the transposed rows,
-    MKL reads them faster than for `rows @ weightᵀ`. Measured on an AMD EPYC with 2 threads in float32, for layers of a
-    ViT-B and a vocabulary of 49,408: 1.3 to 1.9 times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times
-    for 8 to 32.
-    """
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.shape[:-1].numel()
-        if not 0 < rows <= FEW_ROWS or not self._waits_for_weights(inputs):
-            return super().forward(inputs)
-        parts = math.gcd(self.out_features, WEIGHT_PARTS)
-        columns = inputs.reshape(rows, -1).t()
-        outputs = torch.bmm(self.weight.view(parts, -1, self.in_features), columns.expand(parts, -1, -1))
-        outputs = outputs.view(-1, rows).t().contiguous().view(*inputs.shape[:-1], -1)
-        return outputs if self.bias is None else outputs.add_(self.bias)
-
-    def _waits_for_weights(self, inputs: torch.Tensor) -> bool:
-        """Whether the order matters here: compilers choose for themselves, and so do weights of other types."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if type(self.weight) is not nn.Parameter or torch.is_autocast_enabled("cpu"):
-            return False
-        return self.weight.device.type == "cpu" and self.weight.dtype == inputs.dtype == torch.float32
-
+FEW_EXPERTS_ON_CUDA = 8  # of a group, up to which a GPU takes all of them as one product unless told otherwise
 
 # ---------------------------------------------------------------------------------------------------- embeddings
 
@@ -232,45 +210,6 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def matmul_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """What SDPA computes, as two matrix products: a CPU is faster at them in half precision, above all in decoding."""
-    query, key, value = (_with_heads_in_line(states) for states in (query * scaling, key, value))
-    scores = query @ key.transpose(-1, -2)
-    if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), None
-
-
-def _with_heads_in_line(states: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, tokens, head_dim), copied if batch and heads can't be one dimension: a product would do so twice.
-
-    The views that a cache hands out can, those that come from a fused projection can't.
-    """
-    in_line = states.stride(0) == states.shape[1] * states.stride(1) or states.shape[0] == 1
-    return states if in_line and states.stride(3) == 1 else states.contiguous()
-
-
-def _is_faster_as_matmul(query: torch.Tensor, keys: torch.Tensor) -> bool:
-    """Half precision on a CPU, while the scores are small enough to write down."""
-    return query.device.type == "cpu" and query.dtype != torch.float32 and keys.shape[2] <= 1024
-
-
 class MomePerGroup(nn.ModuleDict):
     """One module for each group of tokens, or one under the name `shared` for all.
 
@@ -334,7 +273,7 @@ class MomeAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and _is_faster_as_matmul(query, keys):
+        if self.config._attn_implementation == "sdpa" and is_faster_as_matmul(query, keys):
             attention = matmul_attention_forward
         states, weights = attention(
             self,
@@ -394,9 +333,18 @@ class MomeFeedForward(nn.Module):
         return self.down_proj(hidden_states)
 
 
+ExpertsInterface.register("all_experts", all_experts_forward)
+
+
 @use_experts_implementation(has_gate=False, has_bias=True)
 class MomeExperts(nn.Module):
-    """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm."""
+    """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm.
+
+        y = Σ_e w_e (down_e act(up_e x)) over the k experts e that the router has chosen for x, with its weights w_e
+
+    This forward is `experts_implementation="eager"`; `all_experts` is `kernels_mome.all_experts_forward`, the others
+    are transformers' own.
+    """
 
     def __init__(self, config: MomeConfig):
         super().__init__()
@@ -414,22 +362,7 @@ class MomeExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (tokens, width), expert ids and weights (tokens, k) → (tokens, width)."""
-        device, dtype = hidden_states.device.type, hidden_states.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        tokens, k = top_k_index.shape
-        expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
-        inverse = order.argsort()
-        tokens_per_expert = F.one_hot(expert_ids, self.num_experts).sum(dim=0)
-        # (tokens, width) → (tokens · k, width), sorted by expert
-        rows = hidden_states.to(dtype)[:, None].expand(-1, k, -1).reshape(tokens * k, -1)
-        rows = permute_rows(rows, order, inverse)
-        inner = grouped_linear(rows, self.up_proj.to(dtype), self.up_proj_bias.to(dtype), tokens_per_expert)
-        inner = self.act_fn(inner).to(dtype)
-        outputs = grouped_linear(inner, self.down_proj.to(dtype), self.down_proj_bias.to(dtype), tokens_per_expert)
-        # back in the order of the tokens: (tokens, k, width), weighted and summed over k
-        outputs = permute_rows(outputs, inverse, order).unflatten(0, (tokens, k))
-        return (outputs * top_k_weights[..., None].to(dtype)).sum(dim=1).to(hidden_states.dtype)
+        return sorted_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 class MomeRoutedFeedForward(nn.Module):
@@ -557,6 +490,10 @@ class MomePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: MomeConfig, *args, **kwargs):
+        config.check()  # it may have been changed since it was made: `from_pretrained(path, experts_per_token=1)`
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit is an error.
@@ -578,9 +515,11 @@ class MomePreTrainedModel(PreTrainedModel):
         return model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The default is `eager` without a GPU: `grouped_mm` is made for one."""
+        """The default is `eager` without a GPU, `all_experts` for few experts on one, else transformers' own."""
         if requested_experts is None and not torch.cuda.is_available():
             requested_experts = "eager"
+        elif requested_experts is None and self.config.experts_per_group <= FEW_EXPERTS_ON_CUDA:
+            requested_experts = "all_experts"
         return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()

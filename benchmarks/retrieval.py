@@ -35,8 +35,8 @@ from ..evaluation.results import append_rows
 from ..modeling_mome import MomeModel
 from ..processing_mome import MomeProcessor
 from ..retrieval import Embedder, ExactIndex, embed_corpus, load_table
-from ..retrieval.rows import read_pixels
-from ..retrieval.sources import open_source
+from ..retrieval.corpus import open_source
+from ..retrieval.items import read_pixels
 from ..retrieval.table import TableInfo, table_schema, to_table, write_table
 from .command import begin, parser_of
 from .training import QUICK, SMALL
@@ -108,7 +108,7 @@ def embed(settings: Settings, folder: Path):
     source = open_source(corpus)
     rows = source.data.select(range(min(settings.images, len(source.data))))
     count = len(rows)
-    ready, first = [], rows[: min(1024, count)][source.image_column]
+    ready, first = [], rows[: min(1024, count)][source.options.image_column]
     for start in range(0, len(first), 64):
         read = (read_pixels(image, embedder.processor.image_processor)[0] for image in first[start : start + 64])
         pixels = torch.cat([each for each in read if each is not None])

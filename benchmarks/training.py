@@ -55,8 +55,8 @@ def pairs_for(shape: dict, count: int) -> Batch:
 
 def mome_trainer(shape: dict, **recipe):
     """MoME and a training step of it, compiled or not."""
-    settings = Recipe(output="-", dataset="-", checkpoint="-", steps=1, **recipe)
     config = MomeConfig(**shape, max_position_embeddings=16, projection_dim=256)
+    settings = Recipe(output="-", dataset="-", checkpoint="-", steps=1, **recipe).with_weights_of(config)
     scale = PixelScale(1 / 255, (0.5,) * 3, (0.5,) * 3)
     model = objective.PairModel(
         MomeForConditionalGeneration(config).train(), captions=bool(settings.caption_weight), pixel_scale=scale

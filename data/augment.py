@@ -11,7 +11,6 @@ other examples of the batch. An example with `captioned: False` has a text to be
 The same generator gives the same examples.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from ..configuration_mome import did_you_mean
 from ..errors import DataError
 from ..processing_mome import load_rgb_image
 
@@ -127,8 +127,7 @@ def _build(entry: dict[str, Any]) -> Augmentation:
     elif name in AUGMENTATIONS:
         function = AUGMENTATIONS[name]
     else:
-        close = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(AUGMENTATIONS)} and module:function"
+        hint = did_you_mean(name, AUGMENTATIONS, f"there are {', '.join(AUGMENTATIONS)} and module:function")
         raise DataError(f"unknown augmentation {name!r}: {hint}")
     try:
         inspect.signature(function).bind([], None, **entry)

@@ -8,7 +8,6 @@ Training, evaluation and the experiments read by these functions alone; corpora 
 their own, which takes texts without images as well, and both share what a cell holds (`texts_of`, `encoded_images`).
 """
 
-import difflib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from ..configuration_mome import did_you_mean
 from ..errors import DataError, first_line
 from .images import decode_image
 
@@ -131,8 +131,7 @@ def load_rows(
         image_column = images[0]
     for name in (image_column, text_column, *further_columns):
         if name is not None and name not in columns:
-            close = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(columns)}"
+            hint = did_you_mean(name, columns, f"it has {', '.join(columns)}")
             raise DataError(f"{dataset!r} (split {split!r}) has no column {name!r}: {hint}")
     if isinstance(rows, datasets.Dataset) and not len(rows):
         raise DataError(f"{dataset!r} has no rows in split {split!r}")

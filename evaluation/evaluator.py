@@ -1,4 +1,4 @@
-"""What a captioner can do on a data set: retrieval both ways, zero-shot classification, captions."""
+"""Evaluates a captioner on a data set: retrieval both ways, zero-shot classification, captions."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -21,16 +21,16 @@ class Evaluation:
     Args:
         dataset, dataset_options, split, image_column, text_column: as in `Recipe`. The first text of a row is its
             label; all of its texts are references for its caption.
-        max_samples: rows that are looked at, drawn with a fixed seed.
-        pool: images that retrieval and classification choose from.
-        every_image: several images may have one label; without it the first one stands for all.
-        all_texts: retrieval by all texts of the images, any of an image's own counts (COCO's way); else by labels.
-        classes: labels that zero-shot classification chooses from.
-        captions: images that are captioned.
-        max_new_tokens: of a caption.
-        template: what a label is put into before it is embedded.
-        augmentations: what the images go through, as in `Recipe`; should not be random.
-        batch_size: images or texts at once.
+        max_samples: how many rows to use, drawn with a fixed seed.
+        pool: how many images retrieval and classification choose from.
+        every_image: use every image of a label, not only its first.
+        all_texts: retrieve by all texts of an image, each of which counts as a hit (as on COCO); else by its label.
+        classes: how many labels zero-shot classification chooses from.
+        captions: how many images to caption.
+        max_new_tokens: longest caption in tokens.
+        template: sentence that texts are put into before they are embedded, with `{}` for the text.
+        augmentations: what is done to the images first, as in `Recipe`; should not be random.
+        batch_size: images or texts that go through the model together.
     """
 
     dataset: str
@@ -66,7 +66,7 @@ class Evaluation:
         return ", ".join([self.dataset, *map(str, files)])
 
     def load(self) -> tuple[datasets.Dataset, str]:
-        """The rows to look at, images still encoded, and the name of the image column."""
+        """The rows to use, images still encoded, and the name of the image column."""
         rows, image_column = load_rows(
             self.dataset, self.split, self.dataset_options, False, self.image_column, self.text_column
         )
@@ -118,13 +118,19 @@ class Evaluation:
         return {f"zero_shot_top{k}": v for k, v in zero_shot_accuracy(of_labels, own, self.classes).items()}
 
     def examples(self) -> list[dict]:
-        """Rows that can be used, as examples with `image`, `text` (the label) and `references` (all texts)."""
+        """The usable rows as examples: their columns with `image`, `text` (the label) and `references` (all texts).
+
+        Rows without a text, and those with an unreadable image, are left out.
+
+        Raises:
+            DataError: the data can't be read, or no row is left.
+        """
         rows, image_column = self.load()
         examples = []
         for pair in pairs_of(rows, image_column, self.text_column):
             try:
                 image = pair.open()
-            except Exception:  # Pillow's decoders raise nearly anything; training names the file, here it is left out
+            except Exception:  # Pillow's decoders raise nearly anything
                 continue
             examples.append(pair.row | {"image": image, "text": pair.texts[0], "references": pair.texts})
         if not examples:

@@ -12,9 +12,9 @@ WORD = re.compile(r"\w+")
 def retrieval_recall(
     similarity: torch.Tensor, positives: torch.Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[int, float]:
-    """Share of queries for which one of their positives is among the k most similar candidates.
+    """Share of queries with one of their positives among the k most similar candidates.
 
-    Ties count against the query: a candidate as similar as the best positive is put before it.
+    Ties count against the query: a candidate as similar as the best positive ranks before it.
 
     Args:
         similarity: (queries, candidates).
@@ -32,15 +32,33 @@ def retrieval_recall(
     return {k: (rank < k).float().mean().item() for k in ks}
 
 
+def r_precision(similarity: torch.Tensor, positives: torch.Tensor, most: int = 10) -> float:
+    """Mean over queries of the share of positives among the n most similar candidates, n the number of positives.
+
+    Manning, Raghavan and Schütze, "Introduction to Information Retrieval" (2008), section 8.4.
+
+    Args:
+        similarity: (queries, candidates).
+        positives: (queries, candidates) bool, at least one for each query.
+        most: largest n.
+    """
+    if not positives.any(dim=1).all():
+        raise ValueError("a query has no positive candidate")
+    counts = positives.sum(dim=1).clamp(max=most)
+    top = similarity.topk(int(counts.max()), dim=1).indices  # (queries, n)
+    hits = positives.gather(1, top) & (torch.arange(top.shape[1]) < counts[:, None])
+    return (hits.sum(dim=1) / counts).mean().item()
+
+
 def zero_shot_accuracy(
     similarity: torch.Tensor, labels: torch.Tensor, classes: int, ks: Sequence[int] = (1, 5), seed: int = 0
 ) -> dict[int, float]:
-    """Accuracy of choosing among `classes` texts: the image's own and others drawn at random, the same for a seed.
+    """Accuracy of choosing among `classes` texts: the image's own and others, drawn at random with a fixed seed.
 
     Args:
         similarity: (images, texts).
         labels: (images,) index of each image's own text.
-        classes: how many texts are chosen from; all of them if there are fewer.
+        classes: how many texts to choose from; all of them if there are fewer.
 
     Returns:
         k → share of images whose own text is among the k most similar.
@@ -61,7 +79,7 @@ def words_of(text: str) -> list[str]:
 
 
 def exact_match(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of captions with the words of one of their references, in order."""
+    """Share of captions that have the same words as one of their references, in the same order."""
     hits = [
         any(words_of(caption) == words_of(reference) for reference in own)
         for caption, own in zip(captions, references, strict=True)
@@ -87,7 +105,7 @@ def bleu4_and_cider(captions: Sequence[str], references: Sequence[Sequence[str]]
     pycocoevalcap's own tokenizer needs Java; only its scorers are used.
 
     Raises:
-        ModuleNotFoundError: without `pip install mome[eval]`.
+        ModuleNotFoundError: pycocoevalcap is not installed; the extra `eval` has it.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

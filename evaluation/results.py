@@ -1,4 +1,4 @@
-"""The results file: one appended row for every measurement, with what is needed to repeat it."""
+"""The results file: one row for each measurement, with what is needed to repeat it; rows are only appended."""
 
 import csv
 import datetime
@@ -17,6 +17,7 @@ COLUMNS = "commit date command hardware data metric value peer peer_value ratio"
 
 
 def environment() -> dict[str, str]:
+    """`commit`, `date` and `hardware` of a row, as they are now."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -27,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def append_rows(path: Path, rows: list[dict]):
-    """Appends rows to the CSV file, which is made with its header if it isn't there. Missing columns stay empty."""
+    """Appends rows to the CSV file, which is created with its header if needed. Missing columns stay empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

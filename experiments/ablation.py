@@ -1,4 +1,4 @@
-"""Which part of the design is worth what: small models from the same pictures, equal in parameters and samples.
+"""What each part of the design contributes: small models with equal parameters, trained on the same images.
 
 python -m mome.experiments.ablation --output runs/ablation [--width 128] [--steps 400] [--only VARIANT ...]
 
@@ -11,11 +11,11 @@ python -m mome.experiments.ablation --output runs/ablation [--width 128] [--step
 | mome-routed | one attention | yes | 4 a modality, half as wide, 2 a token |
 | mome-untaught | one attention | yes | one a modality, without the teacher that all others have |
 
-A model with two towers spends twice as much on attention; its feed-forwards are narrower by as much. Routed experts
-are active to the same extent, twice as many are there. Figures are of the validation half of the held-out concepts,
-so that the test half stays for what is chosen by them. All but one have the recipe's teacher: without it the
-contrastive loss lies at ln(batch) for so many hundred steps that short runs of all variants would be alike. A run that
-was cut off goes on; a finished one isn't repeated.
+Two towers need twice the attention parameters; their feed-forwards are narrower to make up for it. Routed models have
+the same active parameters and twice the total. Figures are those of the validation half of the held-out concepts; the
+test half stays untouched until a model is chosen. All variants but one use the recipe's teacher: without it the
+contrastive loss stays at ln(batch) for hundreds of steps, and short runs of all variants would look the same. An
+interrupted run is resumed; a finished one isn't repeated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ VARIANTS = ("dual", "dual-captions", "mome-contrastive", "mome", "mome-routed", 
 
 
 def changes_of(variant: str, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the model and of the recipe in which a variant differs from `mome`."""
+    """The fields of model and recipe in which a variant differs from `mome`."""
     inner = 4 * width
     model = {}
     if variant.startswith("dual"):
@@ -50,7 +50,7 @@ def changes_of(variant: str, width: int) -> tuple[dict[str, Any], dict[str, Any]
 
 
 METRICS = ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10", "zero_shot_top1")
-RECIPE = Path(__file__).parent.parent / "recipes" / "icons.yaml"
+RECIPE = Path(__file__).parent.parent / "training" / "recipes" / "icons.yaml"
 
 
 def recipe_for(
@@ -62,10 +62,10 @@ def recipe_for(
     width: int = WIDTH,
     **overrides: Any,
 ) -> Recipe:
-    """The shapes-and-names recipe with a small model of the variant.
+    """The icons recipe with a small model of the variant.
 
     Args:
-        model: fields of every variant's model, `overrides`: of every recipe, in place of the ablation's own.
+        model, overrides: fields of model and recipe that replace the ablation's own, for every variant.
         width: `hidden_size`.
     """
     fields, training = changes_of(variant, width)
@@ -87,7 +87,7 @@ def recipe_for(
 
 
 def run(recipe: Recipe) -> dict[str, float] | None:
-    """Figures of one run, from its folder if it is done; `None` if it was told to stop."""
+    """Figures of one run, read from its folder if it is finished; `None` if it was stopped."""
     done = Path(recipe.output) / "figures.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -95,7 +95,7 @@ def run(recipe: Recipe) -> dict[str, float] | None:
     if trainer.train() is None:
         return None
     figures = figures_of(trainer.output)
-    if not recipe.caption_weight:  # its captions are those of random weights
+    if not recipe.caption_weight:  # its captions come from random weights
         figures = {name: value for name, value in figures.items() if not name.startswith("caption")}
     figures |= {"parameters": active_parameters(trainer.twin), "pairs": trainer.progress.pairs}
     done.write_text(json.dumps(figures))
@@ -103,9 +103,9 @@ def run(recipe: Recipe) -> dict[str, float] | None:
 
 
 def figures_of(folder: Path) -> dict[str, float]:
-    """The last evaluation in a run's log and, of routed experts, the smallest share of its group's tokens.
+    """The last evaluation in a run's log and, with routed experts, the smallest share of tokens that an expert gets.
 
-    Shares are means over the last tenth of the log, the smallest over groups and layers.
+    Shares are averaged over the last tenth of the log; the smallest is that over all groups and layers.
     """
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = [record for record in records if "evaluation" in record][-1]
@@ -119,12 +119,12 @@ def figures_of(folder: Path) -> dict[str, float]:
 
 
 def active_parameters(captioner: MomeForConditionalGeneration) -> int:
-    """Parameters without the joint experts, which none of these losses reaches."""
+    """Parameters without the joint experts, which these losses never train."""
     return sum(each.numel() for name, each in captioner.named_parameters() if ".joint." not in name)
 
 
 def table(figures: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown, a row for each variant: means over the seeds, in per cent, with the range behind them."""
+    """Markdown, a row for each variant: per cent, mean over the seeds ± half the range."""
     head = "variant | parameters | R@1 t→i | R@10 t→i | R@1 i→t | R@10 i→t | zero-shot | caption F1"
     lines = [f"| {head} |", "|---" * 8 + "|"]
 

@@ -1,9 +1,9 @@
-"""Captions and searches of held-out icons as they come, good and bad: what the figures look like.
+"""Captions and searches of held-out icons, good and bad, to see what the figures mean.
 
 python -m mome.experiments.examples --checkpoint DIR --data DIR [--captions 50] [--searches 20] > examples.md
 
-Fifty random pictures of the test half with their greedy captions, and twenty random names with the five pictures that
-are nearest to each among 1,000. Nothing is chosen: the order is that of `mome.experiments.icons`.
+Fifty random images of the test half with their greedy captions, and twenty random names with the five nearest of 1,000
+images. Nothing is picked by hand: the order is that of `mome.experiments.icons`.
 """
 
 import argparse
@@ -20,19 +20,19 @@ POOL, SHOWN = 1000, 5
 
 
 def captions_table(names: Sequence[str], captions: Sequence[str], cosines: Sequence[float]) -> str:
-    """Markdown: what a picture is called, what the model says, and their cosine."""
+    """Markdown: the name of an image, its caption, and the cosine of caption and image."""
     lines = ["| name | caption | cosine of caption and picture |", "|---|---|---|"]
     lines += [f"| {name} | {said} | {cosine:.2f} |" for name, said, cosine in zip(names, captions, cosines)]
     return "\n".join(lines)
 
 
 def searches_table(queries: Sequence[int], names: Sequence[str], similarity: torch.Tensor) -> str:
-    """Markdown: a query, the names of the nearest pictures, and the rank of the one that was looked for.
+    """Markdown: a query, the names of the nearest images, and the rank of the wanted one.
 
     Args:
-        queries: indices of the pictures that are searched by their names.
-        names: of all pictures.
-        similarity: (queries, pictures).
+        queries: indices of the images that are searched for by their names.
+        names: of all images.
+        similarity: (queries, images).
     """
     lines = ["| searched | found, nearest first | rank of its picture |", "|---|---|---|"]
     for row, wanted in zip(similarity, queries):

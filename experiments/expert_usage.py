@@ -6,9 +6,9 @@
                                                                                  ├─ GroupRouting ─ shares, picture
     texts ── text pass ── router logits (texts, tokens, experts) of each layer ──┘
 
-An expert's share is that of its group's tokens times their `experts_per_token` choices. The picture shows each expert
-with random patches and with words for which it is the first choice: words of which it gets the largest part. Texts are
-the first one of each image.
+An expert's share is its part of all choices in its group: each token makes `experts_per_token` of them. The picture
+shows the tokens that have an expert as their first choice: random patches, and the words that go to it most often. Of
+each image, the first text is used.
 """
 
 import argparse
@@ -35,11 +35,11 @@ WORDS, RARE = 8, 5  # words of a row; rarer ones say little about the expert tha
 
 @dataclass(frozen=True)
 class GroupRouting:
-    """Where the tokens of one group of experts went.
+    """Which experts the tokens of one group took.
 
     Attributes:
         group: `"image"` or `"text"`.
-        experts: (layers, tokens, experts_per_token) int64, likeliest first.
+        experts: (layers, tokens, experts_per_token) int64, most likely first.
         num_experts: of the group.
     """
 
@@ -48,12 +48,12 @@ class GroupRouting:
     num_experts: int
 
     def shares(self) -> torch.Tensor:
-        """(layers, experts), each layer's sum is 1."""
+        """(layers, experts); each row adds up to 1."""
         counts = [torch.bincount(layer.flatten(), minlength=self.num_experts) for layer in self.experts]
         return torch.stack(counts) / self.experts[0].numel()
 
     def tokens_of(self, layer: int, expert: int) -> torch.Tensor:
-        """Indices of the tokens whose first choice the expert is."""
+        """Indices of the tokens that have this expert as their first choice."""
         return (self.experts[layer, :, 0] == expert).nonzero().flatten()
 
 
@@ -64,7 +64,7 @@ def choices(router_logits: Sequence[torch.Tensor], experts_per_token: int, mask:
 
 
 def route_images(embedder: Embedder, images: Sequence) -> GroupRouting:
-    """Every token of every image in turn: `[CLS]`, then the patches row by row."""
+    """All tokens, image by image: `[CLS]`, then the patches row by row."""
     model, parts = embedder.model, []
     for pixel_values in embedder.pixel_batches(images):
         with embedder.evaluating():
@@ -75,7 +75,7 @@ def route_images(embedder: Embedder, images: Sequence) -> GroupRouting:
 
 
 def route_texts(embedder: Embedder, texts: Sequence[str]) -> tuple[GroupRouting, list[str]]:
-    """Every token of every text in turn, padding aside, and what the tokens are called."""
+    """All tokens, text by text, without padding; and the tokens as strings."""
     model, parts, tokens = embedder.model, [], []
     for inputs in embedder.token_batches(texts):
         mask = inputs["attention_mask"].bool()
@@ -99,7 +99,7 @@ def patches_of(images: list[Image.Image], side: int, grid: int) -> np.ndarray:
 
 
 def typical_words(tokens: Sequence[str], taken: torch.Tensor, count: int = WORDS) -> list[str]:
-    """Of the words with at least `RARE` occurrences, those of which the largest part is in `taken` (indices)."""
+    """Words with at least `RARE` occurrences, those first of which the largest part is in `taken` (indices)."""
     everywhere, here = Counter(tokens), Counter(tokens[index] for index in taken.tolist())
     parts = {word: number / everywhere[word] for word, number in here.items() if everywhere[word] >= RARE}
     return sorted(parts, key=lambda word: (-parts[word], -here[word], word))[:count]
@@ -115,7 +115,9 @@ def draw(image: GroupRouting, patches: np.ndarray, text: GroupRouting, tokens: S
             label = [_label(image, layer, expert)]
             blocks.append(Row(label, list(patches[taken]), None, PATCH_SIDE, LABEL_WIDTH, frame=True))
         for expert in range(text.num_experts):
-            words = "  ".join(typical_words(tokens, text.tokens_of(layer, expert))) or "first choice of no word"
+            words = (
+                "  ".join(typical_words(tokens, text.tokens_of(layer, expert))) or "no word has it as its first choice"
+            )
             blocks.append(Row([_label(text, layer, expert)], (), Line(words), label_width=LABEL_WIDTH))
     return contact_sheet(blocks)
 
@@ -140,14 +142,12 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository of a routed model")
     add_pair_arguments(parser)
-    parser.add_argument("--picture", type=Path, help="where to draw who takes what, as PNG")
+    parser.add_argument("--picture", type=Path, help="PNG to draw the experts' patches and words to")
     add_results_argument(parser)
     options = parser.parse_args(argv)
     model = AutoModel.from_pretrained(options.checkpoint).eval()
     if model.config.experts_per_group == 1:
-        parser.error(
-            f"{options.checkpoint} has one expert a modality, there is nothing to choose: pass a routed model"
-        )
+        parser.error(f"{options.checkpoint} has one expert a modality, so nothing is routed: pass a routed model")
     embedder = Embedder(model, AutoProcessor.from_pretrained(options.checkpoint), options.checkpoint)
     pairs = pairs_from(options)
     images = [read_image(pair.image, f"image {number}") for number, pair in enumerate(pairs)]

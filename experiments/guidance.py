@@ -1,15 +1,15 @@
-"""Does guidance do what it is for? Captions of held-out images, unguided and guided, and what they are worth.
+"""Does guidance help? Captions of held-out images with and without it, and how good they are.
 
     python -m mome.experiments.guidance --checkpoint DIR --data held-out-*.parquet --results evaluation/results.csv
 
 For each setting (greedy, beam 4, re-ranked, classifier-free, contrastive) it reports
 
-- `cosine`: mean cosine of image and caption, and `R@1`: share of captions that find their image first among all;
-- `exact match`, `token F1`, and with `pip install mome[eval]` `BLEU-4` and `CIDEr`, against the references.
+- `cosine`: mean cosine of image and caption, and `R@1`: share of captions that rank their own image first;
+- `exact match`, `token F1`, and with the extra `eval` also `BLEU-4` and `CIDEr`, against the references.
 
-The first two say whether a caption is specific to its image, the others whether it says what people said; guidance
-moves along the line between them. Cosine and R@1 come from the captioner's own embeddings, which re-ranking and
-contrastive guidance look at too: `--judge DIR` measures with another checkpoint instead.
+The first two tell how specific a caption is to its image, the others how close it is to what people wrote; guidance
+trades one for the other. Cosine and R@1 use the captioner's own embeddings, which re-ranking and contrastive guidance
+use as well: `--judge DIR` measures with another checkpoint instead.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def settings(
     beams: int = 4,
     candidates: int = 4,
 ) -> dict[str, dict[str, Any]]:
-    """What is compared: name → options of `generate()`. Nothing is left to the checkpoint's own defaults."""
+    """The settings to compare: name → options of `generate()`, independent of the checkpoint's defaults."""
     plain = {**GUIDANCE_PRESETS["none"], "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     chosen = {BASELINE: plain, f"beam {beams}": plain | {"num_beams": beams}}
     for weight in rerank_weights:
@@ -52,7 +52,7 @@ def settings(
 def measure(
     captions: list[str], references: list[list[str]], image_embeds: torch.Tensor, text_embeds: torch.Tensor
 ) -> dict[str, float]:
-    """All metrics of one setting. Captions, references and embeddings are in the order of the images."""
+    """All metrics of one setting; captions, references and embeddings in the order of the images."""
     similarity = text_embeds @ image_embeds.T
     own = torch.eye(len(captions), dtype=torch.bool)
     scores = {"cosine": similarity.diagonal().mean().item(), "R@1": retrieval_recall(similarity, own, ks=(1,))[1]}
@@ -74,7 +74,7 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def rows_of(scores: dict[str, dict[str, float]], data: str) -> list[dict[str, str]]:
-    """Rows of the results file, each beside the unguided captions of the same run."""
+    """Rows of the results file, each compared with the unguided captions of the same run."""
     rows = []
     for name, values in scores.items():
         for metric, value in values.items():

@@ -1,15 +1,17 @@
-"""What a model for icons is worth, on pictures that no training saw; every figure of the card and of the README.
+"""Evaluates a model for icons on images held out from training; the card's and the README's figures come from here.
 
-python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...]
+python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [--only PART ...] [--on DATA ...]
 
 - `retrieval`: text to image and image to text among 1,000 names, zero-shot among 100, greedy captions: unseen concepts
-  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and pictures that
-  training had, for comparison; `--template "an icon of a {}"` puts the names into a sentence;
+  (the test half of the held-out names), unseen sets (`healthicons`, `streamline-freehand-color`), and training
+  images for comparison; `--template "an icon of a {}"` puts the names into a sentence;
 - `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
   names read what people wrote; MoME sees pixels only;
+- `broader`, `templates`, `glosses`: find pictures by a broader word, by a sentence, by a definition;
 - `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
 
-What is chosen by figures is chosen by those of the other half, `--half validation`.
+A part's figures are printed, and written to FILE, when it ends. What is chosen by figures is chosen by those of the
+other half, `--half validation`.
 """
 
 import argparse
@@ -21,13 +23,15 @@ import torch
 from tqdm import tqdm
 
 from ..embedder import Embedder
+from ..errors import DataError, MomeError
 from ..evaluation.evaluator import Evaluation, one_each
 from ..evaluation.metrics import retrieval_recall, words_of
 from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
+from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
 
-PARTS = ("retrieval", "words", "speed")
+PARTS = ("retrieval", "broader", "templates", "glosses", "words", "speed")
 DATA = {
     "unseen concepts": "{half}-*.parquet",
     "unseen set healthicons": "healthicons-*.parquet",
@@ -40,7 +44,7 @@ SEEN_SAMPLES = 3000  # enough for 1,000 distinct names
 def evaluation_of(
     folder: Path, name: str, samples: int | None = None, half: str = "test", template: str = "{}"
 ) -> Evaluation:
-    """The evaluation of one of `DATA`: pictures black on white or in their own colours, no randomness."""
+    """The evaluation on one entry of `DATA`: images black on white or in their own colours, nothing random."""
     files = folder / DATA[name].format(half=half)
     return Evaluation(
         dataset="parquet",
@@ -53,15 +57,58 @@ def evaluation_of(
     )
 
 
-def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: str = "{}") -> dict[str, float]:
-    """All figures of all data; by the validation half no figures of the unseen sets, by which nothing is chosen."""
+def data_of(half: str, chosen: Sequence[str] | None = None) -> list[str]:
+    """Names of the data that are measured on: with the validation half no unseen set, by which nothing is chosen.
+
+    Args:
+        half: of the held-out concepts.
+        chosen: last words of the names, `healthicons`; default: all.
+    """
+    names = [name for name in DATA if chosen is None or name.split()[-1] in chosen]
+    return [name for name in names if half != "validation" or not name.startswith("unseen set")]
+
+
+def files_of(folder: Path, names: Sequence[str], half: str) -> list[Path]:
+    """The parquet files of data, all of which must be there.
+
+    Raises:
+        DataError: if some are not.
+    """
+    files = []
+    for name in names:
+        pattern = DATA[name].format(half=half)
+        found = sorted(folder.glob(pattern))
+        if not found:
+            raise DataError(f"{folder} has no {pattern}: python -m mome.icons.build --output {folder} writes it")
+        files += found
+    return files
+
+
+def retrieval(
+    embedder: Embedder, folder: Path, names: Sequence[str] = tuple(DATA), half: str = "test", template: str = "{}"
+) -> dict[str, float]:
+    """All figures of the data of these names."""
     figures = {}
-    for name in DATA:
-        if half == "validation" and name.startswith("unseen set"):
-            continue
+    for name in names:
         samples = SEEN_SAMPLES if name == "seen pictures" else None
         found = evaluation_of(folder, name, samples, half, template).run(embedder)
         figures |= {f"{name}: {metric}": value for metric, value in found.items()}
+    return figures
+
+
+def by_other_texts(
+    measure: Callable[[Embedder, Sequence[dict]], dict[str, float]],
+    embedder: Embedder,
+    folder: Path,
+    names: Sequence[str],
+    half: str,
+) -> dict[str, float]:
+    """Figures of one of `icon_measures` on what training did not see."""
+    figures = {}
+    for name in names:
+        if name != "seen pictures":
+            pool = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
+            figures |= {f"{name}: {measure.__name__}, {key}": value for key, value in measure(embedder, pool).items()}
     return figures
 
 
@@ -69,7 +116,7 @@ def retrieval(embedder: Embedder, folder: Path, half: str = "test", template: st
 
 
 def other_words(name: str, texts: Sequence[str]) -> list[str]:
-    """Texts that share no word with the name, in any of its forms that one is the beginning of."""
+    """Texts that share no word with the name; words of which one begins with the other count as the same."""
     own = words_of(name)
 
     def related(word: str) -> bool:
@@ -79,11 +126,11 @@ def other_words(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def words(embedder: Embedder, folder: Path, half: str = "test", pool: int = 1000) -> dict[str, float]:
-    """Recall of searching one picture for each of `pool` names by words that are not in the name."""
+    """Recall when `pool` images are searched for by words that are not in their names."""
     examples = one_each(evaluation_of(folder, "unseen concepts", half=half).examples())[:pool]
     names, texts = [each["text"] for each in examples], [each["references"] for each in examples]
     queries = list(dict.fromkeys(word for name, own in zip(names, texts) for word in other_words(name, own)))
-    # An icon that has the query in its name is no test of finding by another word, nor a wrong hit.
+    # An icon with the query in its name neither tests finding by another word nor counts as a wrong hit.
     wanted = torch.tensor([[query in other_words(*each) for each in zip(names, texts)] for query in queries])
     named = torch.tensor(
         [[query in own and not hit for own, hit in zip(texts, row)] for query, row in zip(queries, wanted.tolist())]
@@ -104,7 +151,7 @@ def words(embedder: Embedder, folder: Path, half: str = "test", pool: int = 1000
 
 
 def name_match(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
-    """(queries, names): share of the query's words that the name has."""
+    """(queries, names): share of the query's words that are in the name."""
     own = [set(words_of(name)) for name in names]
     rows = [[sum(word in each for word in asked) / len(asked) for each in own] for asked in map(words_of, queries)]
     return torch.tensor(rows)
@@ -113,10 +160,10 @@ def name_match(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
 def bm25(
     queries: Sequence[str], texts: Sequence[Sequence[str]], wanted: torch.Tensor, leave_out: bool
 ) -> torch.Tensor:
-    """(queries, documents) of BM25 (Robertson and Zaragoza, 2009); a document is all texts of a picture.
+    """(queries, documents) of BM25 (Robertson and Zaragoza, 2009); a document holds all texts of an image.
 
     Args:
-        leave_out: take the query itself out of the documents that are wanted, or BM25 has been told the answer.
+        leave_out: take the query itself out of the wanted documents; otherwise BM25 is told the answer.
     """
     from rank_bm25 import BM25Okapi
 
@@ -144,7 +191,7 @@ def minilm(queries: Sequence[str], names: Sequence[str]) -> torch.Tensor:
 
 
 def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> float:
-    """Items per second of repeated work, after one round that isn't counted."""
+    """Items per second over repeated rounds of `work`; the first round is a warm-up."""
     work()
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -154,7 +201,7 @@ def per_second(work: Callable[[], object], items: int, seconds: float = 5.0) -> 
 
 
 def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float]:
-    """Pictures and names to embeddings and pictures to captions, at batch 1 and 32."""
+    """Image embeddings, text embeddings and captions per second at batch sizes 1 and 32."""
     examples = evaluation_of(folder, "unseen concepts", 64).examples()[:32]
     images, names = [each["image"] for each in examples], [each["text"] for each in examples]
     figures = {}
@@ -171,30 +218,48 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
     return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
 
+def run_part(part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
+    """The figures of one of `PARTS`."""
+    if part == "retrieval":
+        return retrieval(embedder, options.data, names, options.half, options.template)
+    if part == "words":
+        found = words(embedder, options.data, options.half)
+        return {f"by another word, {key}": value for key, value in found.items()}
+    if part == "speed":
+        return speed(embedder, options.data, options.checkpoint)
+    return by_other_texts(getattr(icon_measures, part), embedder, options.data, names, options.half)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_icons_arguments(parser)
     add_results_argument(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    kinds = [name.split()[-1] for name in DATA]
+    parser.add_argument("--on", nargs="+", choices=kinds, metavar="DATA", help=f"{', '.join(kinds)} (default: all)")
     parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
-    parser.add_argument("--template", default="{}", help="what names are put into to be found by (default: {})")
+    parser.add_argument("--template", default="{}", help="a sentence to put the names into (default: {})")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
-    embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
+    names = data_of(options.half, options.on)
+    try:
+        read = {*names, "unseen concepts"} if {"words", "speed"} & set(options.only) else names
+        icon_measures.check_parts(options.only, files_of(options.data, [*read], options.half))
+        embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
+    except MomeError as error:
+        raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
-    if "retrieval" in options.only:
-        figures |= retrieval(embedder, options.data, options.half, options.template)
-    if "words" in options.only:
-        found = words(embedder, options.data, options.half)
-        figures |= {f"by another word, {key}": value for key, value in found.items()}
-    if "speed" in options.only:
-        figures |= speed(embedder, options.data, options.checkpoint)
-    for name, value in figures.items():
-        print(f"{name:75s} {value:10.4g}")
-    if options.results:
-        data = f"mome-icons {options.half}, {options.checkpoint.name}"
-        append_figures(options.results, "mome.experiments.icons", data, figures, "icons, ", arguments)
+    for part in PARTS:
+        if part not in options.only:
+            continue
+        found = run_part(part, embedder, names, options)
+        for name, value in found.items():
+            print(f"{name:85s} {value:10.4g}", flush=True)
+        if options.results:
+            data = f"mome-icons {options.half}, {options.checkpoint.name}"
+            append_figures(options.results, "mome.experiments.icons", data, found, "icons, ", arguments)
+        figures |= found
     return figures
 
 

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,7 +20,10 @@ TONE = re.compile(r"[-_ ](medium-)?(light|dark|medium)?-?skin-tone(-\d)?|[-_]ton
 
 @dataclass
 class Named:
-    """What an icon is called: `texts[0]` is `name`, the others are aliases and tags."""
+    """What an icon is called: `texts[0]` is `name`, the others are aliases and tags.
+
+    `related` and `gloss` are what WordNet says about the name.
+    """
 
     source_id: str
     set: str
@@ -28,6 +31,8 @@ class Named:
     name: str
     style: str
     texts: list[str]
+    related: list[str] = field(default_factory=list)
+    gloss: str = ""
 
 
 def name_icons(sets: Sequence[IconSet], folders: Mapping[str, Path]) -> list[Named]:

@@ -1,6 +1,6 @@
 """Builds the data set: `python -m mome.icons.build --output DIR [--cache DIR]`.
 
-    sources -> icon sets -> names and texts -> 64 px pictures -> splits without look-alikes -> parquet, card
+    sources -> icon sets -> names, texts, relations -> 64 px pictures -> splits without look-alikes -> parquet, card
 
 Everything that was downloaded or rendered stays in the cache: a run that was cut off goes on where it stopped, and
 changed rules for names take a minute. The result is read by `datasets.load_dataset(DIR)`.
@@ -32,12 +32,17 @@ from .collect import SIDE, iter_sets
 from .render import Rendered, render_sets
 from .sources import fetch_sources
 from .splits import SPLITS, assign_split, is_held_out, look_alikes, repetitions
+from .wordnet import Nouns, relations
 
 ROWS_PER_FILE = 50_000
 FEATURES = {
     "image": {"_type": "Image"},
     "texts": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
-    **{name: {"dtype": "string", "_type": "Value"} for name in ("name", "set", "style", "license", "source_id")},
+    "related": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+    **{
+        name: {"dtype": "string", "_type": "Value"}
+        for name in ("gloss", "name", "set", "style", "license", "source_id")
+    },
 }
 
 
@@ -68,12 +73,22 @@ def build(output: Path, cache: Path, processes: int = 2, docs: Path | None = Non
         if pictures[row.source_id].mode == "RGBA" and row.style in ("", "bold", "filled", "outline", "thin"):
             row.style = "colour"  # what a set calls outline has coloured areas as well
     print(f"{len(named):,} icons with a name and a picture", flush=True)
+    add_relations(named, Nouns(folders["wordnet-base"] / "wordnet"))
     rows, splits, dropped = split_rows(named, pictures)
     output.mkdir(parents=True, exist_ok=True)
     counts = write_splits(output, rows, splits, pictures)
     images = {source_id: picture.png for source_id, picture in pictures.items()}
     write_card([output, *([docs] if docs else [])], sets, rows, splits, skipped, dropped, images)
     return counts
+
+
+def add_relations(rows: Sequence[Named], nouns: Nouns) -> None:
+    """Fills in `related` and `gloss`, which are the same for all rows of a name and hold no held-out name."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for row in rows:
+        if row.name not in found:
+            found[row.name] = relations(row.name, nouns, is_held_out)
+        row.related, row.gloss = found[row.name]
 
 
 def split_rows(named: Sequence[Named], pictures: dict[str, Rendered]) -> tuple[list[Named], list[str], dict[str, int]]:
@@ -103,11 +118,11 @@ def split_rows(named: Sequence[Named], pictures: dict[str, Rendered]) -> tuple[l
 
 
 def darkness(png: bytes) -> np.ndarray:
-    """A picture on white, 0 for white to 1 for black, float32, (16, 16): what look-alikes are compared by."""
+    """A picture on white, 0 for white to 255 for black, uint8, (16, 16): what look-alikes are compared by."""
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
-    return 1 - np.asarray(white.convert("L").reduce(SIDE // 16), np.float32) / 255
+    return 255 - np.asarray(white.convert("L").reduce(SIDE // 16))
 
 
 def write_splits(
@@ -115,8 +130,7 @@ def write_splits(
 ) -> dict[str, int]:
     """Writes the parquet files of every split, and removes those of an earlier build.
 
-    The order is random but each row's own: one row more or less, as renderers on two processors differ in single
-    pixels and so in a few look-alikes, does not move the others. A split that loses none is the same everywhere.
+    The order is random but each row's own, so that one row more or less does not move the others.
     """
     order = sorted(range(len(rows)), key=lambda index: hashlib.sha256(rows[index].source_id.encode()).digest())
     counts = {}
@@ -142,6 +156,8 @@ def _table(rows: Sequence[Named], pictures: dict[str, Rendered]) -> pa.Table:
     columns = {
         "image": pa.array([{"bytes": pictures[row.source_id].png, "path": None} for row in rows], image),
         "texts": pa.array([row.texts for row in rows], pa.list_(pa.string())),
+        "related": pa.array([row.related for row in rows], pa.list_(pa.string())),
+        "gloss": pa.array([row.gloss for row in rows], pa.string()),
         "name": pa.array([row.name for row in rows], pa.string()),
         "set": pa.array([row.set for row in rows], pa.string()),
         "style": pa.array([row.style for row in rows], pa.string()),

@@ -12,6 +12,7 @@ from ..data.sheet import Cell, Grid, Line, contact_sheet
 from .assemble import Named
 from .collect import IconSet
 from .compose import compose_icons
+from .rules import ICON_SENSES
 from .sources import SOURCES
 from .splits import SPLITS
 
@@ -34,6 +35,28 @@ SPLIT_NOTES = {
     "healthicons-test": "the other concepts of that set",
     "freehand": "an unseen hand-drawn set",
 }
+# To appear on all copies of the database.
+WORDNET_LICENCE = """\
+> This software and database is being provided to you, the LICENSEE, by Princeton University under the following
+> license. By obtaining, using and/or copying this software and database, you agree that you have read, understood, and
+> will comply with these terms and conditions.:
+>
+> Permission to use, copy, modify and distribute this software and database and its documentation for any purpose and
+> without fee or royalty is hereby granted, provided that you agree to comply with the following copyright notice and
+> statements, including the disclaimer, and that the same appear on ALL copies of the software, database and
+> documentation, including modifications that you make for internal use or for distribution.
+>
+> WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved.
+>
+> THIS SOFTWARE AND DATABASE IS PROVIDED "AS IS" AND PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES,
+> EXPRESS OR IMPLIED. BY WAY OF EXAMPLE, BUT NOT LIMITATION, PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR
+> WARRANTIES OF MERCHANT- ABILITY OR FITNESS FOR ANY PARTICULAR PURPOSE OR THAT THE USE OF THE LICENSED SOFTWARE,
+> DATABASE OR DOCUMENTATION WILL NOT INFRINGE ANY THIRD PARTY PATENTS, COPYRIGHTS, TRADEMARKS OR OTHER RIGHTS.
+>
+> The name of Princeton University or Princeton may not be used in advertising or publicity pertaining to distribution
+> of the software and/or database. Title to copyright in this software, database and any associated documentation shall
+> at all times remain with Princeton University and LICENSEE agrees to preserve same.
+"""
 
 
 def write_card(
@@ -86,8 +109,11 @@ def attribution(sets: Sequence[IconSet], rows: Sequence[Named]) -> str:
     lines += [f"| {one.name} | {one.version} | {one.licence} | {one.holds} |" for one in SOURCES.values()]
     lines += [
         "",
-        "The list of countable nouns in captions was chosen with the help of WordNet 3.0, Princeton University.",
+        "## WordNet",
+        "",
+        "The columns `related` and `gloss` are taken from WordNet, and the list of countable",
     ]
+    lines += ["nouns in captions was chosen with its help. Its licence:", "", *WORDNET_LICENCE.splitlines()]
     return "\n".join(lines) + "\n"
 
 
@@ -115,6 +141,9 @@ def data_card(
         concepts=f"{len({row.name for row in rows}):,}",
         sets=len(by_set),
         texts=f"{texts / len(rows):.1f}",
+        related=f"{len({row.name for row in rows if row.related}):,}",
+        glosses=f"{len({row.name for row in rows if row.gloss}):,}",
+        senses=len(ICON_SENSES),
         splits=_table(
             ("split", "pictures", "names", "for"),
             [(split, f"{by_split[split]:,}", f"{len(names[split]):,}", SPLIT_NOTES[split]) for split in SPLITS],

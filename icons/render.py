@@ -7,6 +7,7 @@ found by halving the chunk and recorded as failed.
 
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import threading
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from .collect import SIDE, Icon
 
-VERSION = "1"  # part of every chunk's name: to be raised when rendering changes
+VERSION = "2"  # part of every chunk's name: to be raised when rendering changes
 CHUNK = 500
 LARGE = 256  # pixels of a drawing whose margins are cropped before it is scaled down
 SECONDS_PER_CHUNK = 300
@@ -126,21 +127,23 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     """256-bit hash of the look of a picture: signs of its low cosine frequencies.
 
     Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), with 16 x 16 coefficients
-    instead of 8 x 8, since icons differ in small marks.
+    instead of 8 x 8, since icons differ in small marks. Everything is an integer: a symmetric picture has frequencies
+    of exactly zero, whose signs would otherwise be those of rounding errors, and these differ between machines.
 
     Args:
         pixels: uint8, (64, 64, 4).
     """
-    alpha = pixels[..., 3:].astype(np.float32) / 255
-    light = pixels[..., :3].astype(np.float32).mean(axis=-1) * alpha[..., 0] + 255 * (1 - alpha[..., 0])
-    small = light.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    low = (COSINES @ small @ COSINES.T).ravel()
-    return np.packbits(low > np.median(low[1:])).tobytes()
+    red, green, blue, alpha = np.moveaxis(pixels.astype(np.int64), -1, 0)
+    light = (red + green + blue) * alpha + 3 * 255 * (255 - alpha)  # on white; 3 * 255 times the mean of the channels
+    small = light.reshape(32, 2, 32, 2).sum(axis=(1, 3))
+    low = (COSINES @ small @ COSINES.T).ravel()  # below 2 ** 58
+    return np.packbits(low > np.sort(low[1:])[127]).tobytes()  # the median of 255
 
 
 def _cosine_matrix(size: int, count: int) -> np.ndarray:
-    positions = (2 * np.arange(size) + 1) * np.pi / (2 * size)
-    return np.cos(np.outer(np.arange(count), positions)).astype(np.float32)
+    """Cosines of the first frequencies as integers, 2 ** 14 for 1, (count, size)."""
+    steps = np.outer(np.arange(count), 2 * np.arange(size) + 1)  # of pi / (2 * size)
+    return np.array([[round(2**14 * math.cos(step * math.pi / (2 * size))) for step in row] for row in steps.tolist()])
 
 
 COSINES = _cosine_matrix(32, 16)

@@ -1,4 +1,4 @@
-"""Tables of exceptions that naming looks into: brands, flags, what single sets do to their identifiers."""
+"""Tables of exceptions: brands, flags, what single sets do to their identifiers, senses of words that icons mean."""
 
 BRAND_LISTS = ("simple-icons", "logos", "fa7-brands", "bxl", "cib", "thesvg", "devicon")
 # Companies that named themselves after things which icons show.
@@ -72,3 +72,26 @@ SET_STYLES = {
     "dinkie-icons": "pixel",
     "openclipart": "clipart",
 }
+# The sense of WordNet 3.0 that icons mean where it is not the first that can be drawn; 0 where none is what they show.
+_SENSES = """
+    alien 3, arrow 1, attachment 0, avatar 0, back 0, banana 2, bank 9, barrel 2, bath 3, belt 2, biohazard 0,
+    blind 3, bot 0, browser 0, build 0, bulb 2, button 2, cake 3, calculator 2, cape 2, cardinal 0, carousel 2,
+    carrot 3, cast 0, chain 3, chat 0, cherry 3, chess 0, chicken 2, chip 7, christmas_tree 5, clown 2, cock 5,
+    column 7, console 4, controller 3, copy 0, coral 4, corn 3, crane 4, crop 0, cross 2, crown 4, cut 0,
+    dashboard 2, desktop 0, diamond 1, display 3, divide 0, divider 0, dome 4, down 0, draft 0, drag 0, drone 4,
+    duplicate 0, earth 1, egg 2, exchange 0, export 0, favorite 0, female 2, font 0, food 2, forward 0, frame 10,
+    galaxy 0, gallery 0, gem 5, ghost 3, glass 2, globe 3, glove 2, grid 0, group 0, gull 2, hammer 2, hanger 2,
+    hash 0, heading 0, heart 7, help 0, highlighter 2, home 2, hood 8, hook 5, icon 0, import 0, inventory 0, iron
+    4, jersey 3, joystick 2, kiwi 3, label 0, layer 0, letter 0, lighter 2, loader 0, loading 0, lobster 2, loop
+    0, mail 0, male 2, mango 2, margin 0, medium 0, menu 0, microwave 2, mobile 0, monitor 4, moon 1, more 0,
+    mouse 4, mug 4, mute 0, nail 2, needle 3, network 0, note 0, notebook 1, onion 3, open 0, outlet 2, pants 0,
+    paste 0, peach 3, peacock 2, pepper 4, person 1, phoenix 3, picker 0, piece 0, pill 2, pin 9, pineapple 2,
+    pinwheel 3, pipe 2, plant 2, plate 4, plug 5, poker 0, poll 0, pop 2, popcorn 2, power 0, press 3, printer 2,
+    proxy 0, queen 2, racket 4, railway 2, record 0, ring 8, router 2, ruler 2, scale 7, scanner 2, scooter 3,
+    screen 3, seal 9, server 3, setting 0, shape 0, shell 10, shrimp 3, shuttle 2, signal 0, siren 4, skirt 2,
+    slider 0, socket 2, sort 0, sound 0, spa 3, speaker 2, spinner 0, stamp 8, staple 5, sticker 0, stock 0,
+    stroller 2, sun 1, swallow 3, tab 0, tablet 0, tag 0, target 4, television 3, terminal 4, tiger 2, top 0,
+    trailer 4, tram 3, transfer 0, turtle 2, tv 2, valve 3, van 5, variable 0, vault 2, volume 0, watermelon 2,
+    web 0, whale 2, widget 0, witch 2, wizard 2, world 0
+"""
+ICON_SENSES = {word: int(sense) for word, sense in (pair.split() for pair in _SENSES.split(","))}

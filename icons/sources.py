@@ -124,6 +124,14 @@ SOURCES: dict[str, Source] = {
             "SCOWL",
             "English words for the tokenizer",
         ),
+        Source(
+            "wordnet-base",
+            "1:3.0-37",
+            "debian",
+            "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+            "WordNet 3.0",
+            "related words and definitions",
+        ),
     )
 }
 

@@ -23,7 +23,7 @@ HASH_BITS = 256
 # confirm; above 6 % of the ink, pairs such as "truck minus" and "truck plus" begin, which are not the same.
 SAME_BITS = 6
 NEAR_BITS = 24
-NEAR_INK = 0.06
+NEAR_INK = 6  # per cent
 
 
 def concept_hash(name: str) -> int:
@@ -79,15 +79,15 @@ def _signs(hashes: np.ndarray) -> np.ndarray:
 
 
 def look_alikes(
-    splits: Sequence[str], hashes: np.ndarray, ink: Callable[[np.ndarray], np.ndarray], tolerance: float = NEAR_INK
+    splits: Sequence[str], hashes: np.ndarray, ink: Callable[[np.ndarray], np.ndarray], tolerance: int = NEAR_INK
 ) -> np.ndarray:
     """Marks the pictures that look like one of a split with precedence.
 
     Args:
         splits: split of each picture.
         hashes: uint8, (pictures, 32).
-        ink: gives the pictures of some indices, 0 for white to 1 for black, float32, (pictures, side, side).
-        tolerance: largest share of the ink in which two look-alikes differ.
+        ink: gives the pictures of some indices, 0 for white to 255 for black, integers, (pictures, side, side).
+        tolerance: largest share of the ink in which two look-alikes differ, in per cent.
 
     Returns:
         bool, (pictures,): true for those to be dropped.
@@ -100,9 +100,10 @@ def look_alikes(
         pairs = near_pairs(hashes[candidates], hashes[keepers])
         for start in range(0, len(pairs), 8192):
             mine, theirs = candidates[pairs[start : start + 8192, 0]], keepers[pairs[start : start + 8192, 1]]
-            first, second = ink(mine), ink(theirs)
+            # Integers, so that what stays does not depend on the order in which a machine adds.
+            first, second = ink(mine).astype(np.int64), ink(theirs).astype(np.int64)
             apart = np.abs(first - second).sum(axis=(1, 2))
-            confirmed = apart <= tolerance * np.maximum(first, second).sum(axis=(1, 2))
+            confirmed = 100 * apart <= tolerance * np.maximum(first, second).sum(axis=(1, 2))
             same = np.bitwise_count(hashes[mine] ^ hashes[theirs]).sum(axis=1) <= SAME_BITS
             drop[mine[confirmed | same]] = True
     return drop

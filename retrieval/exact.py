@@ -1,25 +1,25 @@
-"""Exact search: the cosine of each query with each row, by matrix products over the memory-mapped table.
+"""Exact search: the cosine of each query with every row, by matrix products over the memory-mapped table.
 
     for each block of rows (some MiB, as they lie in the file):
         scores = queries · blockᵀ                 one pass over the table for all queries together
         the best of the block → the best so far
 
-There is no index to build, nothing to keep up to date, and nothing is missed. One query costs a single read of the
-embeddings, so that memory bandwidth is the limit; many queries share that read.
+There is no index to build or to keep up to date, and nothing is missed. A query reads all embeddings once, so memory
+bandwidth is the limit; many queries share one read.
 """
 
 import torch
 
 from .filters import Condition
-from .search import Index
+from .index import Index
 
 QUERIES_AT_ONCE = 128  # times a block's rows, this bounds the memory that scores take
 GROUP_ROWS = 64  # of a block, whose maximum is found before its members are looked at
-SPARSE_SHARE = 8  # a filter that leaves less than an eighth of a block has those rows copied out
+SPARSE_SHARE = 8  # where a filter leaves less than an eighth of a block, those rows are copied out
 
 
 class ExactIndex(Index):
-    """Searches a table by matrix products: no server, no building, recall 1.
+    """Searches a table by matrix products: no server, nothing to build, recall 1.
 
     ```python
     index = ExactIndex(load_table("table.parquet"))
@@ -32,7 +32,7 @@ class ExactIndex(Index):
     def _search(
         self, queries: torch.Tensor, top_k: int, conditions: tuple[Condition, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = self.rows_fulfilling(conditions)
+        wanted = self.rows_meeting(conditions)
         parts = [self._search_some(some, top_k, wanted) for some in queries.split(QUERIES_AT_ONCE)]
         scores, rows = (torch.cat(each) for each in zip(*parts))
         return scores, rows
@@ -54,7 +54,7 @@ class ExactIndex(Index):
                 block, inside, count = block[numbers], inside[numbers], len(numbers)
             scores = _products(queries, block)
             if count < len(block):
-                scores.masked_fill_(~inside, -torch.inf)  # NaN of a row without an embedding as well
+                scores.masked_fill_(~inside, -torch.inf)  # also over the NaN of a row without an embedding
             best, best_rows = _merge(best, best_rows, scores, start, numbers)
         return best, best_rows
 
@@ -79,7 +79,7 @@ def _merge(
     values, places = _top(scores, min(top_k, scores.shape[1]))
     rows = (places if numbers is None else numbers[places]) + start
     rows = rows.masked_fill(values == -torch.inf, -1)
-    # What is there already stands first and the sort is stable: equal scores stay in the order of their rows.
+    # The best so far come first and the sort is stable: equal scores stay in the order of their rows.
     values, order = torch.cat([best, values], dim=1).sort(dim=1, descending=True, stable=True)
     rows = torch.cat([best_rows, rows], dim=1).gather(1, order)
     return values[:, :top_k], rows[:, :top_k]

@@ -2,8 +2,8 @@
 
     where={"modality": "image", "license": ["MIT", "CC0-1.0"], "width": {">=": 64, "<": 512}, "style": None}
 
-A plain value has to be equal, a list holds the values that are allowed, a dict compares, `None` asks for a missing
-value; all of it has to be true. A comparison with a missing value is false.
+A plain value must be equal, a list holds the allowed values, a dict compares, and `None` asks for a missing value. All
+conditions must hold. A comparison with a missing value is false.
 """
 
 import operator
@@ -41,11 +41,11 @@ class Condition:
 
 
 def parse_where(where: Where | None, columns: list[str]) -> tuple[Condition, ...]:
-    """A filter as conditions, all of which have to be true; hashable.
+    """A filter as conditions, all of which must hold; hashable.
 
     Args:
-        where: see the head of this module.
-        columns: those that can be asked for.
+        where: see the top of this module.
+        columns: those that may be filtered by.
 
     Raises:
         RetrievalError: no such column or operator, a value that can't be compared.
@@ -70,10 +70,10 @@ def _operator_for(wanted: Any) -> str:
 
 def _condition(column: str, symbol: str, value: Any) -> Condition:
     if symbol not in OPERATORS:
-        raise RetrievalError(f"filter on {column!r}: operator {symbol!r} is none of {', '.join(OPERATORS)}")
+        raise RetrievalError(f"filter on {column!r}: operator {symbol!r} is not one of {', '.join(OPERATORS)}")
     if symbol == "in":
         if not isinstance(value, (list, tuple, set, frozenset, range)) or not len(value):
-            raise RetrievalError(f"filter on {column!r}: {value!r} is no list of values to choose from")
+            raise RetrievalError(f"filter on {column!r}: {value!r} is not a list of values")
         value = tuple(sorted(value, key=str)) if isinstance(value, (set, frozenset)) else tuple(value)
     for each in value if symbol == "in" else (value,):
         if isinstance(each, (Mapping, list, tuple, set)) or (each is None and symbol not in ("==", "!=")):
@@ -82,7 +82,7 @@ def _condition(column: str, symbol: str, value: Any) -> Condition:
 
 
 def parse_expressions(expressions: list[str], types: Mapping[str, pa.DataType]) -> dict[str, dict[str, Any]]:
-    """Filters as they are typed on a command line, `license=MIT,CC0-1.0` or `width>=64`, as `where`.
+    """Filters as typed on a command line, such as `license=MIT,CC0-1.0` or `width>=64` → `where`.
 
     Raises:
         RetrievalError: no operator, no such column, a value that isn't of the column's type.
@@ -111,7 +111,7 @@ def _typed(column: str, text: str, kind: pa.DataType) -> Any:
 
 
 def matching_rows(conditions: tuple[Condition, ...], table: pa.Table) -> np.ndarray:
-    """(rows,) bool: which rows of an Arrow table fulfil all conditions.
+    """(rows,) bool: which rows of an Arrow table meet all conditions.
 
     Raises:
         RetrievalError: a value that the column's type can't be compared with.

@@ -1,16 +1,10 @@
-"""Search: what every index has in common, and a `Searcher` that takes texts, images and ids of rows.
+"""Searches a table by text, by image, or by one of its rows.
 
-    text, image or id ── Searcher ── queries (n, dimension) ── Index.search ── hits, best first
-                         (Embedder)                            ├─ ExactIndex   (exact.py)
-                                                               └─ MilvusIndex  (milvus.py)
-
-Every index is made of an `EmbeddingTable`, gives rows of it, and takes the same queries and filters; what can't be
-used is refused here, in one line, before any index sees it.
+text, image or id ── Searcher ── queries (n, dimension) ── Index.search ── hits, best first
+                     (Embedder)                            (open_index)
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,139 +12,42 @@ import torch
 
 from ..embedder import Embedder
 from ..errors import RetrievalError
-from .filters import Condition, Where, matching_rows, parse_where
-from .loading import EmbeddingTable, check_model, load_table
-from .table import MODALITIES, RESERVED_COLUMNS
-
-FILTERS_KEPT = 8
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A row that was found.
-
-    Attributes:
-        score: cosine of query and row, -1 to 1.
-        row: its number in the table.
-        id, modality, uri, text: its columns.
-        metadata: its other columns.
-    """
-
-    score: float
-    row: int
-    id: str
-    modality: str
-    uri: str | None = None
-    text: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self)
+from .exact import ExactIndex
+from .filters import Where
+from .index import Hit, Index
+from .table import MODALITIES, EmbeddingTable, check_model, load_table
 
 
-class Index(ABC):
-    """Finds the rows of a table whose embeddings have the largest cosine with a query.
+def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:
+    """An index of `table`.
 
     Args:
         table: what is searched.
-    """
-
-    def __init__(self, table: EmbeddingTable):
-        self.table = table
-        self._masks: dict[tuple[Condition, ...], torch.Tensor] = {}
-
-    def search(self, queries: torch.Tensor, top_k: int = 10, where: Where | None = None) -> list[list[Hit]]:
-        """The best rows for each query.
-
-        Args:
-            queries: (queries, dimension) or (dimension,), finite, of any length but zero; normalised here.
-            top_k: the number of hits for each query; fewer if fewer rows match.
-            where: a filter on columns, see `mome.retrieval.filters`.
-
-        Returns:
-            For each query its hits, best first.
-
-        Raises:
-            RetrievalError: queries of another dimension or with NaN, a `top_k` or filter that can't be.
-        """
-        scores, rows = self.search_rows(queries, top_k, where)
-        return hits_of(self.table, scores, rows)
-
-    def search_rows(
-        self, queries: torch.Tensor, top_k: int = 10, where: Where | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `search`: scores (queries, top_k) float32 and row numbers (queries, top_k) int64.
-
-        Where there are too few rows, the score is -inf and the row -1.
-        """
-        queries = checked_queries(queries, self.table.dimension)
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise RetrievalError(f"top_k={top_k!r} must be an integer of at least 1")
-        conditions = parse_where(where, [name for name in self.table.rows.column_names if name != "embedding"])
-        if not len(queries):
-            return queries.new_zeros(0, top_k), torch.zeros(0, top_k, dtype=torch.int64)
-        return self._search(queries, top_k, conditions)
-
-    @abstractmethod
-    def _search(
-        self, queries: torch.Tensor, top_k: int, conditions: tuple[Condition, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`search_rows` of checked queries (queries, dimension) float32, L2-normalised."""
-
-    def rows_fulfilling(self, conditions: tuple[Condition, ...]) -> torch.Tensor:
-        """(rows,) bool: rows that have an embedding and fulfil all conditions; the last few are kept."""
-        if not conditions:
-            return self.table.valid
-        if conditions not in self._masks:
-            mask = torch.from_numpy(matching_rows(conditions, self.table.rows.data)) & self.table.valid
-            while len(self._masks) >= FILTERS_KEPT:
-                del self._masks[next(iter(self._masks))]
-            self._masks[conditions] = mask
-        return self._masks[conditions]
-
-
-def checked_queries(queries: torch.Tensor, dimension: int) -> torch.Tensor:
-    """(queries, dimension) float32, L2-normalised, on the CPU.
+        index: `"exact"`, an open `Index`, or the URI of a Milvus index: a path that ends in `.db`, or
+            `http://host:port`. Rows that a Milvus index lacks are written to it.
 
     Raises:
-        RetrievalError: no floats, another dimension, NaN, infinity, or nothing but zeros.
+        RetrievalError: no such index, or one of another table; Milvus is not installed.
     """
-    if not isinstance(queries, torch.Tensor):
-        try:
-            queries = torch.as_tensor(queries, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError):
-            raise RetrievalError(f"queries of type {type(queries).__name__}: pass a tensor of floats") from None
-    if not queries.is_floating_point():
-        raise RetrievalError(f"queries are of type {queries.dtype}: pass floats")
-    queries = queries.detach().to("cpu", torch.float32)
-    queries = queries[None] if queries.ndim == 1 else queries
-    if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise RetrievalError(f"queries have shape {tuple(queries.shape)}, the table needs (queries, {dimension})")
-    norms = torch.linalg.vector_norm(queries, dim=1)
-    wrong = ~(norms.isfinite() & (norms > 0))
-    if wrong.any():
-        place = int(wrong.int().argmax())
-        reason = "is zero" if norms[place] == 0 else "is not finite"
-        raise RetrievalError(f"query {place} {reason}: it can't be compared with anything")
-    return queries / norms[:, None]
+    if isinstance(index, Index):
+        if index.table.dimension != table.dimension or len(index.table) != len(table):
+            raise RetrievalError(f"the index is one of {index.table!r}, not of {table!r}")
+        return index
+    if index == "exact":
+        return ExactIndex(table)
+    if isinstance(index, Path) or isinstance(index, str) and (index.endswith(".db") or "://" in index):
+        return _open_milvus(table, index)
+    raise RetrievalError(
+        f"index={index!r}: pass 'exact', a path that ends in .db, http://host:port of Milvus, or an open index"
+    )
 
 
-def hits_of(table: EmbeddingTable, scores: torch.Tensor, rows: torch.Tensor) -> list[list[Hit]]:
-    """Scores and row numbers, (queries, top_k) each, with -1 where there is no row, as hits."""
-    wanted = sorted({row for each in rows.tolist() for row in each if row >= 0})
-    values = table.described[wanted] if wanted else {}
-    found = {row: dict(zip(values, each)) for row, each in zip(wanted, zip(*values.values()))}
-    return [
-        [_hit(score, row, found[row]) for score, row in zip(*pair) if row >= 0]
-        for pair in zip(scores.tolist(), rows.tolist())
-    ]
-
-
-def _hit(score: float, row: int, columns: dict[str, Any]) -> Hit:
-    own = {name: columns[name] for name in ("id", "modality", "uri", "text")}
-    metadata = {name: value for name, value in columns.items() if name not in RESERVED_COLUMNS}
-    return Hit(score=score, row=row, **own, metadata=metadata)
+def _open_milvus(table: EmbeddingTable, uri: str | Path) -> Index:
+    try:
+        from .milvus import MilvusIndex
+    except ModuleNotFoundError as error:
+        raise RetrievalError(f"index={str(uri)!r} needs {error.name}: pip install 'mome[milvus]'") from None
+    return MilvusIndex(table, uri)
 
 
 class Searcher:
@@ -161,12 +58,15 @@ class Searcher:
     searcher.search(text="a red bicycle", modality="image")
     searcher.search(image="bicycle.jpg", top_k=5, where={"license": "CC0-1.0"})
     searcher.search(text=["a cat", "a dog"])               # a list of lists of hits
-    searcher.search(id="cats/1.jpg")                       # what is like this row, without the row itself
+    searcher.search(id="cats/1.jpg")                       # what is similar to this row, without the row itself
     ```
 
     Args:
         index: what is searched.
-        embedder: embeds texts and images; has to be of the model that made the table.
+        embedder: embeds texts and images with the model that made the table.
+
+    Raises:
+        RetrievalError: the embedder is of another model.
     """
 
     def __init__(self, index: Index, embedder: Embedder):
@@ -186,19 +86,18 @@ class Searcher:
 
         Args:
             table: as `load_table` takes it, or one that is open.
-            model: folder or Hub id; default: where the table says that its model was.
-            index: `"exact"`, an `Index` of this table, or the URI of a Milvus index of it.
-            device: of the model.
+            model: folder or Hub id, or an `Embedder`; default: the model that the table names.
+            index: see `open_index`.
+            device: of the model; default: a GPU if there is one.
 
         Raises:
-            RetrievalError: no such table, model or index, or they don't belong together.
+            RetrievalError: no such table or index, or table, model and index don't belong together. MomeError: the
+                model can't be loaded.
         """
-        from .opening import open_index  # which knows all kinds of index, each of which imports this module
-
         table = table if isinstance(table, EmbeddingTable) else load_table(table)
         model = model or table.info.model
         if not model:
-            raise RetrievalError(f"table {table.name} doesn't tell which model made it: pass model=...")
+            raise RetrievalError(f"table {table.name} doesn't say which model made it: pass model=...")
         embedder = model if isinstance(model, Embedder) else Embedder.load(model, device=device)
         check_model(table.name, table.info, embedder.fingerprint, embedder.dimension)
         return cls(open_index(table, index), embedder)
@@ -212,7 +111,7 @@ class Searcher:
         where: Where | None = None,
         modality: str | None = None,
     ) -> list:
-        """The rows that are most like a text, an image or a row; exactly one of the three.
+        """The rows that are most similar to a text, an image or a row; give exactly one of the three.
 
         Args:
             text: a text, or a list of texts.
@@ -220,14 +119,14 @@ class Searcher:
             id: of a row, or a list of ids; the row itself is left out of its hits.
             top_k: the number of hits.
             where: a filter on columns.
-            modality: `"image"` or `"text"`: only such rows. By default all, and a text is often nearer to other texts
-                than to any image.
+            modality: `"image"` or `"text"`: only such rows; default: both. A text is often closer to other texts than
+                to any image.
 
         Returns:
             For one query a list of `Hit`, best first; for a list of queries a list of those.
 
         Raises:
-            RetrievalError: nothing or too much to search by, an unknown id. ValueError: an image that can't be read.
+            RetrievalError: none or several of the three, or an unknown id. ValueError: an image that can't be read.
         """
         given = {name: value for name, value in (("text", text), ("image", image), ("id", id)) if value is not None}
         if len(given) != 1:
@@ -256,4 +155,4 @@ class Searcher:
         return [[hit for hit in hits if hit.row != row][:top_k] for row, hits in zip(rows, found)]
 
 
-__all__ = ["Hit", "Index", "Searcher", "checked_queries", "hits_of"]
+__all__ = ["Searcher", "open_index"]

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
 from ..errors import RetrievalError, first_line
-from .images import open_image
-from .search import Hit
+from .corpus import open_image
+from .index import Hit
 
 SIDE, COLUMNS = 180, 5
 SUFFIXES = (".html", ".htm", ".png")

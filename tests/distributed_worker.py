@@ -51,7 +51,7 @@ def gradients(variant: str, chunk_size: int | None = None, dropout: float = 0.0,
     accelerator = Accelerator(cpu=True)
     captioner = tiny_captioner(variant, hidden_dropout=dropout).double()
     options = {"output": "-", "dataset": "-", "checkpoint": "-", "steps": 1, "image_dropout": 0.25} | recipe
-    settings = Recipe(chunk_size=chunk_size, **options)
+    settings = Recipe(chunk_size=chunk_size, **options).with_weights_of(captioner.config)
     for name, parameter in captioner.named_parameters():
         parameter.requires_grad_(".joint." not in name)
     model = objective.PairModel(captioner.train(), 0.1, settings.image_dropout, bool(settings.caption_weight))
@@ -71,7 +71,7 @@ def all_at_once(accelerator, model, batch, chunks, terms, recipe) -> objective.S
     outputs = []
     with accelerator.no_sync(model):
         for chunk in chunks:
-            state = objective.RandomState(batch.valid.device)
+            state = objective.RandomState(batch.valid)
             with torch.no_grad():  # moves the generator as the first of GradCache's two runs does
                 objective._run(model, chunk, embed_only=not terms.needs_caption_routing)
             with state.replayed():

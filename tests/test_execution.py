@@ -11,7 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
-from mome.trunk_mome import FEW_ROWS, MomeLinear, matmul_attention_forward
+from mome.kernels_mome import FEW_ROWS, MomeLinear, matmul_attention_forward
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

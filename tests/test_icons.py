@@ -2,6 +2,7 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,41 @@ def test_look_alikes_leave_train_and_small_marks_are_no_look_alikes():
     assert [one.name for one in kept] == [tested, different, small]
     assert kept_splits == ["test", "train", "train"]
     assert dropped == {"repetitions": 0, "look-alikes across splits": 2}
+
+
+DIGEST = """
+import hashlib
+import random
+import numpy as np
+from mome.icons.render import perceptual_hash
+
+digest = hashlib.sha256()
+for seed in range(40):
+    drawn = np.frombuffer(random.Random(seed).randbytes(16 * 16 * 4), np.uint8).reshape(16, 16, 4)
+    pixels = drawn.repeat(4, axis=0).repeat(4, axis=1)
+    pixels[..., :3] //= 1 + seed % 3
+    for symmetric in (pixels, np.maximum(pixels, pixels[:, ::-1]), np.maximum(pixels, pixels.transpose(1, 0, 2))):
+        digest.update(perceptual_hash(symmetric))
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("threads, core", [("1", "Prescott"), ("2", "Haswell")])
+def test_the_hash_is_the_same_on_every_machine(threads, core):
+    """As OpenBLAS computes on two kinds of processors: the products of floating-point numbers differ between them."""
+    settings = {"OPENBLAS_NUM_THREADS": threads, "OPENBLAS_CORETYPE": core}
+    found = subprocess.run([sys.executable, "-c", DIGEST], env=os.environ | settings, capture_output=True, text=True)
+    assert found.stdout.startswith("d8cfdd97ef4360b6"), found.stderr
+
+
+def test_frequencies_that_are_zero_count_as_zero():
+    """A left half that mirrors the right one has no odd frequencies across, so that their bits are all alike."""
+    half = np.random.default_rng(0).integers(0, 256, (64, 32), np.uint8)
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[..., 3] = np.concatenate([half, half[:, ::-1]], axis=1)
+    bits = np.unpackbits(np.frombuffer(render.perceptual_hash(pixels), np.uint8)).reshape(16, 16)
+    assert len(set(bits[:, 1::2].ravel().tolist())) == 1
+    assert len(set(bits[:, ::2].ravel().tolist())) == 2
 
 
 def test_the_same_name_and_picture_counts_once_and_train_never_names_what_is_held_out():
@@ -166,6 +202,7 @@ def test_a_row_less_does_not_move_the_others(tmp_path):
 def test_the_files_load_as_a_hugging_face_data_set(tmp_path):
     names = [*held_out_names("test", 3), *held_out_names("train", 3), *held_out_names("validation", 2)]
     rows = [row(name, texts=["pet"], style="outline") for name in names]
+    rows[0].related, rows[0].gloss = ["animal"], "one that lives"
     rows.append(row("syringe", "healthicons"))
     pictures = {one.source_id: picture(one.source_id, blob(seed)) for seed, one in enumerate(rows)}
     labels = [splits.assign_split(one.set, one.name) for one in rows]
@@ -174,8 +211,9 @@ def test_the_files_load_as_a_hugging_face_data_set(tmp_path):
     data = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert {name: len(part) for name, part in data.items()} == {"train": 3, "validation": 2, "test": 3}
     assert sum(counts.values()) == len(rows)
-    example = data["test"][0]
+    example = next(each for each in data["test"] if each["name"] == names[0])
     assert example["texts"] == [example["name"], "pet"] and example["license"] == "MIT"
+    assert example["related"] == ["animal"] and example["gloss"] == "one that lives"
     assert example["image"].mode == "LA" and example["image"].size == (64, 64)
     build.write_splits(tmp_path, rows[:1], labels[:1], pictures)  # another build replaces it
     assert not list(tmp_path.glob("*.partial"))
@@ -197,6 +235,7 @@ def test_the_attribution_names_every_set_that_is_in_the_data_and_no_other():
     assert "[Health](https://example.org/health): 1 picture," in text
     assert "Unused" not in text
     assert all(source.name in text and source.version in text for source in sources.SOURCES.values())
+    assert "WordNet 3.0 Copyright 2006 by Princeton University" in text
 
 
 def test_the_card_counts_and_the_sheet_shows():

@@ -1,4 +1,4 @@
-"""The house: imports go up the list in CONTRIBUTING.md, nothing goes in a circle, and no file or function outgrows its reader."""
+"""The house: imports go up the list in CONTRIBUTING.md, in no circle, and no file or function outgrows its reader."""
 
 import ast
 import re

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner, tiny_config
-from mome import MomeConfig, MomeForConditionalGeneration, MomeModel, routing_mome
-from mome.modeling_mome import contrastive_loss, same_caption
-from mome.routing_mome import grouped_linear, router_losses
+from mome import MomeConfig, MomeForConditionalGeneration, MomeModel, kernels_mome
+from mome.kernels_mome import grouped_linear
+from mome.losses_mome import contrastive_loss, router_losses, router_sums, same_caption
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -171,7 +171,7 @@ def test_grouped_linear_equals_one_matrix_after_the_other():
 
 def test_loading_the_file_again_leaves_the_operator_alone():
     before = torch.ops.mome.grouped_linear.default
-    specification = importlib.util.spec_from_file_location("another_copy", routing_mome.__file__)
+    specification = importlib.util.spec_from_file_location("another_copy", kernels_mome.__file__)
     specification.loader.exec_module(importlib.util.module_from_spec(specification))
     assert torch.ops.mome.grouped_linear.default is before
     batch = random_batch(tiny_config("routed"))
@@ -215,7 +215,7 @@ def test_equal_captions_are_positives():
 def test_router_losses_by_hand_and_blind_to_padding():
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [9.0, -9.0]]])
     mask = torch.tensor([[1, 1, 0]])
-    balance, z_loss = router_losses(logits, 1, mask)
+    balance, z_loss = router_losses(*router_sums(logits, 1, mask))
     probabilities = logits[0, :2].softmax(-1).mean(0)
     assert_close(balance, 2 * (0.5 * probabilities[0] + 0.5 * probabilities[1]))
     assert_close(z_loss, logits[0, :2].logsumexp(-1).square().mean())

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from distributed_worker import dropout_pair, gradients, whole_batch
-from models import tiny_captioner
-from mome.modeling_mome import contrastive_loss
+from models import random_batch, tiny_captioner
+from mome.errors import RecipeError
+from mome.losses_mome import contrastive_loss
 from mome.training import contrastive, objective
 from mome.training.batches import Batch
 from mome.training.recipe import Recipe
@@ -31,7 +33,8 @@ def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
 def torchrun(script: str | Path, *arguments: str, processes: int = 2, module: bool = False, **options):
     """Runs a script with so many processes that talk over gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += [*["-m"] * module, str(script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
@@ -120,6 +123,49 @@ def test_the_joint_loss_is_that_of_the_captioner():
     recipe = Recipe(output="-", dataset="-", checkpoint="-", steps=1)
     found, _ = objective.backward(Accelerator(cpu=True), model, own, recipe)
     torch.testing.assert_close(found.loss, expected.detach())
+
+
+def test_weights_that_the_recipe_leaves_open_are_those_of_the_models_config():
+    given = {"output": "-", "dataset": "-", "checkpoint": "-", "steps": 1}
+    captioner = tiny_captioner(contrastive_loss_weight=0.5, caption_loss_weight=3.0).double()
+    batch, model = whole_batch(captioner.config), objective.PairModel(captioner)
+
+    def loss_of(**weights):
+        losses, _ = objective.backward(
+            Accelerator(cpu=True), model, batch, Recipe(**given, teacher_weight=0.0, **weights)
+        )
+        gradient = captioner.lm_head.decoder.bias.grad.clone()
+        captioner.zero_grad()
+        return losses, gradient
+
+    losses, gradient = loss_of()
+    torch.testing.assert_close(losses.loss, 0.5 * losses.contrastive + 3 * losses.caption)
+    named, gradient_of_named = loss_of(contrastive_weight=1.0, caption_weight=1.5)
+    torch.testing.assert_close(named.loss, named.contrastive + 1.5 * named.caption)
+    torch.testing.assert_close(gradient_of_named, gradient / 2)
+    open_recipe = Recipe(**given, caption_weight=0.0).with_weights_of(captioner.config)
+    assert (open_recipe.contrastive_weight, open_recipe.caption_weight) == (0.5, 0.0)
+    captioner.config.contrastive_loss_weight = 0.0
+    with pytest.raises(RecipeError, match="nothing would be learnt"):
+        Recipe(**given, caption_weight=0.0).with_weights_of(captioner.config)
+
+
+def test_a_forward_pass_with_a_loss_waits_for_no_other_process(tmp_path):
+    """One of two processes computes the joint loss of routed experts and its gradient, the other one does nothing."""
+    done = torchrun(TESTS / "lonely_worker.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    captioner = tiny_captioner("routed")
+    batch = random_batch(captioner.config)
+    loss = captioner(**batch, labels=batch["input_ids"]).loss
+    torch.testing.assert_close(torch.load(tmp_path / "loss.pt"), loss.detach())
+
+
+def test_the_gather_leaves_the_gradient_that_it_gets_as_it_was(monkeypatch):
+    given = torch.arange(8.0).view(4, 2)
+    before = given.clone()
+    monkeypatch.setattr(contrastive.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    own = contrastive._AllGather.backward(mock.Mock(own=slice(2, 4)), given)
+    assert torch.equal(own, 2 * before[2:4]) and torch.equal(given, before)
 
 
 def test_a_text_that_is_no_caption_is_told_from_others_and_not_learnt():

@@ -57,7 +57,7 @@ def test_any_field_can_be_overridden_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batchsize", "3"], "did you mean --batch_size?"),
+        (["--batchsize", "3"], "did you mean '--batch_size'?"),
         (["--steps", "many"], "recipe field steps='many'"),
         (["--config", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
     ],

@@ -1,6 +1,8 @@
 """Tables of embeddings and exact search."""
 
+import gc
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from mome.retrieval import ExactIndex, RetrievalError, TableInfo, load_table
 from mome.retrieval import exact as exact_module
+from mome.retrieval import table as table_module
 from mome.retrieval.filters import parse_expressions, parse_where
 from retrieval_corpora import make_table, random_vectors
 
@@ -72,7 +75,7 @@ def test_exact_search_finds_what_comparing_one_by_one_finds(table, monkeypatch, 
 
 
 def test_many_blocks_give_what_one_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr("mome.retrieval.loading.ARROW_ROWS", 64)
+    monkeypatch.setattr("mome.retrieval.table.ARROW_ROWS", 64)
     monkeypatch.setattr(exact_module, "GROUP_ROWS", 2)
     table = load_table(make_table(tmp_path / "table.parquet", bad=(3, 500)))
     assert len(table.blocks) > 10
@@ -131,6 +134,91 @@ def test_filters_typed_on_a_command_line_mean_the_same(table):
         parse_expressions(["red"], types)
 
 
+# ------------------------------------------------------------------------------ tables that other software wrote
+
+
+def rows_of(path):
+    return pa.concat_tables(table_module.read_tables(Path(path)))
+
+
+def embedding_as(kind):
+    return lambda table: table.set_column(
+        table.schema.get_field_index("embedding"), "embedding", table["embedding"].cast(kind)
+    )
+
+
+REWRITTEN = {
+    "as lists": lambda table, path: pq.write_table(embedding_as(pa.list_(pa.float32()))(table), path),
+    "as large lists of doubles": lambda table, path: pq.write_table(
+        embedding_as(pa.large_list(pa.float64()))(table).replace_schema_metadata(None), path, row_group_size=170
+    ),
+    "as fixed-size lists of doubles": lambda table, path: pq.write_table(
+        embedding_as(pa.list_(pa.float64(), 16))(table).replace_schema_metadata(None), path
+    ),
+    "by pandas": lambda table, path: table.to_pandas().to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("writer", REWRITTEN)
+def test_a_table_written_again_has_the_same_rows_and_hits(table, tmp_path, writer):
+    REWRITTEN[writer](rows_of(table.name), tmp_path / "again.parquet")
+    assert pq.read_schema(tmp_path / "again.parquet").field("embedding").type != pa.list_(pa.float32(), 16)
+    again = load_table(tmp_path / "again.parquet", dimension=16)
+    assert torch.equal(again.valid, table.valid)
+    assert [row["id"] for row in again.rows] == [row["id"] for row in table.rows]
+    assert again.rows.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
+    good = table.valid.nonzero().flatten().tolist()
+    assert torch.equal(again.embeddings(good), table.embeddings(good))
+    queries = random_vectors(3, seed=1)
+    for where in (None, {"colour": "red"}, {"year": {">": 2005}}):
+        ours, theirs = ExactIndex(again).search(queries, where=where), ExactIndex(table).search(queries, where=where)
+        assert [[hit.id for hit in hits] for hits in ours] == [[hit.id for hit in hits] for hits in theirs]
+
+
+def test_embeddings_are_read_in_a_form_in_which_any_pyarrow_reads_nulls(tmp_path):
+    path = make_table(tmp_path / "table.parquet", rows=50, bad=(3, 7))
+    assert pq.read_schema(path).field("embedding").type == pa.list_(pa.float32(), 16)
+    with pq.ParquetFile(path, metadata=table_module._plain_footer(path)) as plain:
+        kind = plain.schema_arrow.field("embedding").type
+        assert pa.types.is_list(kind) and kind.value_type == pa.float32()
+    (rows,) = table_module.read_tables(path)
+    assert rows.schema.field("embedding").type == pa.list_(pa.float32(), 16) and rows["embedding"].null_count == 2
+    assert rows.drop_columns("embedding").equals(
+        pq.read_table(path, columns=rows.drop_columns("embedding").column_names)
+    )
+
+
+def test_embeddings_of_several_lengths_or_of_none_are_refused(table, tmp_path):
+    rows = embedding_as(pa.list_(pa.float32()))(rows_of(table.name)).replace_schema_metadata(None)
+    vectors = rows["embedding"].to_pylist()
+    vectors[9] = vectors[9][:5]
+    place = rows.schema.get_field_index("embedding")
+    for name, values in {"ragged": vectors, "none": [None] * len(vectors), "words": [["a"]] * len(vectors)}.items():
+        kind = pa.list_(pa.string() if name == "words" else pa.float32())
+        pq.write_table(rows.set_column(place, "embedding", pa.array(values, kind)), tmp_path / f"{name}.parquet")
+    one_line(tmp_path / "ragged.parquet", "an embedding has 5 values, not 16")
+    one_line(tmp_path / "none.parquet", "holds no embeddings")
+    one_line(tmp_path / "words.parquet", "not a list of floats")
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_replaced(table, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(table_module.logger, "propagate", True)
+    monkeypatch.setattr(table_module.tempfile, "tempdir", str(tmp_path / "temporary"))
+    opened = load_table(table.name, cache_dir=tmp_path / "file" / "cache")
+    assert f"the cache {tmp_path}/file/cache/mome can't be written (Not a directory)" in caplog.text
+    assert ExactIndex(opened).search(random_vectors(1000)[42])[0][0].id == "42"
+    assert len(list((tmp_path / "temporary").iterdir())) == 1
+    del opened
+    gc.collect()
+    assert not list((tmp_path / "temporary").iterdir())  # nothing is left when the table is closed
+
+    monkeypatch.setattr(table_module, "_write_arrow", lambda path, *_: (path.parent / "x" / "y").touch())
+    with pytest.raises(RetrievalError, match="neither the cache .*file/cache/mome nor .* can be written.*set HF_HOME"):
+        load_table(table.name, cache_dir=tmp_path / "file" / "cache")
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -155,10 +243,10 @@ def test_queries_that_cannot_be_compared_are_refused(table, queries, message):
         ({"top_k": 0}, "top_k=0 must be"),
         ({"top_k": 2.5}, "top_k=2.5 must be"),
         ({"where": {"color": "red"}}, "has no 'color': did you mean 'colour'"),
-        ({"where": {"year": {"~": 1}}}, "operator '~' is none of"),
+        ({"where": {"year": {"~": 1}}}, "operator '~' is not one of"),
         ({"where": {"year": "soon"}}, "filter on 'year' of type int32: 'soon' doesn't fit"),
         ({"where": {"year": {"<": None}}}, "None can't be compared"),
-        ({"where": {"year": []}}, "no list of values"),
+        ({"where": {"year": []}}, "is not a list of values"),
         ({"where": "red"}, "pass a dict"),
     ],
 )
@@ -201,20 +289,20 @@ def test_rows_that_are_no_embeddings_are_refused(tmp_path):
     one_line(long, "row 5 .id '5'. has length 2 instead of 1")
     assert len(load_table(long, check=False)) == 10
     twice = make_table(tmp_path / "twice.parquet", rows=3, id=["a", "b", "a"])
-    one_line(twice, "id 'a' is there twice")
+    one_line(twice, "id 'a' occurs twice")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = make_table(tmp_path / "table.parquet", rows=1000)
     data = path.read_bytes()
     (tmp_path / "short.parquet").write_bytes(data[: len(data) // 2])
-    one_line(tmp_path / "short.parquet", "short.parquet is truncated or no parquet file")
+    one_line(tmp_path / "short.parquet", "short.parquet is truncated or not a parquet file")
     middle = bytearray(data)
     middle[100:400] = bytes(300)
     (tmp_path / "middle.parquet").write_bytes(middle)
     one_line(tmp_path / "middle.parquet", "can't be read, it may be damaged|not finite|instead of 1|twice|no id")
     (tmp_path / "empty.parquet").write_bytes(b"")
-    one_line(tmp_path / "empty.parquet", "truncated or no parquet file")
+    one_line(tmp_path / "empty.parquet", "truncated or not a parquet file")
     pq.write_table(pa.table({"id": ["a"], "embedding": [[1.0]]}), tmp_path / "other.parquet")
     one_line(tmp_path / "other.parquet", "lacks the column 'modality'")
     one_line(tmp_path / "none.parquet", "is not there")

@@ -18,7 +18,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "DAFT_PROGRESS_BAR": "0", "RAY_USAGE_STATS_ENAB
 QUIET |= {"RAY_raylet_start_wait_time_s": "300"}  # on a busy machine
 SCRIPT = """
 import sys
-from mome.retrieval.daft_job import embed_with_daft
+from mome.retrieval.embed_daft import embed_with_daft
 if __name__ == "__main__":
     source, output, model, runner = sys.argv[1:]
     print(embed_with_daft(source, output, model, runner=runner, modalities=("image", "text"), batch_size=4))
@@ -70,12 +70,12 @@ def test_daft_gives_row_for_row_the_table_of_embed_corpus(folder, tmp_path, runn
 
 
 def test_what_daft_cannot_do_is_refused_in_one_line(folder, tmp_path):
-    from mome.retrieval.daft_job import embed_with_daft
+    from mome.retrieval.embed_daft import embed_with_daft
 
     for output, options, message in (
         ("table", {}, "ends in .parquet"),
         ("table.parquet", {"runner": "spark"}, "runner='spark'"),
-        ("table.parquet", {"ray_address": "auto"}, "with runner='ray' only"),
+        ("table.parquet", {"ray_address": "auto"}, "only with runner='ray'"),
         ("table.parquet", {"modalities": "sound"}, "modality 'sound'"),
     ):
         with pytest.raises(RetrievalError, match=message) as raised:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mome.errors import MomeError
 from mome.retrieval import Embedder, RetrievalError, embed_corpus, load_table, open_image, open_source
 from retrieval_corpora import COLOURS, draw, make_pictures, make_table, save_checkpoint
 
@@ -91,6 +92,55 @@ def test_images_that_cannot_be_read_are_counted_and_say_why(tmp_path, embedder):
     bad = [row for row in table.rows if row["error"] is not None]
     assert [row["id"] for row in bad] == ["half.png", "nothing.jpg", "text.png"]
     assert all(row["embedding"] is None and "\n" not in row["error"] for row in bad)
+
+
+def test_links_lead_to_each_file_once_and_dead_ones_are_counted(tmp_path, embedder):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    make_pictures(folder, 5)
+    make_pictures(elsewhere, 2)
+    (folder / "a-first").symlink_to(folder / "red")  # before "red", whose own path is the one that counts
+    (folder / "red" / "again").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "copy.png").symlink_to(folder / "red" / "000.png")
+    (folder / "linked.png").symlink_to(elsewhere / "red" / "000.png")
+    (folder / "linked-again.png").symlink_to(elsewhere / "red" / "000.png")
+    (folder / "other").symlink_to(elsewhere / "green")
+    (folder / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "dead-folder").symlink_to(tmp_path / "nowhere")
+    (folder / "dead.md").symlink_to(tmp_path / "nowhere.md")
+    report = embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET)
+    table = load_table(tmp_path / "table.parquet")
+    own = ["blue/002.png", "green/001.png", "red/000.png", "red/004.png", "yellow/003.png"]
+    dead = ["dead-folder", "dead.png", "self.png"]
+    assert sorted(table.column("id").to_pylist()) == sorted([*own, "linked-again.png", "other/001.png", *dead])
+    assert [row["id"] for row in table.rows if row["error"] is not None] == dead
+    assert "No such file" in table.rows[table.row_of("dead.png")]["error"]
+    assert (report.images, report.bad) == (7, 3)
+    assert "7 images embedded, 3 could not be read" in str(report)
+    assert report.left_out == {"links to what is listed already": 5}
+    assert "; left out: 5 links to what is listed already;" in str(report)
+    (folder / "dead.png").unlink()
+    refused("is there already", folder, tmp_path / "table.parquet", embedder)
+
+
+def test_a_shard_or_a_metadata_file_behind_a_dead_link_is_named(tmp_path, embedder):
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "pictures" / "metadata.csv").symlink_to(tmp_path / "nowhere.csv")
+    refused("metadata.csv can't be read: No such file", tmp_path / "pictures", tmp_path / "t.parquet", embedder)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "nowhere.tar")
+    refused("0.tar' is a dead link", tmp_path / "shards", tmp_path / "t.parquet", embedder)
+
+
+def test_metadata_in_a_linked_folder_counts(tmp_path, embedder):
+    make_pictures(tmp_path / "elsewhere", 1)
+    (tmp_path / "elsewhere" / "metadata.csv").write_text("file_name,artist\nred/000.png,somebody\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "linked").symlink_to(tmp_path / "elsewhere")
+    embed_corpus(tmp_path / "pictures", tmp_path / "table.parquet", embedder, **QUIET)
+    row = load_table(tmp_path / "table.parquet").rows[0]
+    assert (row["id"], row["artist"]) == ("linked/red/000.png", "somebody")
 
 
 def test_transparent_pictures_are_seen_on_white_and_turned_ones_upright(tmp_path, embedder):
@@ -207,7 +257,7 @@ def test_batches_parts_and_workers_change_nothing_but_rounding(tmp_path, embedde
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-import mome.retrieval.job as job
+import mome.retrieval.embed as job
 from mome.retrieval import embed_corpus
 plain = job.write_table
 def slow(path, tables, schema):
@@ -271,7 +321,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
     source = open_source(tmp_path / "shard.tar")
     assert [row.id for row in source.rows(18)] == ["shard.tar/018", "shard.tar/019"]
 
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     class Stop(Exception):
         pass
@@ -292,7 +342,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
 def test_a_damaged_part_is_made_again(tmp_path, embedder):
     make_pictures(tmp_path / "pictures", 20)
     output = tmp_path / "table.parquet"
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(job.EmbeddingJob, "_finish", interrupted)
@@ -310,7 +360,7 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
     embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     other = Embedder.load(save_checkpoint(tmp_path / "other", seed=1))
     assert other.fingerprint != embedder.fingerprint
-    refused("is there already, made of another corpus, model or settings", tmp_path / "pictures", output, other)
+    refused("is there already, made from another corpus, model or settings", tmp_path / "pictures", output, other)
     make_pictures(tmp_path / "pictures", 10)
     refused("is there already", tmp_path / "pictures", output, embedder)
     assert embed_corpus(tmp_path / "pictures", output, other, overwrite=True, **QUIET).rows == 10
@@ -330,7 +380,7 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
 
 
 def test_an_old_table_stays_until_the_new_one_is_whole(tmp_path, embedder):
-    import mome.retrieval.job as job
+    import mome.retrieval.embed as job
 
     make_pictures(tmp_path / "pictures", 9)
     output = tmp_path / "table.parquet"
@@ -364,10 +414,13 @@ def test_corpora_and_columns_that_are_not_there_are_named(tmp_path, rows, embedd
     refused("modality 'sound'", rows, output, embedder, modalities=["sound"])
     refused("has no column of texts", rows.remove_columns("texts"), output, embedder, modalities="text")
     refused("batch_size=0 must be", rows, output, embedder, batch_size=0)
+    refused("embed_corpus has no 'modality': did you mean 'modalities'", rows, output, embedder, modality="image")
     twice = rows.remove_columns("key").add_column("key", ["a", "b", "a", "c"])
-    refused("'a' is twice in id_column='key'", twice, output, embedder, id_column="key")
+    refused("'a' occurs twice in id_column='key'", twice, output, embedder, id_column="key")
     refused("dict of splits, train", datasets.DatasetDict(train=rows), output, embedder)
     assert not output.exists() and not list(tmp_path.glob("*.parts"))
+    with pytest.raises(RetrievalError, match="open_source has no 'colour'"):
+        open_source(rows, colour="red")
 
 
 def test_models_that_do_not_load_are_named_in_one_line(tmp_path, checkpoint):
@@ -379,7 +432,7 @@ def test_models_that_do_not_load_are_named_in_one_line(tmp_path, checkpoint):
         name.unlink()
     (bare / "processor_config.json").unlink()
     for name, message in (("empty", "can't be loaded"), ("other", "of type 'bert'"), ("bare", "can't be loaded")):
-        with pytest.raises(RetrievalError, match=message) as raised:
+        with pytest.raises(MomeError, match=message) as raised:
             Embedder.load(tmp_path / name)
         assert "\n" not in str(raised.value)
 
@@ -401,5 +454,5 @@ def test_a_table_of_another_model_is_refused_before_any_search(tmp_path, embedde
     path = make_table(tmp_path / "table.parquet", rows=10)
     with pytest.raises(RetrievalError, match="made by another model .a-model"):
         Searcher.open(path, model=embedder)
-    with pytest.raises(RetrievalError, match="model 'a-model' can't be loaded"):
+    with pytest.raises(MomeError, match="model 'a-model' can't be loaded"):
         Searcher.open(path)

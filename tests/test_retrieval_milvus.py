@@ -15,12 +15,12 @@ import torch
 
 from mome.benchmarks.milvus import serving
 from mome.errors import RetrievalError
-from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table, milvus_connection
-from mome.retrieval import milvus as milvus_module
-from mome.retrieval.digest import table_digest
-from mome.retrieval.milvus import MilvusIndex
-from mome.retrieval.milvus_columns import collection_schema
-from mome.retrieval.opening import open_index
+from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table
+from mome.retrieval.milvus import MilvusIndex, connection
+from mome.retrieval.milvus import index as milvus_module
+from mome.retrieval.milvus.columns import collection_schema
+from mome.retrieval.milvus.manifest import table_digest
+from mome.retrieval.search import open_index
 from mome.retrieval.table import table_schema, to_table, write_table
 from retrieval_corpora import make_table, random_vectors
 
@@ -61,7 +61,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(params=["lite", "server"])
 def uri(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(milvus_connection, "CONNECT_SECONDS", 60)  # on a busy machine
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 60)  # on a busy machine
     return str(tmp_path / "index.db") if request.param == "lite" else request.getfixturevalue("server")
 
 
@@ -152,7 +152,8 @@ def test_columns_and_values_of_every_kind_can_be_filtered_by(tmp_path):
 INDEX = """
 import os, signal, sys, threading
 import datasets
-from mome.retrieval import load_table, milvus
+from mome.retrieval import load_table
+from mome.retrieval.milvus import index as milvus
 source, uri, cache, writes, delay = sys.argv[1:]
 datasets.config.HF_DATASETS_CACHE = cache
 milvus.BATCH_ROWS = 20
@@ -191,9 +192,9 @@ def test_indexing_goes_on_after_kill_9_with_nothing_lost_and_nothing_twice(table
 
 def test_a_creation_that_was_interrupted_is_made_anew(table, tmp_path):
     uri = str(tmp_path / "index.db")
-    client = milvus_connection.connect(uri)
+    client = connection.connect(uri)
     client.create_collection("mome", schema=collection_schema(table, ""))
-    milvus_connection.disconnect(client, uri)
+    connection.disconnect(client, uri)
     with MilvusIndex(table, uri, progress=False) as index:
         assert_same_hits(index, ExactIndex(table))
 
@@ -231,7 +232,7 @@ def test_places_where_no_index_can_be_are_refused(table, tmp_path, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "old.db").write_bytes(b"SQLite format 3")
-    monkeypatch.setattr(milvus_connection, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 1)
     refused(f"no Milvus server answers at http://127.0.0.1:{port}", table, f"http://127.0.0.1:{port}")
     monkeypatch.undo()
     refused("old.db' is a file", table, tmp_path / "old.db")
@@ -269,7 +270,7 @@ def test_a_second_process_on_the_same_file_is_refused(table, tmp_path, capfd):
     [
         (torch.ones(2, 8), {}, r"shape \(2, 8\), the table needs \(queries, 16\)"),
         (torch.full((1, 16), torch.nan), {}, "query 0 is not finite"),
-        (torch.ones(1, 16), {"top_k": 20_000}, "top_k=20000 is more than Milvus gives"),
+        (torch.ones(1, 16), {"top_k": 20_000}, "top_k=20000 is more than Milvus returns"),
         (torch.ones(1, 16), {"where": {"color": "red"}}, "did you mean 'colour'"),
         (torch.ones(1, 16), {"where": {"year": "soon"}}, "filter on 'year' of type int32: 'soon' doesn't fit"),
     ],

@@ -10,6 +10,8 @@ theirs or, with a loss over the own rows only, one that points elsewhere. Hence 
 import torch
 from torch import distributed
 
+from ..losses_mome import info_nce
+
 
 class _AllGather(torch.autograd.Function):
     """Rows of all processes; the gradient of a row is the sum of what every process wants of it."""
@@ -21,7 +23,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # others may hold it, and it is added to
         distributed.all_reduce(gradient)
         return gradient[ctx.own]
 
@@ -53,7 +55,7 @@ def contrastive_loss_over_ranks(
     """Multi-positive InfoNCE of the whole batch, this process's share of it times the number of processes.
 
     Each process compares its own images and texts with those of all; the mean over the processes, which DDP and FSDP
-    take of gradients, is the loss of `modeling_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610).
+    take of gradients, is the loss of `losses_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610).
 
     Args:
         image_embeds, text_embeds: (pairs, projection_dim), L2-normalised.
@@ -64,18 +66,16 @@ def contrastive_loss_over_ranks(
     everyone = all_gather(image_embeds), all_gather(text_embeds)
     all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
     own = image_embeds, text_embeds
-    return _info_nce(own, everyone, logit_scale, positive_ids, valid, all_ids, all_valid)
+    return _info_nce_of_rows(own, everyone, logit_scale, positive_ids, valid, all_ids, all_valid)
 
 
-def _info_nce(own, everyone, logit_scale, own_ids, own_valid, all_ids, all_valid) -> torch.Tensor:
+def _info_nce_of_rows(own, everyone, logit_scale, own_ids, own_valid, all_ids, all_valid) -> torch.Tensor:
     """The loss's terms of some rows: `own` and `everyone` are pairs of image and text embeddings."""
-    positives = (own_ids[:, None] == all_ids[None]).any(dim=2)
-    targets = (positives & own_valid[:, None] & all_valid[None]).to(own[0].dtype)
-    weights = targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
+    positives = (own_ids[:, None] == all_ids[None]).any(dim=2) & own_valid[:, None] & all_valid[None]
     loss = own[0].new_zeros(())
     for rows, others in ((own[0], everyone[1]), (own[1], everyone[0])):
         logits = (logit_scale * rows @ others.T).masked_fill(~all_valid, torch.finfo(rows.dtype).min)
-        loss = loss - (weights * logits.log_softmax(dim=1)).sum() / 2
+        loss = loss + info_nce(logits, positives).sum() / 2
     return loss * world_size() / all_valid.sum().clamp(min=1)
 
 
@@ -98,11 +98,11 @@ def contrastive_gradients(
     first = len(image_embeds) * (distributed.get_rank() if world_size() > 1 else 0)
     total = image_embeds.new_zeros(())
     for start in range(0, len(image_embeds), rows):
-        part = slice(start, start + rows)
+        block = slice(start, start + rows)
         # A row is compared with all and is one of them: both roles are the same leaf, and its gradient has both.
-        own = [each[first + start : first + start + len(valid[part])] for each in everyone]
+        own = [each[first + start : first + start + len(valid[block])] for each in everyone]
         with torch.enable_grad():
-            loss = _info_nce(own, everyone, scale, positive_ids[part], valid[part], all_ids, all_valid)
+            loss = _info_nce_of_rows(own, everyone, scale, positive_ids[block], valid[block], all_ids, all_valid)
         loss.backward()
         total = total + loss.detach()
     gradients = [each.grad for each in everyone]

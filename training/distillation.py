@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import RecipeError
+from ..losses_mome import distillation_loss
 
 
 class Teacher:
@@ -70,12 +71,4 @@ class Teacher:
             weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
 
 
-def distillation_loss(text_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
-    """Sum of 1 − cosine over the rows that the teacher knows, ().
-
-    Args:
-        text_embeds: (texts, dimension), L2-normalised.
-        teacher_embeds: (texts, dimension), L2-normalised or zero.
-    """
-    known = teacher_embeds.square().sum(dim=1) > 0.5
-    return ((1 - (text_embeds * teacher_embeds).sum(dim=1)) * known).sum()
+__all__ = ["Teacher", "distillation_loss"]

@@ -118,6 +118,7 @@ class Trainer:
             build_augmentations(each.augmentations)
         set_seed(recipe.seed)
         captioner, self.processor = build_model(recipe)
+        self.recipe = recipe = recipe.with_weights_of(captioner.config)
         longest = captioner.config.max_position_embeddings
         self.tokens = recipe.max_text_tokens or longest
         if self.tokens > longest:

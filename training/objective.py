@@ -19,13 +19,12 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import distributed, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..data.images import PixelScale
-from ..routing_mome import router_losses_of, router_sums
+from ..losses_mome import at_least_float32, caption_loss, distillation_loss, router_loss, router_sums
 from .batches import Batch
 from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, world_size
-from .distillation import distillation_loss
 from .recipe import Recipe
 
 GROUPS = ("image", "text")  # the groups of experts that these losses reach
@@ -101,7 +100,7 @@ class PairModel(nn.Module):
             pixel_values = self.pixel_scale(pixel_values)
         # Text, image, caption: `embed_only` draws the same random numbers as far as it goes.
         text = self.captioner.get_text_features(input_ids, attention_mask, output_router_logits=routed)
-        caption_loss = _wide(text.pooler_output.new_zeros(()))
+        caption_sum = at_least_float32(text.pooler_output.new_zeros(()))
         routing = [("text", text.router_logits, attention_mask)]
         if embed_only or not self.captions:
             image = self.captioner.get_image_features(pixel_values, output_router_logits=routed)
@@ -112,27 +111,22 @@ class PairModel(nn.Module):
             options = {"image_tokens_in_input": False, "use_cache": False, "output_router_logits": routed}
             image = self.captioner(input_ids, pixel_values, attention_mask, **options)
             image_embeds = image.image_embeds
-            caption_loss = caption_loss + self._caption_loss(image.logits, labels)
+            caption_sum = caption_sum + self._caption_loss(image.logits, labels)
             routing += _routing_of(image.router_logits, attention_mask)
             if without := round(self.image_dropout * len(input_ids)):
                 blind = self.captioner(input_ids[:without], None, attention_mask[:without], **options)
-                caption_loss = caption_loss + self._caption_loss(blind.logits, labels[:without])
+                caption_sum = caption_sum + self._caption_loss(blind.logits, labels[:without])
                 routing += _routing_of(blind.router_logits, attention_mask[:without])
         sums = self._routing_sums(routing, valid) if routed else (None,) * 4
-        scale = _wide(self._logit_scale()).exp().reshape(())
-        return PairOutputs(_wide(image_embeds), _wide(text.pooler_output), scale, caption_loss, *sums)
+        scale = at_least_float32(self._logit_scale()).exp().reshape(())
+        embeds = at_least_float32(image_embeds), at_least_float32(text.pooler_output)
+        return PairOutputs(*embeds, scale, caption_sum, *sums)
 
     def _logit_scale(self) -> torch.Tensor:
         return self.captioner.get_submodule(self.embedder_path).logit_scale
 
     def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
-            _wide(logits[:, :-1].flatten(0, 1)),
-            labels[:, 1:].flatten(),
-            ignore_index=-100,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        return caption_loss(logits, labels, num_items=1, label_smoothing=self.label_smoothing)
 
     def _routing_sums(self, routing: list, valid: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(layers, groups, …) sums over all passes."""
@@ -148,11 +142,6 @@ class PairModel(nn.Module):
                 totals.append([torch.stack(each).sum(dim=0) for each in zip(*sums)])
         shape = (self.config.num_hidden_layers, len(GROUPS))
         return tuple(torch.stack(each).unflatten(0, shape) for each in zip(*totals))
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Losses are float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor) -> list:
@@ -218,19 +207,21 @@ class StepLosses:
 
 
 class RandomState:
-    """The random numbers that one run of a chunk sees, so that another run can see them again."""
+    """The random numbers that one run of a chunk sees, so that another run can see them again.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Args:
+        tensors: what the run works on; the generators of their devices count, beside the CPU's.
+    """
+
+    def __init__(self, *tensors: torch.Tensor):
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.devices, self.states = get_device_states(*tensors)
 
     @contextlib.contextmanager
     def replayed(self):
-        with torch.random.fork_rng([self.device] if self.cuda is not None else []):
+        with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda, self.device)
+            set_device_states(self.devices, self.states)
             yield
 
 
@@ -242,9 +233,11 @@ def backward(accelerator: Accelerator, model: nn.Module, batch: Batch, recipe: R
         batch: the pairs of this process, on its device.
         recipe: weights of the losses, `chunk_size`.
     """
+    config = accelerator.unwrap_model(model).config
+    recipe = recipe.with_weights_of(config)
     chunks = batch.chunks(recipe.chunk_size)
     totals = Totals.of(batch, recipe.image_dropout if recipe.caption_weight else 0.0, recipe.chunk_size)
-    terms = _Terms(accelerator.unwrap_model(model).config, recipe, totals)
+    terms = _Terms(config, recipe, totals)
     if len(chunks) == 1:
         outputs = _run(model, batch)
         losses = terms.of(outputs, batch, _sum_over_ranks(outputs.assignments))
@@ -259,7 +252,7 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
     states, first = [], []
     with torch.no_grad():
         for chunk in chunks:
-            states.append(RandomState(batch.valid.device))
+            states.append(RandomState(batch.valid))
             first.append(_run(model, chunk, embed_only=not terms.needs_caption_routing))
     assignments = None
     if first[0].assignments is not None:
@@ -311,9 +304,7 @@ class _Terms:
         if assignments is not None:
             # Assignments are twice per token of the text group where captions are learnt; both sums count both.
             tokens = assignments.sum(dim=-1) / self.config.experts_per_token / world_size()
-            balance, z_loss = router_losses_of(assignments, outputs.probabilities, outputs.squared_logsumexp, tokens)
-            weighted = self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z_loss
-            router = weighted.sum() / self.config.num_hidden_layers
+            router = router_loss(self.config, assignments, outputs.probabilities, outputs.squared_logsumexp, tokens)
         teacher = caption.new_zeros(())
         if batch.teacher_embeds is not None:
             distance = distillation_loss(outputs.text_embeds, batch.teacher_embeds)

@@ -10,7 +10,6 @@ What concerns processes (how many, DDP or FSDP, mixed precision) is not in here:
 
 import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
+from ..configuration_mome import MomeConfig, did_you_mean
 from ..errors import MomeError, RecipeError
 
 
@@ -62,7 +62,8 @@ class Recipe:
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and saved.
         compile: `torch.compile` the training forward.
         gradient_checkpointing: recompute activations in the backward pass.
-        contrastive_weight, caption_weight: weights of the two losses (CoCa, 2205.01917: 1 and 2).
+        contrastive_weight, caption_weight: weights of the two losses; `None`: those of the model's config, which are
+            1 and 2 unless it says else (CoCa, 2205.01917).
         teacher: parquet file with the embeddings of texts by another model (columns `text` and `embedding`), which
             those of the same texts are drawn to; a model that starts from scratch takes its word embeddings from it.
         teacher_weight: weight of 1 − cosine to the teacher.
@@ -121,8 +122,8 @@ class Recipe:
     compile: bool = False
     gradient_checkpointing: bool = False
     # Objectives.
-    contrastive_weight: float = 1.0
-    caption_weight: float = 2.0
+    contrastive_weight: float | None = None
+    caption_weight: float | None = None
     teacher: str | None = None
     teacher_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -150,7 +151,7 @@ class Recipe:
         self._check_numbers()
         if (self.steps is None) == (self.epochs is None):
             raise RecipeError(f"steps={self.steps} and epochs={self.epochs}: set exactly one of them")
-        if not self.contrastive_weight and not self.caption_weight:
+        if self.contrastive_weight == 0 and self.caption_weight == 0:
             raise RecipeError("contrastive_weight and caption_weight are both 0: nothing would be learnt")
         if len(self.betas) != 2:
             raise RecipeError(f"betas={self.betas}: give two numbers")
@@ -173,7 +174,7 @@ class Recipe:
                 raise RecipeError(f"{name}={value}: must be at least 1")
         not_negative = "num_workers warmup_steps weight_decay checkpoint_every evaluate_every sheet_images"
         for name in (*not_negative.split(), "contrastive_weight", "caption_weight", "teacher_weight", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise RecipeError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("max_bad_share", "label_smoothing", "image_dropout", "final_learning_rate_share", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
@@ -185,14 +186,19 @@ class Recipe:
             if value is not None and value <= 0:
                 raise RecipeError(f"{name}={value}: must be above 0")
 
+    def with_weights_of(self, config: MomeConfig) -> "Recipe":
+        """The same recipe with the loss weights of a model's config where it names none."""
+        weights = {"contrastive_weight": config.contrastive_loss_weight, "caption_weight": config.caption_loss_weight}
+        missing = {name: float(weight) for name, weight in weights.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing) if missing else self
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Raises `RecipeError` for an unknown field, a missing one, a wrong type, an impossible value."""
         known = {each.name: each.type for each in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                hint = did_you_mean(name, known, f"the fields are {', '.join(known)}")
                 raise RecipeError(f"unknown recipe field {name!r}: {hint}")
         required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in required if values.get(name) is None]:
@@ -238,8 +244,8 @@ class Recipe:
                 parser.add_argument(f"--{each.name}", default=argparse.SUPPRESS, type=yaml.safe_load, metavar="VALUE")
         options, unknown = parser.parse_known_args(arguments)
         if unknown:
-            close = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
-            parser.error(f"unknown field {unknown[0]!r}" + (f": did you mean --{close[0]}?" if close else ""))
+            options = [f"--{each.name}" for each in dataclasses.fields(cls)]
+            parser.error(f"unknown field {unknown[0]!r}: {did_you_mean(unknown[0], options, 'see --help')}")
         overrides = vars(options)
         config = overrides.pop("config")
         try:

@@ -1,4 +1,4 @@
-"""Connections to Milvus: a server by its address, Milvus Lite by a path; what goes wrong in one line."""
+"""Connections to Milvus: to a server by its address, to Milvus Lite by a path; errors in one line."""
 
 import logging
 import re
@@ -10,15 +10,15 @@ import grpc
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from ..errors import RetrievalError, first_line
+from ...errors import RetrievalError, first_line
 
 CONNECT_SECONDS = 10
 
-open_lite: dict[str, int] = {}  # path → how many indexes of this process have it open
+open_lite: dict[str, int] = {}  # path → number of open clients in this process
 
 
 def is_lite(uri: str) -> bool:
-    """Whether `uri` is a file of Milvus Lite, not a server."""
+    """Whether `uri` is a path of Milvus Lite, not the address of a server."""
     return "://" not in uri
 
 
@@ -26,7 +26,7 @@ def checked_uri(uri: str | Path) -> str:
     """The URI as Milvus takes it; a path is made absolute.
 
     Raises:
-        RetrievalError: no path of a Milvus Lite index and no address of a server.
+        RetrievalError: neither the path of a Milvus Lite index nor the address of a server.
     """
     text = str(uri)
     if text.startswith(("http://", "https://", "tcp://")):
@@ -44,13 +44,13 @@ def checked_uri(uri: str | Path) -> str:
 
 
 def checked_collection(name: str) -> str:
-    """A collection's name, by Milvus' rule; Milvus Lite would take any.
+    """A name that Milvus allows for a collection; Milvus Lite would take any.
 
     Raises:
-        RetrievalError: another name.
+        RetrievalError: the name is not allowed.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,254}", name, re.ASCII):
-        raise RetrievalError(f"collection={name!r}: use letters, digits and underscores, no digit first")
+        raise RetrievalError(f"collection={name!r}: use letters, digits and underscores, and no digit first")
     return name
 
 
@@ -71,14 +71,14 @@ def connect(uri: str, token: str | None = None) -> MilvusClient:
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of Milvus says, in one line."""
+    """The message of a Milvus error, in one line."""
     text = str(getattr(error, "message", "") or error)
     return first_line(ValueError(text))
 
 
 @contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Without the tracebacks that Milvus' packages log for errors which they raise as well."""
+    """Without the tracebacks that Milvus' packages log for errors that they also raise."""
     loggers = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus", "grpc")]
     levels = [each.level for each in loggers]
     for each in loggers:
@@ -92,13 +92,13 @@ def quiet_logs() -> Iterator[None]:
 
 def _why_not(uri: str, reason: str) -> str:
     if not is_lite(uri):
-        return f"no Milvus server answers at {uri}: start one there, or use a file, uri='index.db' ({reason})"
+        return f"no Milvus server answers at {uri}: start one there, or use Milvus Lite, uri='index.db' ({reason})"
     if _is_locked(Path(uri) / "LOCK"):
         return (
-            f"{uri} is open in another process, and Milvus Lite serves one only: close it there, or serve it to all "
+            f"{uri} is open in another process, and Milvus Lite serves only one: close it there, or serve it to all "
             f"with `milvus-lite server --data-dir {uri}` and pass that server's address"
         )
-    return f"{uri} can't be opened by Milvus Lite, it may be damaged: remove it, it is made anew ({reason})"
+    return f"Milvus Lite can't open {uri}, it may be damaged: delete it, and it is built again ({reason})"
 
 
 def _is_locked(path: Path) -> bool:
@@ -117,7 +117,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def disconnect(client: MilvusClient, uri: str):
-    """Closes a client of `connect`, and Milvus Lite with the last one of its file."""
+    """Closes a client of `connect`, and Milvus Lite with the last client of its path."""
     client.close()
     if is_lite(uri):
         from milvus_lite.server_manager import server_manager_instance

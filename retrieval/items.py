@@ -1,4 +1,7 @@
-"""Rows of a corpus to rows of a table: what is embedded of each, decoded, embedded, or with a reason why not."""
+"""From rows of a corpus to rows of a table: each image and text is decoded and embedded, or gets a reason why not.
+
+CorpusRow ── items_of ── Item ── embed_items ── (items, dimension) ── to_table ── rows of the table
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from PIL import UnidentifiedImageError
 
 from ..data.images import decode_image, pixel_scale, to_pixels
 from ..embedder import Embedder
 from ..errors import first_line
-from .sources import SourceRow
+from .corpus import Corpus, CorpusRow
 from .table import to_table
 
 
@@ -33,31 +37,26 @@ class Item:
     error: str | None = None
 
 
-def items_of(row: SourceRow, modalities: Sequence[str] = ("image",), several_texts: bool = False) -> list[Item]:
-    """What is embedded of one row: its image, then each of its texts.
-
-    Args:
-        modalities: what is wanted of it.
-        several_texts: whether texts get a number after the id of their row.
-    """
+def items_of(row: CorpusRow, corpus: Corpus) -> list[Item]:
+    """The items of one row of `corpus`: its image, then each of its texts, as `corpus.modalities` says."""
     items = []
-    if "image" in modalities:
+    if "image" in corpus.modalities:
         text = row.texts[0] if row.texts else None
         items.append(Item(row.id, "image", row.uri, text, row.image, row.metadata))
-    if "text" in modalities:
+    if "text" in corpus.modalities:
         for number, text in enumerate(row.texts):
-            id = f"{row.id}#{number}" if several_texts else row.id
+            id = f"{row.id}#{number}" if corpus.numbers_texts else row.id
             items.append(Item(id, "text", row.uri, text, metadata=row.metadata))
         if not items:
-            id = f"{row.id}#0" if several_texts else row.id
+            id = f"{row.id}#0" if corpus.numbers_texts else row.id
             items.append(Item(id, "text", row.uri, metadata=row.metadata, error="no text"))
     return items
 
 
 def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int], Any] | None = None) -> torch.Tensor:
-    """Items → (items, dimension) float32; those that can't be embedded get zeros, and the reason in `error`.
+    """Items → (items, dimension) float32; one that can't be embedded gets zeros, and the reason in its `error`.
 
-    Images go through the model together, and so do texts; `on_cut` is as in `Embedder.embed_texts`.
+    All images go through the model together, and so do all texts; `on_cut` is as in `Embedder.embed_texts`.
     """
     images, image_places, texts, text_places = [], [], [], []
     for place, item in enumerate(items):
@@ -80,39 +79,32 @@ def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int
 
 
 def embed_rows(
-    rows: Sequence[SourceRow],
+    rows: Sequence[CorpusRow],
+    corpus: Corpus,
     embedder: Embedder,
     schema: pa.Schema,
-    modalities: Sequence[str] = ("image",),
-    several_texts: bool = False,
     on_cut: Callable[[int], Any] | None = None,
 ) -> pa.Table:
-    """Some rows of a corpus as rows of a table, in their order.
-
-    Args:
-        rows: of the corpus.
-        embedder: of the model.
-        schema: of the table, see `table_schema`.
-        modalities, several_texts: see `items_of`.
-        on_cut: as in `Embedder.embed_texts`.
-    """
-    items = [item for row in rows for item in items_of(row, modalities, several_texts)]
+    """Rows of a corpus → rows of a table with `schema`, in the same order; `on_cut` as in `Embedder.embed_texts`."""
+    items = [item for row in rows for item in items_of(row, corpus)]
     embeddings = embed_items(items, embedder, on_cut)
     return to_table(columns_of(items, schema), embeddings, schema)
 
 
 def columns_of(items: Sequence[Item], schema: pa.Schema) -> dict[str, list]:
-    """The columns of `schema` that are no embeddings, for `to_table`."""
+    """The columns of `schema` without the embeddings, for `to_table`."""
     plain = {name: [getattr(item, name) for item in items] for name in ("id", "modality", "uri", "text", "error")}
     metadata = [name for name in schema.names if name not in plain and name != "embedding"]
     return plain | {name: [item.metadata[name] for item in items] for name in metadata}
 
 
 def read_pixels(value: Any, image_processor: Any) -> tuple[torch.Tensor | None, str | None]:
-    """An encoded image as (1, channels, height, width) pixels for `embed_pixels`, or the reason why there are none."""
+    """An encoded image → (1, channels, height, width) pixels for `embed_pixels`, or the reason why there are none."""
     try:
         return to_pixels([decode_image(value)], image_processor), None
-    except Exception as error:  # Pillow's decoders raise nearly anything
+    except UnidentifiedImageError:  # its message names an object in memory
+        return None, "not an image that Pillow can read"
+    except Exception as error:  # Pillow's decoders raise almost anything
         return None, first_line(error)
 
 
@@ -122,4 +114,4 @@ def embed_pixels(pixels: torch.Tensor, embedder: Embedder) -> torch.Tensor:
     return embedder.embed_pixel_values(scale(pixels) if pixels.dtype == torch.uint8 else pixels)
 
 
-__all__ = ["Item", "columns_of", "embed_items", "embed_rows", "items_of"]
+__all__ = ["Item", "columns_of", "embed_items", "embed_rows", "items_of", "read_pixels"]

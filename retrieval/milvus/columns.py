@@ -1,15 +1,15 @@
-"""What a table's columns are in Milvus: fields of a collection, values of its rows, filters as expressions.
+"""A table in terms of Milvus: its columns as fields, its rows as entities, filters as expressions.
 
     column of the table                   field
     the row's number                      row, INT64, the primary key
     string                                VARCHAR, at most 65,535 bytes: longer texts are cut
     integer, date, time                   INT64 (dates and times as Arrow counts them)
     float                                 DOUBLE
-    truth value                           BOOL
+    boolean                               BOOL
     embedding                             FLOAT_VECTOR
-    anything else                         none: it can't be filtered by there
+    anything else                         none: Milvus can't filter by it
 
-Fields have the names of their columns where Milvus allows it.
+A field has the name of its column where Milvus allows that name.
 """
 
 import re
@@ -20,9 +20,9 @@ import pyarrow.types as kinds
 import torch
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
-from ..errors import RetrievalError
-from .filters import Condition, matching_rows
-from .loading import EmbeddingTable
+from ...errors import RetrievalError
+from ..filters import Condition, matching_rows
+from ..table import EmbeddingTable
 
 PRIMARY_KEY = "row"
 VECTOR = "embedding"
@@ -32,7 +32,7 @@ ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t
 
 
 def fields_of(table: EmbeddingTable) -> dict[str, tuple[str, DataType]]:
-    """Column → its field and the field's type; columns without one are left out."""
+    """Column → name and type of its field; columns without a field are left out."""
     fields = {}
     for number, name in enumerate(table.rows.column_names):
         kind = _field_type(table.column(name).type)
@@ -64,11 +64,11 @@ def collection_schema(table: EmbeddingTable, description: str) -> CollectionSche
 
 
 def entities(table: EmbeddingTable, rows: torch.Tensor, vectors: torch.Tensor) -> list[dict[str, Any]]:
-    """Rows of the table as Milvus takes them.
+    """Rows of a table as Milvus takes them.
 
     Args:
-        table: of the rows.
-        rows: (rows,) their numbers, ascending and close together.
+        table: the table.
+        rows: (rows,) int64, their numbers, ascending and close together.
         vectors: (rows, dimension) float32, their embeddings.
     """
     first, last = int(rows[0]), int(rows[-1])
@@ -101,12 +101,12 @@ def _cut(text: str) -> str:
 
 
 def expression_for(conditions: tuple[Condition, ...], table: EmbeddingTable) -> str:
-    """The conditions as an expression of Milvus; empty if there are none.
+    """The conditions as a Milvus expression; empty if there are none.
 
     Raises:
         RetrievalError: a value that the column's type can't be compared with, or a column that has no field.
     """
-    matching_rows(conditions, table.rows.data.slice(0, 0))  # refuses what exact search refuses, in the same words
+    matching_rows(conditions, table.rows.data.slice(0, 0))  # refuses what exact search refuses
     fields = fields_of(table)
     parts = []
     for condition in conditions:

@@ -1,9 +1,9 @@
-"""Embeds a corpus with Daft: on the cores of one machine, or on a Ray cluster, by its runner switch.
+"""Embeds a corpus with Daft: on the cores of one machine, or on a Ray cluster (extra `daft`).
 
     corpus ── items (parquet, images still encoded) ── Daft: @daft.cls UDF ── sorted parquet ── table
                                                        a model in each worker
 
-The table is row for row that of `embed_corpus`. `daft_embedder` is the UDF alone, for data frames of one's own:
+The table is row for row that of `embed_corpus`. `daft_embedder` is the UDF alone, for your own data frames:
 
 ```python
 embedder = daft_embedder("me/my-model")
@@ -16,7 +16,8 @@ frame.write_parquet("s3://bucket/embedded")
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,12 @@ from daft import DataType, Series
 
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError, first_line
-from .embed import checked_modalities
-from .job import EmbeddingReport, report_of
-from .reading import Rows, digest_of
-from .rows import Item, columns_of, embed_items, items_of
-from .sources import Source, open_source
+from .corpus import Corpus, CorpusOptions, Rows, digest_of, open_corpus, records_of
+from .embed import EmbeddingReport, report_of
+from .items import Item, columns_of, embed_items, items_of
 from .table import TableInfo, table_schema, to_table, write_table
 
-ITEM_ROWS = 4096  # of a file of items: what a worker reads at a time
+ITEM_ROWS = 4096  # of a file of items, which a worker reads at a time
 RESULT = DataType.struct({"embedding": DataType.list(DataType.float32()), "error": DataType.string()})
 RESULT_NAMES = ["embedding", "error"]
 RUNNERS = ("native", "ray")
@@ -46,18 +45,18 @@ RUNNERS = ("native", "ray")
 def daft_embedder(
     model: str | Path, batch_size: int = BATCH_SIZE, gpus: float = 0, max_concurrency: int | None = None
 ) -> Any:
-    """A Daft UDF with the methods `embed_images`, `embed_texts` and `embed`, whose workers load the model once each.
+    """A Daft UDF with the methods `embed_images`, `embed_texts` and `embed`; each worker loads the model once.
 
     Args:
-        model: folder or Hub id; every worker has to find it there.
+        model: folder or Hub id, the same for every worker.
         batch_size: rows that go through the model together.
-        gpus: of each worker.
+        gpus: for each worker.
         max_concurrency: the number of workers; default: Daft's choice.
 
     Returns:
-        An instance whose methods take columns and give structs `{"embedding": list of float32, "error": string}`:
-        of images, binary or `{"bytes": ..., "path": ...}`, of texts, or of modalities, images and texts. What can't be
-        read gets a null embedding and the reason.
+        An instance whose methods take columns and return structs `{"embedding": list of float32, "error": string}`:
+        `embed_images` takes images, binary or `{"bytes": ..., "path": ...}`; `embed_texts` takes texts; `embed` takes
+        modalities, images and texts. What can't be read gets a null embedding and the reason.
     """
 
     @daft.cls(gpus=gpus, max_concurrency=max_concurrency)
@@ -97,59 +96,64 @@ def _results(items: list[Item], embedder: Embedder) -> pa.Array:
     return pa.StructArray.from_arrays([vectors, pa.array([item.error for item in items], pa.string())], RESULT_NAMES)
 
 
+@dataclass(frozen=True)
+class DaftOptions:
+    """Where Daft runs: keywords of `embed_with_daft`.
+
+    Attributes:
+        runner: `"native"` or `"ray"`; default: what `DAFT_RUNNER` or `daft.set_runner_...` says.
+        ray_address: of the cluster; default: by Ray's own rules, which end with a new one on this machine.
+        work_folder: for intermediate files, visible to all workers; default: a new folder beside the output.
+        gpus, max_concurrency: see `daft_embedder`.
+    """
+
+    runner: str | None = None
+    ray_address: str | None = None
+    work_folder: str | Path | None = None
+    gpus: float = 0
+    max_concurrency: int | None = None
+
+
 def embed_with_daft(
     source: str | Path | Rows,
     output: str | Path,
     model: str | Path,
     *,
-    runner: str | None = None,
-    ray_address: str | None = None,
-    work_folder: str | Path | None = None,
-    split: str = "train",
-    modalities: Sequence[str] | None = None,
-    image_column: str | None = None,
-    text_column: str | None = None,
-    id_column: str | None = None,
-    metadata_columns: Sequence[str] | None = None,
-    streaming: bool = False,
     batch_size: int = BATCH_SIZE,
-    gpus: float = 0,
-    max_concurrency: int | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> EmbeddingReport:
     """Embeds a corpus into a table, as `embed_corpus` does, with Daft's workers.
 
     Args:
-        source, split, image_column, text_column, id_column, metadata_columns, streaming: see `open_source`.
-        output: a `.parquet` file. modalities, overwrite: see `embed_corpus`.
-        model: folder or Hub id, which every worker has to find.
-        runner: `"native"` or `"ray"`; default: what `DAFT_RUNNER` or `daft.set_runner_...` says.
-        ray_address: of the cluster; default: Ray's own rules, and at last one on this machine.
-        work_folder: for items and results in between, seen by all workers; default: a new one beside the output.
-        batch_size, gpus, max_concurrency: see `daft_embedder`.
+        source: see `open_source`.
+        output: a `.parquet` file.
+        model: folder or Hub id, the same for every worker.
+        batch_size: rows that go through the model together.
+        overwrite: replace what is at `output`, once the new table is complete.
+        options: the fields of `DaftOptions` and `CorpusOptions`.
 
     Raises:
-        RetrievalError: a corpus, column, model, runner or output that can't be used.
+        RetrievalError: a corpus, column, option, runner or output that can't be used. MomeError: a model that can't be
+            loaded.
     """
     began = time.monotonic()
     output = Path(output)
+    daft_options, corpus_options = records_of(options, "embed_with_daft", DaftOptions, CorpusOptions)
     if output.suffix != ".parquet":
         raise RetrievalError(f"output {str(output)!r}: choose a name that ends in .parquet")
     if output.exists() and not overwrite:
         raise RetrievalError(f"{output} is there already: choose another output, or overwrite it (overwrite=True)")
-    columns = {"image_column": image_column, "text_column": text_column, "id_column": id_column}
-    corpus = open_source(source, split, **columns, metadata_columns=metadata_columns, streaming=streaming)
-    modalities = checked_modalities(modalities, corpus)
-    corpus.check_ids()
+    corpus = open_corpus(source, corpus_options)
+    corpus.check()
     local = Embedder.load(model)  # for its dimension and fingerprint; a model that doesn't load is refused at once
-    job = digest_of(corpus.name, corpus.digest, split, list(modalities), list(columns.values()), local.fingerprint)
-    schema = table_schema(TableInfo(local.name, local.fingerprint, local.dimension, corpus.name, job), corpus.metadata)
-    _choose_runner(runner, ray_address)
+    _choose_runner(daft_options.runner, daft_options.ray_address)
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{output.name}.daft-", dir=work_folder or output.parent))
+    schema = table_schema(_info(local, corpus), corpus.metadata)
+    embedder = daft_embedder(local.name, batch_size, daft_options.gpus, daft_options.max_concurrency)
+    folder = Path(tempfile.mkdtemp(prefix=f"{output.name}.daft-", dir=daft_options.work_folder or output.parent))
     try:
-        write_items(corpus, modalities, folder / "items", schema)
-        embedder = daft_embedder(local.name, batch_size, gpus, max_concurrency)
+        write_items(corpus, folder / "items", schema)
         frame = daft.read_parquet(str(folder / "items" / "*.parquet"))
         result = embedder.embed(frame["modality"], frame["image"], frame["text"])
         frame = frame.with_column("result", result).exclude("image").sort("row")
@@ -157,35 +161,41 @@ def embed_with_daft(
         write_table(output, _sorted_tables(folder / "results", schema), schema)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return report_of([output], output, began, 0)
+    return report_of([output], output, corpus, began, 0)
+
+
+def _info(embedder: Embedder, corpus: Corpus) -> TableInfo:
+    options = corpus.options
+    columns = [options.image_column, options.text_column, options.id_column]
+    job = digest_of(corpus.name, corpus.digest, options.split, corpus.modalities, columns, embedder.fingerprint)
+    return TableInfo(embedder.name, embedder.fingerprint, embedder.dimension, corpus.name, job)
 
 
 def _choose_runner(runner: str | None, ray_address: str | None):
     if runner is not None and runner not in RUNNERS:
         raise RetrievalError(f"runner={runner!r}: choose {' or '.join(RUNNERS)}")
     if ray_address is not None and runner != "ray":
-        raise RetrievalError(f"ray_address={ray_address!r} is of use with runner='ray' only")
+        raise RetrievalError(f"ray_address={ray_address!r} is of use only with runner='ray'")
     try:
         if runner == "ray":
             daft.set_runner_ray(ray_address, noop_if_initialized=True)
         elif runner == "native":
             daft.set_runner_native()
-    except Exception as error:  # Ray and Daft raise what they like; a process can have one runner only
-        raise RetrievalError(f"runner {runner!r} can't be had: {first_line(error)}") from None
+    except Exception as error:  # Ray and Daft raise almost anything; a process can have only one runner
+        raise RetrievalError(f"runner {runner!r} can't be used: {first_line(error)}") from None
 
 
-def write_items(corpus: Source, modalities: Sequence[str], folder: Path, schema: pa.Schema) -> int:
-    """Writes what is to be embedded as parquet files, `ITEM_ROWS` items each; returns the number of items.
+def write_items(corpus: Corpus, folder: Path, schema: pa.Schema) -> int:
+    """Writes what is to be embedded as parquet files of `ITEM_ROWS` items each; returns the number of items.
 
-    Columns: `row`, the place in the table; those of the table without embedding; `image`, still encoded.
+    Columns: `row`, the place in the table; the table's columns without the embedding; `image`, still encoded.
     """
-    several = corpus.several_texts or len(modalities) > 1
     fields = [schema.field(name) for name in schema.names if name != "embedding"]
     written = pa.schema(
         [pa.field("row", pa.int64()), *fields, pa.field("image", datasets.Image(decode=False).pa_type)]
     )
     folder.mkdir(parents=True)
-    items: Iterable[Item] = (item for row in corpus.rows() for item in items_of(row, modalities, several))
+    items: Iterable[Item] = (item for row in corpus.rows() for item in items_of(row, corpus))
     count = 0
     while some := list(islice(items, ITEM_ROWS)):
         columns = {
@@ -197,12 +207,12 @@ def write_items(corpus: Source, modalities: Sequence[str], folder: Path, schema:
         pq.write_table(table, folder / f"items-{count:012d}.parquet", compression="none")
         count += len(some)
     if not count:
-        raise RetrievalError(f"{corpus.name or 'the data set'} has no rows in split {corpus.split!r}")
+        raise corpus.empty()
     return count
 
 
 def _sorted_tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows that Daft wrote, in the order of their places; each file holds a range of them."""
+    """The rows that Daft wrote, in the order of the table; each file holds a range of them."""
     firsts = {}
     for file in folder.rglob("*.parquet"):
         rows = pq.read_table(file, columns=["row"])["row"]
@@ -226,4 +236,4 @@ def _sorted_tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
         yield to_table(columns, embeddings, schema)
 
 
-__all__ = ["daft_embedder", "embed_with_daft", "write_items"]
+__all__ = ["DaftOptions", "daft_embedder", "embed_with_daft", "write_items"]

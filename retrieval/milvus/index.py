@@ -1,18 +1,16 @@
-"""Search past one machine: the same table and the same `search()` in Milvus.
+"""A table in a Milvus collection, which is made, completed and searched here.
 
-    MilvusIndex(table, uri="index.db")                 Milvus Lite, inside this process, kept in the folder index.db
-    MilvusIndex(table, uri="http://localhost:19530")   a Milvus server or cluster
+    connect ── collection of this table? ── write the rows that it lacks ── search
+               manifest.py                  columns.py
 
-Opening an index makes it: rows that the collection lacks are written, so that a job that was interrupted, by
-`kill -9` as well, goes on where it was, and an index that is complete opens at once. The row's number in the table is
-the primary key and every write is an upsert, so that nothing is there twice. A manifest in the collection tells which
-table of which model it holds; another one is refused.
+Opening an index writes the rows that its collection lacks: a job that was interrupted, even by `kill -9`, resumes
+where it stopped, and a complete index opens at once. The primary key is the row's number in the table and every write
+is an upsert, so no row is stored twice. A collection of another table or model is refused.
 
-Milvus Lite is for tables of up to some 200,000 rows: it searches in Python, and only one process can open it. Beyond
-that, `ExactIndex` is faster on one machine, and a Milvus server is what scales.
+Milvus Lite suits tables of up to about 200,000 rows: it searches in Python, and only one process can open it. Beyond
+that, `ExactIndex` is faster on one machine, and a Milvus server scales.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +21,14 @@ import torch
 from pymilvus.exceptions import MilvusException
 from transformers.utils import logging as transformers_logging
 
-from ..errors import RetrievalError
-from .digest import table_digest
-from .filters import Condition
-from .loading import EmbeddingTable
-from .milvus_columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
-from .milvus_connection import checked_collection, checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
-from .search import Index
+from ...errors import RetrievalError
+from ..filters import Condition
+from ..index import Index
+from ..table import EmbeddingTable
+from .columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
+from .connection import checked_collection, checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
+from .manifest import check_manifest, is_manifest, make_manifest
 
-FORMAT_VERSION = 1
 MANIFEST = "mome.manifest"
 BATCH_BYTES = 4 << 20  # of embeddings in one write; Milvus refuses messages of more than 64 MiB
 BATCH_ROWS = 2_000
@@ -39,7 +36,7 @@ QUERIES_AT_ONCE = 128
 MAX_TOP_K = 16_384  # Milvus' own limit
 LITE_ROWS = 200_000
 
-# For each type of index how it is built and searched; FLAT misses nothing, HNSW (1603.09320) less than a percent.
+# How each type of index is built: FLAT misses nothing, HNSW (arXiv:1603.09320) less than one percent.
 INDEX_TYPES: dict[str, dict[str, int]] = {"FLAT": {}, "HNSW": {"M": 32, "efConstruction": 400}}
 HNSW_LEAST_EF = 512
 
@@ -47,28 +44,28 @@ logger = transformers_logging.get_logger(__name__)
 
 
 class MilvusIndex(Index):
-    """Searches a table in a Milvus collection, which it makes, completes or opens.
+    """Searches a table in a Milvus collection, which it creates, completes or opens.
 
     ```python
     index = MilvusIndex(load_table("table.parquet"), uri="index.db")
     index.search(queries, top_k=10, where={"modality": "image"})
     ```
 
-    Hits with the same score come in the order of their rows, as far as Milvus has found them.
+    Hits with the same score come in the order of their rows, among those that Milvus has found.
 
     Args:
         table: what is searched.
-        uri: path that ends in `.db`, for Milvus Lite, or `http://host:port`, `https://...` of a server.
+        uri: a path that ends in `.db` for Milvus Lite, or `http://host:port` or `https://...` of a server.
         collection: its name; letters, digits and underscores.
-        index_type: `"FLAT"` compares with every row; `"HNSW"` is a graph whose search costs far less in large tables.
-        rebuild: throws away what the collection holds, and makes it anew.
-        token: `user:password` or key of a server.
-        timeout: seconds that a single request may take.
-        progress: shows a bar while rows are written.
+        index_type: `"FLAT"` compares with every row; `"HNSW"` is a graph, much faster to search in large tables.
+        rebuild: delete the collection and create it again.
+        token: `user:password` or API key of a server.
+        timeout: in seconds, of a single request.
+        progress: show a bar while rows are written.
 
     Raises:
-        RetrievalError: no such server, a file that another process has open, a collection of another table or model;
-            one line.
+        RetrievalError: no such server, an index that another process has open, or a collection of another table or
+            model; one line.
     """
 
     def __init__(
@@ -90,7 +87,7 @@ class MilvusIndex(Index):
         self.manifest = make_manifest(table, index_type)
         if is_lite(self.uri) and len(table) > LITE_ROWS:
             logger.warning(
-                f"{len(table):,} rows in Milvus Lite: beyond {LITE_ROWS:,} it is slow, use a Milvus server, or exact "
+                f"{len(table):,} rows in Milvus Lite: it is slow beyond {LITE_ROWS:,}, use a Milvus server, or exact "
                 "search on one machine"
             )
         self.client, self._closed = connect(self.uri, token), False
@@ -103,7 +100,7 @@ class MilvusIndex(Index):
             raise
 
     def close(self):
-        """Ends the connection; a Milvus Lite index can then be opened by another process."""
+        """Closes the connection; another process can then open a Milvus Lite index."""
         if not self._closed:
             self._closed = True
             disconnect(self.client, self.uri)
@@ -114,13 +111,13 @@ class MilvusIndex(Index):
     def __exit__(self, *_: Any):
         self.close()
 
-    # Searching.
+    # ------------------------------------------------------------------------------------------------ searching
 
     def _search(
         self, queries: torch.Tensor, top_k: int, conditions: tuple[Condition, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if top_k > MAX_TOP_K:
-            raise RetrievalError(f"top_k={top_k} is more than Milvus gives, {MAX_TOP_K}: use index='exact'")
+            raise RetrievalError(f"top_k={top_k} is more than Milvus returns, {MAX_TOP_K}: use index='exact'")
         expression = expression_for(conditions, self.table)
         scores = torch.full((len(queries), top_k), -torch.inf)
         rows = torch.full((len(queries), top_k), -1)
@@ -142,16 +139,16 @@ class MilvusIndex(Index):
             anns_field=VECTOR,
             limit=top_k,
             filter=expression,
-            output_fields=[PRIMARY_KEY],  # Milvus Lite sends everything if nothing is asked for
+            output_fields=[PRIMARY_KEY],  # if none are named, Milvus Lite sends all
             search_params={"metric_type": "IP", "params": params},
             consistency_level="Strong",
             timeout=self.timeout,
         )
 
-    # Making the collection.
+    # ------------------------------------------------------------------------------------- making the collection
 
     def _open(self, rebuild: bool):
-        """Makes the collection if it is not there, and loads it."""
+        """Creates the collection if it does not exist, and loads it."""
         client, name, timeout = self.client, self.collection, self.timeout
         if client.has_collection(name, timeout=timeout):
             if rebuild or not self._is_ours():
@@ -159,7 +156,7 @@ class MilvusIndex(Index):
         if not client.has_collection(name, timeout=timeout):
             schema = collection_schema(self.table, self.manifest)
             client.create_collection(name, schema=schema, consistency_level="Strong", timeout=timeout)
-            if self._stored_manifest() is None:  # Milvus Lite keeps no descriptions, but properties
+            if self._stored_manifest() is None:  # Milvus Lite drops descriptions, but keeps properties
                 client.alter_collection_properties(name, properties={MANIFEST: self.manifest}, timeout=timeout)
         if not client.list_indexes(name, field_name=VECTOR):
             index = client.prepare_index_params()
@@ -172,33 +169,23 @@ class MilvusIndex(Index):
         return described.get("properties", {}).get(MANIFEST) or described.get("description") or None
 
     def _is_ours(self) -> bool:
-        """Whether the collection holds this table; `False` for one that was interrupted before it held anything.
+        """Whether the collection holds this table; `False` if its making was interrupted before it held anything.
 
         Raises:
             RetrievalError: it holds something else.
         """
         where = f"collection {self.collection!r} at {self.uri}"
         fix = "pass rebuild=True to replace it, or another collection"
-        own = json.loads(self.manifest)
-        try:
-            stored = json.loads(self._stored_manifest() or "")
-            model, rows, digest = stored["fingerprint"], stored["rows"], stored["digest"]
-        except (ValueError, KeyError, TypeError):
-            if self._is_unfinished():
-                return False
-            raise RetrievalError(f"{where} was not made by mome: {fix}") from None
-        if digest != own["digest"]:
-            by = f"{stored['model']}, weights {model}, {stored['dimension']} dimensions"
-            if (model, stored["dimension"]) != (own["fingerprint"], own["dimension"]):
-                raise RetrievalError(f"{where} holds embeddings of another model ({by}): {fix}")
-            raise RetrievalError(f"{where} holds another table ({rows} rows by {stored['model']}): {fix}")
-        for key in ("format_version", "index_type"):
-            if stored[key] != own[key]:
-                raise RetrievalError(f"{where} has {key}={stored[key]!r}, not {own[key]!r}: {fix}")
-        return True
+        stored = self._stored_manifest()
+        if is_manifest(stored):
+            check_manifest(stored, self.manifest, where, fix)
+            return True
+        if self._is_unfinished():
+            return False
+        raise RetrievalError(f"{where} was not made by mome: {fix}")
 
     def _is_unfinished(self) -> bool:
-        """Whether the making of the collection was interrupted before its manifest was there."""
+        """Whether the creation of the collection was interrupted before its manifest was written."""
         described = self.client.describe_collection(self.collection, timeout=self.timeout)
         rows = self.client.get_collection_stats(self.collection, timeout=self.timeout)["row_count"]
         return not int(rows) and {PRIMARY_KEY, VECTOR} <= {field["name"] for field in described["fields"]}
@@ -207,7 +194,7 @@ class MilvusIndex(Index):
         """Writes the rows that are missing."""
         expected, stored = int(self.table.valid.sum()), self._count()
         if stored == expected:
-            if is_lite(self.uri):  # a job that was killed at its end
+            if is_lite(self.uri):  # in case the job was killed just before its end
                 self.client.flush(self.collection, timeout=self.timeout)
             return
         with transformers_logging.tqdm(total=expected, desc="indexing", unit="rows", disable=not progress) as bar:
@@ -216,7 +203,7 @@ class MilvusIndex(Index):
                 if not stored or self._count(between) != len(rows):
                     self._write(rows, vectors)
                 bar.update(len(rows))
-        self.client.flush(self.collection, timeout=self.timeout)  # what is not flushed is searched slowly
+        self.client.flush(self.collection, timeout=self.timeout)  # rows not flushed are slow to search
         stored = self._count()
         if stored != expected:
             raise RetrievalError(
@@ -225,7 +212,7 @@ class MilvusIndex(Index):
             )
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Row numbers (rows,) and embeddings (rows, dimension) of what is written together."""
+        """Row numbers (rows,) and embeddings (rows, dimension) of each write."""
         size = max(1, min(BATCH_ROWS, BATCH_BYTES // (4 * self.table.dimension)))
         for start, block in self.table.blocks:
             valid = self.table.valid[start : start + len(block)].nonzero().flatten()
@@ -254,21 +241,6 @@ class MilvusIndex(Index):
         except (MilvusException, grpc.RpcError) as error:
             where = f"Milvus at {self.uri}, collection {self.collection!r}"
             raise RetrievalError(f"{where}: {reason_of(error)}") from None
-
-
-def make_manifest(table: EmbeddingTable, index_type: str) -> str:
-    """What a collection of this table is marked with, as JSON."""
-    info = table.info
-    content = {
-        "format_version": FORMAT_VERSION,
-        "model": info.model,
-        "fingerprint": info.fingerprint,
-        "dimension": info.dimension,
-        "rows": len(table),
-        "digest": table_digest(table),
-        "index_type": index_type,
-    }
-    return json.dumps(content, sort_keys=True)
 
 
 __all__ = ["MilvusIndex"]

