@@ -131,12 +131,13 @@ def updated(
     card = ModelCard(text, ignore_metadata_errors=True)
     given = card.data.to_dict()
     measured = {(each.data, each.metric): each for each in (*_figures_of(card.data), *figures)}
-    own_task = given.pop("pipeline_tag", None)
-    task = own_task if own_task in TASKS else (task or EMBEDDINGS)
+    given.pop("pipeline_tag", None)
+    task = task_of(text, task or EMBEDDINGS)
     merged = {**(metadata or {}), **given}
     merged["tags"] = [*(given.get("tags") or []), *((metadata or {}).get("tags") or [])]
-    name = merged.pop("model_name", None) or (path or "model").rsplit("/", 1)[-1]
-    body = card.text
+    body, heading = card.text, re.search(r"^# (.+)$", card.text, flags=re.MULTILINE)
+    name = card.data.model_name or (heading[1] if heading else (path or "model").rsplit("/", 1)[-1])
+    merged.pop("model_name", None)
     if path is not None:
         body = replaced(body, "use", usage(path, task, revision))
     if facts:
@@ -146,6 +147,12 @@ def updated(
         body = replaced(body, "figures", figures_table(list(measured.values())))
     data = _metadata(name, task, merged, list(measured.values()))
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def task_of(text: str, default: Task) -> Task:
+    """What a card's pipeline tag says that the checkpoint can do; the default if transformers has no such pipeline."""
+    tag = ModelCard(text, ignore_metadata_errors=True).data.pipeline_tag
+    return tag if tag in TASKS else default
 
 
 # ------------------------------------------------------------------------------------------------------------- code

@@ -3,7 +3,7 @@
     python -m mome.publish CHECKPOINT --repo-id ORG/NAME [--private] [--dry-run]
 
 The folder holds weights, config, generation config, tokenizer and processor, the flat code files, the files by which
-sentence-transformers loads it, and a model card.
+sentence-transformers loads it, and a model card with its images.
 It is made anew by loading the checkpoint, so that what does not load is not published. Files of an earlier push that
 would get in the way (other shards, code that is gone) are deleted in the same commit; all other files of the
 repository stay. A push that is interrupted leaves the repository as it was, and a push of the same thing again changes
@@ -13,7 +13,9 @@ nothing.
 import argparse
 import csv
 import json
+import re
 import shlex
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from .cards import CAPTIONS, EMBEDDINGS, Card, Figure, Task, facts_of, snippet, text_of, updated
+from .cards import CAPTIONS, EMBEDDINGS, Card, Figure, Task, facts_of, snippet, task_of, text_of, updated
 from .configuration_mome import MomeConfig
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .processing_mome import MomeProcessor
@@ -58,6 +60,9 @@ def build_folder(
     processor.save_pretrained(folder)
     card = _model_card(checkpoint, model, repo_id, license, results)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    for name in set(re.findall(r"!\[[^\]]*\]\(([\w.-]+)\)", card)):  # images beside the card
+        if (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, folder)
     return folder
 
 
@@ -160,9 +165,12 @@ def _as_number(value: str) -> float | str:
 # ----------------------------------------------------------------------------------------------------------- card
 
 
-def _task(config: MomeConfig) -> Task:
-    """What a checkpoint can do: embeddings alone have no captions."""
-    return CAPTIONS if config.architectures == [MomeForConditionalGeneration.__name__] else EMBEDDINGS
+def _task(checkpoint: Path) -> Task:
+    """What its card says that a checkpoint can do; without a card, a model of embeddings alone has no captions."""
+    architectures = MomeConfig.from_pretrained(checkpoint).architectures
+    default = CAPTIONS if architectures == [MomeForConditionalGeneration.__name__] else EMBEDDINGS
+    written = checkpoint / "README.md"
+    return task_of(written.read_text(encoding="utf-8"), default) if written.exists() else default
 
 
 def _model_card(
@@ -170,7 +178,7 @@ def _model_card(
 ) -> str:
     """The checkpoint's own card, loading from the Hub and with our metadata added, or a new one."""
     figures, written = _results_of(checkpoint, results), checkpoint / "README.md"
-    metadata, task = {"license": license, "language": "en"}, _task(model.config)
+    metadata, task = {"license": license, "language": "en"}, _task(checkpoint)
     if written.exists():
         text = written.read_text(encoding="utf-8")
         return updated(text, repo_id, task, REVISION, figures=figures, metadata=metadata)
@@ -208,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {' '.join(lines)}", file=sys.stderr)
         return 1
     print(f"published {commit.repo_url} at {commit.oid}\n")
-    print(snippet(options.repo_id, _task(MomeConfig.from_pretrained(options.checkpoint)), commit.oid))
+    print(snippet(options.repo_id, _task(options.checkpoint), commit.oid))
     return 0
 
 

@@ -88,7 +88,7 @@ def ablation_table(rows: Iterable[dict], data: str) -> str:
         rows: of the results file.
         data: how the data of the ablation's rows begins; one seed a row.
     """
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}  # variant → metric → data → value
     for row in rows:
         if row["data"].startswith(data) and row["metric"].startswith("ablation, "):
             variant, metric = row["metric"].removeprefix("ablation, ").split(": ")

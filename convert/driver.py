@@ -103,10 +103,10 @@ def _check_kind(kind: str, checkpoint: Checkpoint):
     if SIGNATURES[kind] in checkpoint:
         return
     other = next((name for name, key in SIGNATURES.items() if key in checkpoint), None)
-    found = f"is one of {SOURCES[other].name}: convert it with `{other}`" if other else "is of another kind"
+    found = f"is a {SOURCES[other].name} checkpoint: convert it with `{other}`" if other else "is of another kind"
     if other is None and checkpoint.shapes:
         found += f": its first key is {next(iter(checkpoint.shapes))}"
-    raise ConversionError(f"checkpoint {checkpoint.path} holds no {SIGNATURES[kind]}, it {found}")
+    raise ConversionError(f"checkpoint {checkpoint.path} has no {SIGNATURES[kind]}, it {found}")
 
 
 def _configure(source: Source, sizes: Sizes, path: Path, tokenizer, with_tokenizer: bool):
@@ -119,7 +119,7 @@ def _configure(source: Source, sizes: Sizes, path: Path, tokenizer, with_tokeniz
     try:
         config = MomeConfig(**sizes.config, **ids)
     except ValueError as error:
-        raise ConversionError(f"checkpoint {path} makes no model: {error}") from error
+        raise ConversionError(f"checkpoint {path} describes an impossible model: {error}") from error
     return config, build_processor(loaded, sizes)
 
 
@@ -170,7 +170,7 @@ def _plan(
                 plan.setdefault(name, Step([], source.operations.get(target))).keys.append(match[0])
     if left:
         names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        raise ConversionError(f"checkpoint {checkpoint.path} holds keys that {source.name} does not have: {names}")
+        raise ConversionError(f"checkpoint {checkpoint.path} has keys that {source.name} does not have: {names}")
     plan |= {target: fill for head in sizes.absent for target, fill in STAND_INS[head].items()}
     _check_complete(source, checkpoint, plan, expected)
     return plan, dropped
@@ -188,7 +188,7 @@ def _check_complete(source: Source, checkpoint: Checkpoint, plan: dict, expected
             if isinstance(step, Step) or step is None:
                 needed = Counter(key.format(*match.groups()) for key in keys)
                 if missing := list(needed - Counter(step.keys if step else ())):
-                    raise ConversionError(f"checkpoint {checkpoint.path} holds no {missing[0]}: it is incomplete")
+                    raise ConversionError(f"checkpoint {checkpoint.path} has no {missing[0]}: it is incomplete")
 
 
 def _assemble(
@@ -225,7 +225,7 @@ def _common_dtype(checkpoint: Checkpoint, steps: dict[str, Step]) -> torch.dtype
     for tensor in (checkpoint.tensor(key) for step in steps.values() for key in step.keys):
         if tensor.dtype not in DTYPES:
             raise ConversionError(
-                f"checkpoint {checkpoint.path} holds weights of type {tensor.dtype}, expected 16-bit floats or wider"
+                f"checkpoint {checkpoint.path} has weights of type {tensor.dtype}, expected 16-bit floats or wider"
             )
         bytes_of[tensor.dtype] += tensor.nbytes
     return bytes_of.most_common(1)[0][0]
@@ -236,7 +236,7 @@ def _check_values(checkpoint: Checkpoint, key: str, tensor: torch.Tensor):
         return
     low, high = tensor.aminmax()  # not isfinite(), which would write down as much again
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ConversionError(f"checkpoint {checkpoint.path}: {key} holds NaN or infinity, the file is damaged")
+        raise ConversionError(f"checkpoint {checkpoint.path}: {key} contains NaN or infinity, the file is damaged")
 
 
 def _misshapen(checkpoint: Checkpoint, step: Step, target: str, expected: dict[str, torch.Size]) -> str:

@@ -145,7 +145,7 @@ def square_side(checkpoint: Checkpoint, key: str, dimensions: int, extra: int) -
 def default_heads(width: int) -> int:
     """Heads of 64 dimensions, as nearly all published models have."""
     if width % 64:
-        raise ConversionError(f"the checkpoint's width {width} is no multiple of 64: pass --num-attention-heads")
+        raise ConversionError(f"the checkpoint's width {width} is not a multiple of 64: pass --num-attention-heads")
     return width // 64
 
 

@@ -47,7 +47,7 @@ class Checkpoint:
     def shape(self, key: str, dimensions: int) -> torch.Size:
         """Raises ConversionError if the key is missing, is empty or has another number of dimensions."""
         if key not in self.shapes:
-            raise ConversionError(f"checkpoint {self.path} holds no {key}: it is incomplete or of another kind")
+            raise ConversionError(f"checkpoint {self.path} has no {key}: it is incomplete or of another kind")
         shape = self.shapes[key]
         if len(shape) != dimensions or 0 in shape:
             raise ConversionError(
@@ -72,7 +72,9 @@ class PickledCheckpoint(Checkpoint):
         super().__init__(path, {key: tensor.shape for key, tensor in self._tensors.items()}, settings)
         for key, tensor in self._tensors.items():
             if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-                raise ConversionError(f"checkpoint {path}: {key} is no plain tensor but a sparse or quantized one")
+                raise ConversionError(
+                    f"checkpoint {path}: {key} is a sparse or quantized tensor, expected a plain one"
+                )
             if tensor.numel() * tensor.element_size() > self.bytes:
                 raise ConversionError(
                     f"checkpoint {path}: {key} claims the shape {tuple(tensor.shape)}, more than the file can hold"
@@ -99,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # a damaged file raises nearly anything: RuntimeError, EOFError, KeyError, ...
         raise ConversionError(
-            f"checkpoint {path} can't be read, it is truncated or no checkpoint: {first_sentence(error)}"
+            f"checkpoint {path} can't be read, it is truncated or not a checkpoint: {first_sentence(error)}"
         ) from error
 
 
@@ -127,11 +129,11 @@ def _unpickle(path: Path):
         except pickle.UnpicklingError as error:
             if (match := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
                 raise ConversionError(
-                    f"checkpoint {path} can't be read, it is damaged or no checkpoint: torch wrote no such pickle"
+                    f"checkpoint {path} can't be read, it is damaged or not a checkpoint: torch writes no such file"
                 ) from error
             raise ConversionError(
-                f"checkpoint {path} refused and not run, its pickle wants {match[1]}: if you trust its source, save "
-                "its state dict alone and convert that"
+                f"checkpoint {path} was refused, not run: its pickle asks for {match[1]}; if you trust its source, "
+                "save its state dict alone and convert that"
             ) from error
 
 
@@ -151,8 +153,10 @@ def _unwrap(path: Path, content) -> tuple[dict[str, torch.Tensor], dict]:
                 content = content[name]
                 break
     if not isinstance(content, dict) or not content:
-        raise ConversionError(f"checkpoint {path} holds a {type(content).__name__}, expected a dict of tensors")
+        raise ConversionError(f"checkpoint {path} contains a {type(content).__name__}, expected a dict of tensors")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ConversionError(f"checkpoint {path} holds {key!r} of type {type(value).__name__}, expected a tensor")
+            raise ConversionError(
+                f"checkpoint {path} contains {key!r} of type {type(value).__name__}, expected a tensor"
+            )
     return content, settings if isinstance(settings, dict) else {}

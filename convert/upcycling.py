@@ -44,11 +44,11 @@ def routed_config(config: MomeConfig, experts_per_group: int, experts_per_token:
             f"the checkpoint already has {config.experts_per_group} experts per group: pass a dense one"
         )
     if experts_per_group < 2:
-        raise ConversionError(f"--experts-per-group {experts_per_group} is no choice of experts: pass 2 or more")
+        raise ConversionError(f"--experts-per-group {experts_per_group} leaves the router no choice: pass 2 or more")
     if not 2 <= experts_per_token <= experts_per_group:
         raise ConversionError(
             f"--experts-per-token {experts_per_token}: pass 2 to {experts_per_group}; a single expert would be scaled "
-            "by its router weight, and the outputs would not stay as they are"
+            "by its router weight, which changes the outputs"
         )
     fields = config.to_dict() | {"experts_per_group": experts_per_group, "experts_per_token": experts_per_token}
     return MomeConfig.from_dict(fields)
@@ -107,15 +107,17 @@ def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, exper
 def _config_of(folder: Path) -> MomeConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ConversionError(f"checkpoint {folder} is no folder of a MoME checkpoint: it holds no {CONFIG_NAME}")
+        raise ConversionError(f"checkpoint {folder} is not the folder of a MoME checkpoint: it has no {CONFIG_NAME}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         kind = fields.get("model_type")
         config = MomeConfig.from_dict(fields) if kind == MomeConfig.model_type else None
     except Exception as error:  # not JSON, no object, unknown or impossible fields
-        raise ConversionError(f"checkpoint {folder}: {CONFIG_NAME} makes no model: {first_sentence(error)}") from error
+        raise ConversionError(
+            f"checkpoint {folder}: {CONFIG_NAME} describes no possible model: {first_sentence(error)}"
+        ) from error
     if config is None:
-        raise ConversionError(f"checkpoint {folder} is one of {kind}: pass a MoME checkpoint")
+        raise ConversionError(f"checkpoint {folder} is a {kind} checkpoint: pass a MoME one")
     return config
 
 
@@ -126,5 +128,5 @@ def _weight_files(folder: Path) -> list[Path]:
         names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()
         return [folder / Path(name).name for name in sorted(set(names))]
     raise ConversionError(
-        f"checkpoint {folder} holds no {SAFE_WEIGHTS_NAME}: pass the folder that save_pretrained wrote"
+        f"checkpoint {folder} has no {SAFE_WEIGHTS_NAME}: pass the folder that save_pretrained wrote"
     )

@@ -157,7 +157,10 @@ def test_an_updated_card_loads_from_elsewhere_and_keeps_everything_else():
     values = {(each.dataset_name, each.metric_name): each.metric_value for each in ModelCard(later).data.eval_results}
     assert values == {(each.data, each.metric): each.value for each in FIGURES} | {("dots", "caption_f1"): 0.5}
     assert updated(later, "ada/dots", revision="main") == later
-    assert updated(text, "runs/dots") == text
+    assert updated(text, "runs/dots") == text == updated(text)
+    assert (
+        ModelCard(later).data.model_name == "dots" and ModelCard(updated(text, "ada/other")).data.model_name == "dots"
+    )
 
 
 def test_a_tag_that_transformers_no_longer_has_is_replaced_and_other_words_stay():

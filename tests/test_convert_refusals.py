@@ -85,7 +85,7 @@ def test_code_in_a_pickle_does_not_run(zipped, folder, capsys, state):
     content = {"model": state, "epoch": Code(ran)}
     torch.save(content, folder / "evil.pth", _use_new_zipfile_serialization=zipped)
     line = refused(folder, capsys, checkpoint="evil.pth")
-    assert "evil.pth refused and not run" in line and f"{os.mkdir.__module__}.mkdir" in line
+    assert "evil.pth was refused, not run" in line and f"{os.mkdir.__module__}.mkdir" in line
     assert not ran.exists()
     torch.save({"model": {"weight": functools.partial(print)}}, folder / "partial.pth")
     assert "functools.partial" in refused(folder, capsys, checkpoint="partial.pth")
@@ -107,9 +107,9 @@ def test_what_training_scripts_keep_beside_the_weights_is_no_obstacle(folder, st
 
 
 def test_checkpoints_of_another_kind_are_named(folder, capsys):
-    assert "BEiT-3: convert it with `beit3`" in refused(folder, capsys, kind="vlmo")
+    assert "BEiT-3 checkpoint: convert it with `beit3`" in refused(folder, capsys, kind="vlmo")
     save_file(random_state(vlmo_shapes(**VLMO)), folder / "vlmo.safetensors")
-    assert "VLMo: convert it with `vlmo`" in refused(folder, capsys, checkpoint="vlmo.safetensors")
+    assert "VLMo checkpoint: convert it with `vlmo`" in refused(folder, capsys, checkpoint="vlmo.safetensors")
     save_file({"encoder.weight": torch.zeros(3)}, folder / "other.safetensors")
     assert "first key is encoder.weight" in refused(folder, capsys, checkpoint="other.safetensors")
     torch.save([1, 2], folder / "list.pth")
@@ -126,11 +126,11 @@ LAYER = "beit3.encoder.layers.1"
     [
         (f"{LAYER}.gate.A.weight", torch.zeros(3), f"keys that BEiT-3 does not have: {LAYER}.gate.A.weight"),
         (f"{LAYER}.ffn.A.fc1.weight.extra", torch.zeros(3), f"does not have: {LAYER}.ffn.A.fc1.weight.extra"),
-        (f"{LAYER}.self_attn.k_proj.B.bias", None, f"holds no {LAYER}.self_attn.k_proj.B.bias"),
-        (f"{LAYER}.ffn.A.fc2.weight", None, f"holds no {LAYER}.ffn.A.fc2.weight"),
-        ("language_head.weight", None, "holds no language_head.weight"),
-        ("logit_scale", None, "holds no logit_scale"),
-        ("beit3.text_embed.weight", None, "holds no beit3.text_embed.weight"),
+        (f"{LAYER}.self_attn.k_proj.B.bias", None, f"has no {LAYER}.self_attn.k_proj.B.bias"),
+        (f"{LAYER}.ffn.A.fc2.weight", None, f"has no {LAYER}.ffn.A.fc2.weight"),
+        ("language_head.weight", None, "has no language_head.weight"),
+        ("logit_scale", None, "has no logit_scale"),
+        ("beit3.text_embed.weight", None, "has no beit3.text_embed.weight"),
         ("beit3.encoder.layers.7.ffn.A.fc2.bias", torch.zeros(32), "layers.7.ffn.A.fc2.bias has no place"),
         (
             f"{LAYER}.self_attn.k_proj.B.weight",
@@ -147,7 +147,7 @@ LAYER = "beit3.encoder.layers.1"
         ("beit3.text_embed.weight", torch.zeros(100), "text_embed.weight has shape (100,), expected 2 dimensions"),
         ("beit3.text_embed.weight", torch.zeros(0, 32), "text_embed.weight has shape (0, 32)"),
         ("vision_head.bias", torch.zeros(32), "vision_head.bias has no place"),
-        ("vision_head.weight", torch.full((32, 32), torch.nan), "vision_head.weight holds NaN"),
+        ("vision_head.weight", torch.full((32, 32), torch.nan), "vision_head.weight contains NaN"),
         ("vision_head.weight", torch.zeros(32, 32, dtype=torch.int64), "weights of type torch.int64"),
     ],
 )
@@ -194,7 +194,7 @@ def test_tokenizers_that_do_not_fit_are_refused(folder, capsys):
 
 def test_sizes_that_do_not_fit_are_refused(folder, capsys):
     assert "num_attention_heads=5" in refused(folder, capsys, "--num-attention-heads", "5")
-    assert "width 32 is no multiple of 64" in refused(folder, capsys, "--num-attention-heads", "0")
+    assert "width 32 is not a multiple of 64" in refused(folder, capsys, "--num-attention-heads", "0")
     assert "image_size=20" in refused(folder, capsys, "--image-size", "20")
     assert "--experts-per-token 1" in refused(folder, capsys, "--experts-per-group", "4", "--experts-per-token", "1")
     assert "--experts-per-token 5" in refused(folder, capsys, "--experts-per-group", "4", "--experts-per-token", "5")
@@ -208,9 +208,9 @@ def test_what_cannot_be_upcycled_is_refused(folder, capsys):
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
     for checkpoint, message in (
         ("routed", "already has 4 experts"),
-        ("nowhere", "no folder of a MoME checkpoint"),
-        ("tokenizer", "no folder of a MoME checkpoint"),
-        ("bert", "is one of bert"),
+        ("nowhere", "not the folder of a MoME checkpoint"),
+        ("tokenizer", "not the folder of a MoME checkpoint"),
+        ("bert", "is a bert checkpoint"),
     ):
         assert message in refused(folder, capsys, *routing, kind="mome", checkpoint=checkpoint, tokenizer=None)
     tiny_captioner("dense").save_pretrained(folder / "dense")
@@ -219,7 +219,7 @@ def test_what_cannot_be_upcycled_is_refused(folder, capsys):
     weights.write_bytes(content[:-100])
     assert "truncated" in refused(folder, capsys, *routing, kind="mome", checkpoint="dense", tokenizer=None)
     weights.unlink()
-    assert "holds no model.safetensors" in refused(
+    assert "has no model.safetensors" in refused(
         folder, capsys, *routing, kind="mome", checkpoint="dense", tokenizer=None
     )
 
@@ -229,8 +229,8 @@ def test_a_refusal_is_the_one_line_that_the_command_prints(folder):
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.splitlines() == [
-        "mome.convert: checkpoint good.pth holds no transformer.patch_embed.proj.weight, it is one of BEiT-3: convert "
-        "it with `beit3`"
+        "mome.convert: checkpoint good.pth has no transformer.patch_embed.proj.weight, it is a BEiT-3 checkpoint: "
+        "convert it with `beit3`"
     ]
 
 

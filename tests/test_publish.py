@@ -319,8 +319,11 @@ def test_the_folder_has_everything_and_the_card_its_results(checkpoint, tmp_path
     assert (again / "README.md").read_text() == (folder / "README.md").read_text()
 
     own = shutil.copytree(checkpoint, tmp_path / "own")
-    (own / "README.md").write_text("---\nlicense: mit\ntags: [icons]\n---\n\nMy own words.\n")
+    words = "My own words. ![A dot](dot.png) ![Gone](gone.png) ![Elsewhere](../dot.png)"
+    (own / "README.md").write_text(f"---\nlicense: mit\ntags: [icons]\n---\n\n{words}\n")
+    Image.new("RGB", (4, 4), "red").save(own / "dot.png")
     card = ModelCard.load(build_folder(own, tmp_path / "with own card", REPO) / "README.md")
+    assert [path.name for path in (tmp_path / "with own card").glob("*.png")] == ["dot.png"]
     assert "My own words." in card.text and card.data.license == "mit" and {"icons", "mome"} <= set(card.data.tags)
 
 

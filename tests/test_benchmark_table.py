@@ -1,0 +1,74 @@
+"""The tables of README, docs and model card: written from the results file, and as it says."""
+
+import csv
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mome.benchmarks import table
+from mome.benchmarks.table import CARD, ICONS_ROWS, RESULTS, ROOT, TABLES
+from mome.cards import HEADINGS
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_readme_docs_and_card_hold_the_tables_of_the_results_file(rows):
+    for path, text in table.filled(rows).items():
+        assert (ROOT / path).read_text() == text, f"{path} is old: python -m mome.benchmarks.table"
+
+
+def test_readme_results_and_card_tell_the_same_of_the_shipped_weights(rows):
+    shown = table.tables(rows)["icons"]
+    assert shown.count("\n") == 5  # two lines of headings, four of figures
+    for path in ("README.md", "docs/results.md", CARD):
+        assert shown in (ROOT / path).read_text()
+    card = ModelCard.load(ROOT / CARD)
+    evaluations = {(each.dataset_name, each.metric_name): each.metric_value for each in card.data.eval_results}
+    assert evaluations == {(each.data, each.metric): each.value for each in table.icons_figures(rows)}
+    assert len(evaluations) == len(ICONS_ROWS) * (1 + len(HEADINGS))
+    assert evaluations["unseen concepts (test half)", "text_to_image_r1"] == 0.403
+
+
+def result(metric: str, value: float, data: str = "icons, seed 0") -> dict:
+    return {"metric": metric, "value": str(value), "data": data}
+
+
+def test_the_last_row_of_a_measurement_counts_and_seeds_are_put_together():
+    rows = [
+        result("ablation, dual: text_to_image_r1", 0.9),
+        result("ablation, dual: text_to_image_r1", 0.1),
+        result("ablation, dual: text_to_image_r1", 0.2, "icons, seed 1"),
+        result("ablation, dual: text_to_image_r1", 0.7, "another, seed 0"),
+        result("ablation, dual: zero_shot_top1", 0.25),
+        result("ablation, dual: parameters", 2.265e6),
+    ]
+    (line,) = table.ablation_table(rows, "icons, ").splitlines()[2:]
+    assert line == "| dual | 2.27 M | 15.0 ± 5.0 | – | – | – | 25.0 | – |"
+
+
+def test_guidance_has_a_row_for_each_method():
+    rows = [
+        result("captions, R@1: unguided", 0.1234, table.GUIDANCE),
+        result("captions, CIDEr: unguided", 0.5, table.GUIDANCE),
+        result("captions, R@1: beam 4", 0.2, table.GUIDANCE),
+        result("captions, CIDEr: beam 4", 0.6, table.GUIDANCE),
+        result("captions, R@1: beam 4", 0.3, "other data"),
+    ]
+    assert table.guidance_table(rows).splitlines() == [
+        "| captions | R@1 | CIDEr |",
+        "| --- | --- | --- |",
+        "| unguided | 0.123 | 0.500 |",
+        "| beam 4 | 0.200 | 0.600 |",
+    ]
+
+
+def test_a_page_without_a_place_for_its_table_is_an_error(rows, tmp_path):
+    for path in (*TABLES, CARD):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("---\nlicense: mit\n---\n\n# Nothing\n")
+    with pytest.raises(ValueError, match=r"README.md has no <!-- icons -->"):
+        table.filled(rows, tmp_path)
