@@ -1,0 +1,1 @@
+../../captioning_mome.py

@@ -1,0 +1,1 @@
+../../heads_mome.py

@@ -1,0 +1,1 @@
+../../trunk_mome.py
