@@ -1,6 +1,6 @@
 """The quickstart: captions, labels and searches pictures with the weights that come with the project.
 
-    make quickstart                   the pictures of samples/, whose concepts were held out from training
+    make quickstart                   the pictures of samples/, of two icon sets of which training saw no picture
     make quickstart IMAGES=folder     your own
     python -m mome.quickstart --help  other sentences, labels, weights
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
 SAMPLES = ROOT / "samples"
 LABELS = ROOT / "icons" / "nouns.txt"
-SENTENCES = ("something sweet to eat", "an insect", "music", "bad weather", "a tower in paris")
+SENTENCES = ("a part of the body", "a building", "listening to music", "something to write with", "medicine")
 HITS = 5
 
 
@@ -85,7 +85,7 @@ def known_names(folder: Path) -> dict[str, str]:
 
 
 def label_set(names: Iterable[str] = ()) -> list[str]:
-    """Nouns that often occur in names of icons, and further names."""
+    """The nouns of `LABELS`, those that often occur in names of icons, and further names."""
     return list(dict.fromkeys([*LABELS.read_text().split(), *names]))
 
 

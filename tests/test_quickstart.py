@@ -1,6 +1,7 @@
 """The quickstart: what it reads, what it prints, and that anybody's pictures will do."""
 
 import json
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -8,6 +9,8 @@ from PIL import Image
 from builders import build_processor
 from models import tiny_captioner
 from mome import quickstart
+from mome.icons import samples
+from mome.icons.licences import HELD_OUT_SETS
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +70,25 @@ def test_what_can_not_be_done_is_one_line(arguments, words, checkpoint, pictures
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")][0].count(words) == 1
 
 
-def test_the_samples_are_held_out_and_attributed():
-    from mome.icons.splits import is_held_out
-
+def test_the_samples_are_of_the_sets_held_out_whole_and_attributed():
     records = [json.loads(line) for line in (quickstart.SAMPLES / "metadata.jsonl").read_text().splitlines()]
     attribution = (quickstart.SAMPLES / "ATTRIBUTION.md").read_text()
-    assert len(records) == 24 and all(is_held_out(record["text"]) for record in records)
+    sets = Counter(record["source"].partition(":")[0] for record in records)
+    assert sets == {name: 12 for name in HELD_OUT_SETS}
     for record in records:
         assert (quickstart.SAMPLES / record["file_name"]).exists()
         assert f"| {record['file_name']} |" in attribution and record["license"] in attribution
+    assert len(list(quickstart.SAMPLES.glob("*.png"))) == len({record["text"] for record in records}) == 24
+
+
+def test_the_samples_come_in_the_order_of_a_hash_one_for_each_name_that_has_a_definition():
+    names = ("ear", "eye", "ear", "data", "arm")
+    rows = [{"name": name, "source_id": f"a:{place}", "gloss": "organ"} for place, name in enumerate(names)]
+    rows[3]["gloss"] = ""
+    in_order = sorted((row for row in rows if row["gloss"]), key=lambda row: samples.order(row["source_id"]))
+    first = {}
+    for row in in_order:
+        first.setdefault(row["name"], row["source_id"])
+    assert samples.choose(rows) == first and first.keys() == {"ear", "eye", "arm"}
+    assert samples.choose(list(reversed(rows)), count=2) == dict(list(first.items())[:2])
+    assert samples.choose(rows, known=["eye"]).keys() == {"ear", "arm"}

@@ -122,7 +122,7 @@ def test_what_a_base_install_lacks_is_one_line(base_install, tmp_path, arguments
 
 
 def test_a_base_install_captions(base_install, tmp_path):
-    model, picture = ROOT / "checkpoints" / "mome-icons", ROOT / "samples" / "bee.png"
+    model, picture = ROOT / "checkpoints" / "mome-icons", ROOT / "samples" / "eye.png"
     done = answer(base_install, tmp_path, "mome", "caption", str(picture), "--model", str(model), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"][0]["generated_text"]
