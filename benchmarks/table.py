@@ -9,22 +9,23 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..cards import HEADINGS, Figure, figures_table, replaced, updated
+from ..cards import HEADINGS, figures_table, replaced
+from ..experiments.icons_card import CHECKPOINT, RESEARCH, ROWS, SHIPPED, icons_card, icons_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evaluation" / "results.csv"
-CARD = Path("checkpoints", "mome-icons", "README.md")
+CARD = CHECKPOINT / "README.md"
 TABLES = {
     Path("README.md"): ("icons",),
-    Path("docs", "results.md"): ("icons", "speed", "guidance", "ablation 128", "ablation 256"),
+    Path("docs", "results.md"): ("icons", "searches", "speed", "guidance", "ablation 128", "ablation 256"),
 }
 
-ICONS = "mome-icons test, mome-icons"  # data and checkpoint of `mome.experiments.icons`
-ICONS_ROWS = {
-    "unseen concepts": "unseen concepts (test half)",
-    "unseen set healthicons": "unseen set `healthicons`",
-    "unseen set freehand": "unseen set `streamline-freehand-color`",
-    "seen pictures": "training images, for comparison",
+# What else is searched by in `mome.experiments.icons` → heading.
+SEARCHES = {
+    "broader, R-precision": "a broader word, R-precision",
+    "glosses, R@10": "a definition, R@10",
+    "templates, '{}', text_to_image_r10": "the name, R@10",
+    "templates, 'This is a photo of {}.', text_to_image_r10": "in a sentence, R@10",
 }
 GUIDANCE = "test-00000-of-00001.parquet, 1500 images"
 ABLATIONS = {
@@ -60,14 +61,17 @@ def speed_table(rows: list[dict], gpu: bool = False) -> str:
     return "\n".join([*lines, "", "Measured on " + "; ".join(hardware) + "."])
 
 
-def icons_figures(rows: Iterable[dict]) -> list[Figure]:
-    """What the shipped weights reach on icons: number of images and the metrics of `HEADINGS`, for each data set."""
-    latest = {row["metric"]: float(row["value"]) for row in rows if row["data"] == ICONS}
-    figures = []
-    for name, label in ICONS_ROWS.items():
-        figures.append(Figure(label, "images", int(latest[f"icons, {name}: images"])))
-        figures += [Figure(label, metric, latest[f"icons, {name}: {metric}"]) for metric in HEADINGS]
-    return figures
+def searches_table(rows: Iterable[dict]) -> str:
+    """How well images are found by other texts than their names: a row for each data set."""
+    latest = {(row["data"], row["metric"]): float(row["value"]) for row in rows if row["data"] in (SHIPPED, RESEARCH)}
+    lines = []
+    for name, label in ROWS.items():
+        values = [
+            latest.get((RESEARCH if "concepts" in name else SHIPPED, f"icons, {name}: {key}")) for key in SEARCHES
+        ]
+        if any(value is not None for value in values):
+            lines.append([label, *("–" if value is None else f"{100 * value:.1f} %" for value in values)])
+    return _table(["", *SEARCHES.values()], lines)
 
 
 def guidance_table(rows: Iterable[dict]) -> str:
@@ -116,7 +120,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def tables(rows: list[dict]) -> dict[str, str]:
     """Name → Markdown of all tables."""
     return {
-        "icons": figures_table(icons_figures(rows)),
+        "icons": figures_table(icons_figures(rows, [*HEADINGS])),
+        "searches": searches_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
         "guidance": guidance_table(rows),
@@ -138,7 +143,7 @@ def filled(rows: list[dict], root: Path = ROOT) -> dict[Path, str]:
                 raise ValueError(f"{path} has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
             text = replaced(text, name, made[name])
         texts[path] = text
-    texts[CARD] = updated((root / CARD).read_text(encoding="utf-8"), figures=icons_figures(rows))
+    texts[CARD] = icons_card(icons_figures(rows, [*HEADINGS]), root / CHECKPOINT)
     return texts
 
 

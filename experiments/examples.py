@@ -1,9 +1,9 @@
-"""Captions and searches of held-out icons, good and bad, to see what the figures mean.
+"""Captions and searches of icons of unseen sets, good and bad, to see what the figures mean.
 
-python -m mome.experiments.examples --checkpoint DIR --data DIR [--captions 50] [--searches 20] > examples.md
+python -m mome.experiments.examples --checkpoint DIR --data DIR [--on DATA ...] [--captions 25] [--searches 10]
 
-Fifty random images of the test half with their greedy captions, and twenty random names with the five nearest of 1,000
-images. Nothing is picked by hand: the order is that of `mome.experiments.icons`.
+Of each set, random images with their greedy captions, and random names with the five nearest of up to 1,000 images.
+Nothing is picked by hand: the order is that of `mome.experiments.icons`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch
 from ..embedder import Embedder
 from ..evaluation.evaluator import one_each
 from .arguments import add_icons_arguments
-from .icons import evaluation_of
+from .icons import DATA, evaluation_of
 
 POOL, SHOWN = 1000, 5
 
@@ -42,25 +42,41 @@ def searches_table(queries: Sequence[int], names: Sequence[str], similarity: tor
     return "\n".join(lines)
 
 
+def sections(embedder: Embedder, data: str, examples: Sequence[dict], captions: int, searches: int) -> str:
+    """Markdown: captions of the first images, and searches by the first names of a pool of 1,000.
+
+    Args:
+        data: what the headings call it.
+        examples: with `image` and `text`.
+        captions, searches: how many.
+    """
+    pool = one_each(examples)[:POOL]
+    names, images = [each["text"] for each in pool], [each["image"] for each in pool]
+    embeds, count = embedder.embed_images(images), min(captions, len(pool))
+    said = embedder.caption_images(images[:count])
+    fit = (embeds[:count] * embedder.embed_texts(said, allow_blank=True)).sum(dim=1).tolist()
+    queries = range(min(searches, len(pool)))
+    similarity = embedder.embed_texts([names[each] for each in queries]) @ embeds.T
+    shown = captions_table(names, said, fit)
+    found = searches_table(queries, names, similarity)
+    heading = f"## {data}: {len(queries)} searches among {len(pool)} pictures"
+    return f"## {data}: {count} captions\n\n{shown}\n\n{heading}\n\n{found}"
+
+
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_icons_arguments(parser)
-    parser.add_argument("--captions", type=int, default=50)
-    parser.add_argument("--searches", type=int, default=20)
+    kinds = {name.split()[-1]: name for name in DATA}
+    parser.add_argument("--on", nargs="+", choices=kinds, default=["healthicons", "freehand"], metavar="DATA")
+    parser.add_argument("--captions", type=int, default=25)
+    parser.add_argument("--searches", type=int, default=10)
     options = parser.parse_args(arguments)
     embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
-    examples = evaluation_of(options.data, "unseen concepts").examples()
-    chosen = examples[: options.captions]
-    images = [each["image"] for each in chosen]
-    captions = embedder.caption_images(images)
-    fit = embedder.embed_images(images) * embedder.embed_texts(captions, allow_blank=True)
-    first = captions_table([each["text"] for each in chosen], captions, fit.sum(dim=1).tolist())
-    pool = one_each(examples)[:POOL]
-    queries, names = range(min(options.searches, len(pool))), [each["text"] for each in pool]
-    pictures = embedder.embed_images([each["image"] for each in pool])
-    similarity = embedder.embed_texts([names[each] for each in queries]) @ pictures.T
-    second = searches_table(queries, names, similarity)
-    text = f"## {len(chosen)} captions\n\n{first}\n\n## {len(queries)} searches among {len(pool)} pictures\n\n{second}"
+    parts = []
+    for kind in options.on:
+        examples = evaluation_of(options.data, kinds[kind]).examples()
+        parts.append(sections(embedder, kind, examples, options.captions, options.searches))
+    text = "\n\n".join(parts)
     print(text)
     return text
 

@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mome.benchmarks import table
-from mome.benchmarks.table import CARD, ICONS_ROWS, RESULTS, ROOT, TABLES
+from mome.benchmarks.table import CARD, RESULTS, ROOT, TABLES
 from mome.cards import HEADINGS
+from mome.experiments.icons_card import RESEARCH, ROWS, SHIPPED, icons_figures
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,20 @@ def test_readme_results_and_card_tell_the_same_of_the_shipped_weights(rows):
         assert shown in (ROOT / path).read_text()
     card = ModelCard.load(ROOT / CARD)
     evaluations = {(each.dataset_name, each.metric_name): each.metric_value for each in card.data.eval_results}
-    assert evaluations == {(each.data, each.metric): each.value for each in table.icons_figures(rows)}
-    assert len(evaluations) == len(ICONS_ROWS) * (1 + len(HEADINGS))
-    assert evaluations["unseen concepts (test half)", "text_to_image_r1"] == 0.403
+    assert evaluations == {(each.data, each.metric): each.value for each in icons_figures(rows, [*HEADINGS])}
+    assert len(evaluations) == len(ROWS) * (1 + len(HEADINGS))
+    assert evaluations["unseen set `streamline-freehand-color`", "text_to_image_r10"] >= 0.58
+
+
+def test_unseen_concepts_are_those_of_weights_that_had_not_seen_them():
+    rows = []
+    for data, value in ((SHIPPED, 0.9), (RESEARCH, 0.4)):
+        rows += [result(f"icons, {name}: {metric}", value, data) for name in ROWS for metric in ("images", "hits")]
+        rows += [result(f"icons, {name}: {key}", value, data) for name in ROWS for key in table.SEARCHES]
+    found = {each.data: each.value for each in icons_figures(rows, ["hits"]) if each.metric == "hits"}
+    assert found.pop(ROWS["unseen concepts"]) == 0.4 and set(found.values()) == {0.9} and len(found) == 3
+    lines = table.searches_table(rows).splitlines()[2:]
+    assert [line.count("90.0 %") for line in lines] == [4, 4, 0, 4] and lines[2].count("40.0 %") == 4
 
 
 def result(metric: str, value: float, data: str = "icons, seed 0") -> dict:

@@ -23,7 +23,8 @@ from mome.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
-OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "icons/README.md", "space/README.md", "checkpoints/mome-icons/README.md"]
+CARDS = ["checkpoints/mome-icons/README.md", "checkpoints/mome-icons-small/README.md"]
+OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "icons/README.md", "space/README.md", *CARDS]
 TEXTS = {name: (ROOT / name).read_text() for name in (*DOCS, *OTHERS)}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Commands of `mome` that need a server, a cluster or another package; the others run.
@@ -68,7 +69,7 @@ def test_python_blocks_run_one_after_the_other(name, clone, capsys):
         exec(block, namespace)
     if name == "README.md":
         printed = capsys.readouterr().out
-        assert "torch.Size([4, 256])" in printed and "tensor([0, 1])" in printed and "gift box" in printed
+        assert "torch.Size([4, 256])" in printed and "tensor([0, 2])" in printed and "circus tent" in printed
     if name == "docs/training.md":
         assert namespace["outputs"].router_logits and namespace["experts"].shape[-1] == 2
     if name == "docs/search.md":
@@ -201,7 +202,7 @@ def test_every_link_leads_somewhere(name):
         assert not anchor or anchor in anchors(target.read_text()), f"{name}: {link}"
 
 
-@pytest.mark.parametrize("name", [*DOCS, "CONTRIBUTING.md", "checkpoints/mome-icons/README.md"])
+@pytest.mark.parametrize("name", [*DOCS, "CONTRIBUTING.md", *CARDS])
 def test_paths_and_modules_in_words_exist(name):
     words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", TEXTS[name]))
     tops = {path.name for path in ROOT.iterdir()}
