@@ -38,7 +38,7 @@ from ..evaluation.results import append_rows, environment
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
 PICTURES = sorted((SPACE / "examples").glob("*.png"))
-WORDS = "pineapple|rain cloud|a dragon|compass|king bed|musical note|arrow|a red car|house|pencil".split("|")
+WORDS = "circus tent|hospital|an eye|laptop|microphone|musical note|arrow|a blue flower|house|pencil".split("|")
 # How often a client asks each endpoint; searches by words and by pictures are told apart.
 MIX = {"search": 6, "search by picture": 2, "classify": 2, "routing": 1, "caption": 1}
 START_SECONDS = 600

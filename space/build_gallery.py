@@ -3,8 +3,8 @@
     python space/build_gallery.py --icons .cache/icons      # all of it, from the data set mome-icons
     python space/build_gallery.py                           # the embeddings alone, after a change of the weights
 
-The gallery is the test split of mome-icons, of which no model trained on mome-icons has seen a picture. The checkpoint
-is the one that the Space would load (`MOME_CHECKPOINT` names another).
+The gallery is the two sets that mome-icons holds out whole: no model trained on it has seen a picture of them. The
+checkpoint is the one that the Space would load (`MOME_CHECKPOINT` names another).
 """
 
 import argparse
@@ -24,15 +24,16 @@ ATTRIBUTION_LINE = re.compile(
     r"- (?:\[(?P<linked>[^\]]+)\]\((?P<url>[^)]+)\)|(?P<plain>.+?)) by (?P<author>.+?)"
     r"(?: \(\[licence\]\((?P<licence>[^)]+)\)\))?: [\d,]+ pictures?, `(?P<prefix>[^`]+)`$"
 )
+FILES = ("freehand-*.parquet", "healthicons-*.parquet")  # of the held-out sets
 EXAMPLE_SIDE = 256
 # Pictures that the tabs offer to try: their id in the gallery, and the file they become.
 EXAMPLES = {
-    "1-pineapple": "noto:pineapple",
-    "2-dragon": "noto:dragon",
-    "3-car": "noto:oncoming-automobile",
-    "4-rain": "fluent-emoji-flat:cloud-with-rain",
-    "5-compass": "twemoji:compass",
-    "6-bed": "ic:outline-king-bed",
+    "1-circus-tent": "streamline-freehand-color:circus-tent",
+    "2-typewriter": "streamline-freehand-color:content-typewriter",
+    "3-eye": "healthicons:eye",
+    "4-headphones": "streamline-freehand-color:headphones-1",
+    "5-hospital": "healthicons:hospital",
+    "6-camera": "streamline-freehand-color:camera-tripod",
 }
 
 
@@ -52,18 +53,18 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
 
 
 def build_gallery(icons: Path) -> pa.Table:
-    """The test split of mome-icons as the Space's table.
+    """The held-out sets of mome-icons as the Space's table, in the order of their ids.
 
     Raises:
         FileNotFoundError: `icons` holds no such data set.
         KeyError: a set without attribution.
     """
-    files = sorted(icons.glob("test-*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"no test-*.parquet in {icons}: python -m mome.icons.build --output {icons}")
+    files = [file for pattern in FILES for file in sorted(icons.glob(pattern))]
+    if len(files) < len(FILES):
+        raise FileNotFoundError(f"no {' or '.join(FILES)} in {icons}: python -m mome.icons.build --output {icons}")
     sets = read_attribution(icons / "ATTRIBUTION.md")
     rows = []
-    for row in pa.concat_tables(map(pq.read_table, files)).to_pylist():
+    for row in sorted(pa.concat_tables(map(pq.read_table, files)).to_pylist(), key=lambda row: row["source_id"]):
         rows.append(
             {
                 "png": row["image"]["bytes"],

@@ -18,7 +18,7 @@ import yaml
 from gradio_client import Client, handle_file
 
 from mome_space import zero_gpu
-from mome_space.engine import HUB_CHECKPOINT, checkpoint_source
+from mome_space.engine import HUB_CHECKPOINT, Engine, checkpoint_source, load_checkpoint
 from mome_space.gallery import GALLERY_FILE, Embeddings, Gallery, Index
 from mome_space.routing import HARD, Routing
 from mome_space.search import Search
@@ -99,10 +99,21 @@ def test_a_hit_that_is_searched_by_is_shown_with_its_licence_and_not_among_the_h
 def test_every_set_of_the_gallery_is_credited():
     gallery = Gallery(GALLERY_FILE)
     credited = (SPACE / "ATTRIBUTION.md").read_text()
-    assert len(gallery) >= 5000
+    assert len(gallery) >= 3000 and set(gallery.sets) == {"Freehand color icons", "Health Icons"}
     assert not [entry.set for entry in gallery.entries if entry.set not in credited]
     assert all(entry.license and entry.author and entry.id for entry in gallery.entries)
     assert all(url == "" or url.startswith("http") for entry in gallery.entries for url in (entry.set_url,))
+
+
+def test_the_embeddings_that_come_with_it_are_of_the_shipped_weights_so_that_it_starts_at_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOME_CHECKPOINT", raising=False)
+    index = Index(Engine(*load_checkpoint()), Gallery(GALLERY_FILE), cache=tmp_path)
+    assert index.ready and index.embeddings.images.shape == (len(index.gallery), index.engine.config.projection_dim)
+    assert index.embeddings.image_shares.shape == (index.engine.config.num_hidden_layers, 4)
+    entry = index.gallery.entries[100]
+    np.testing.assert_allclose(index.engine.embed_images([entry.open()])[0], index.embeddings.images[100], atol=2e-3)
+    assert f"{len(index.gallery):,} openly licensed icons" in (SPACE / "README.md").read_text()
+    assert f"{len(index.gallery):,} icons" in (ROOT / "README.md").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- what is shown

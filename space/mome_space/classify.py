@@ -12,7 +12,7 @@ from .uploads import read_picture
 from .zero_gpu import on_gpu
 
 SHOWN = 10  # labels in the chart, best first
-EXAMPLE_LABELS = "pineapple\nbanana\nhouse\ncar\ndragon\ncloud with rain"
+EXAMPLE_LABELS = "circus tent\ntypewriter\neye\nheadphones\nhospital\ncamera tripod"
 EXAMPLE_TEMPLATES = "{}\na picture of a {}"
 
 

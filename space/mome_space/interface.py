@@ -23,7 +23,11 @@ One transformer for pictures and text, with feed-forward experts for each: it fi
 classifies them by any labels, and shows which expert took what."""
 ABOUT = """
 **The model** is a mixture-of-modality-experts transformer, trained on openly licensed icons, emoji, pictograms and
-cliparts. It is not made for photographs.
+cliparts. It is not made for photographs, sentences or counting, and its captions are often wrong: trust the search
+more.
+
+**The gallery** holds the two icon sets that training left out whole. The model has learnt many of their names from
+other sets, but has seen none of their drawings.
 
 **The API** has the endpoints `/search`, `/caption`, `/classify` and `/routing`:
 
@@ -31,10 +35,10 @@ cliparts. It is not made for photographs.
 from gradio_client import Client, handle_file
 
 client = Client("{url}")
-client.predict(query="a pineapple", image=None, sets=[], styles=[], count=5, api_name="/search")
+client.predict(query="a circus tent", image=None, sets=[], styles=[], count=5, api_name="/search")
 client.predict(images=[handle_file("icon.png")], api_name="/caption")
-client.predict(image=handle_file("icon.png"), labels="pineapple\\ncar", templates="{{}}", api_name="/classify")
-client.predict(image=handle_file("icon.png"), caption="a pineapple", api_name="/routing")
+client.predict(image=handle_file("icon.png"), labels="circus tent\\ncar", templates="{{}}", api_name="/classify")
+client.predict(image=handle_file("icon.png"), caption="a circus tent", api_name="/routing")
 ```
 
 **Limits**: PNG, JPEG, WebP, GIF or BMP up to {megabytes} MB and {megapixels} million pixels, {pictures} pictures for

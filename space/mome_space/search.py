@@ -24,7 +24,7 @@ from .style import picture_input
 from .uploads import read_picture
 from .zero_gpu import on_gpu
 
-EXAMPLE_QUERIES = ["pineapple", "car from the front", "rain cloud", "dragon", "compass", "king bed"]
+EXAMPLE_QUERIES = ["circus tent", "a part of the body", "animal", "laptop computer", "hospital", "listening to music"]
 EMPTY = "Type what you look for, or drop a picture to find others like it."
 
 PROGRESS = gr.Progress()  # Gradio finds it as a default value, and shows what it is told
@@ -166,7 +166,7 @@ def search_tab(index: Index, examples: list[Path]):
     """The tab's components and events; to be called within `gr.Blocks`."""
     search = Search(index)
     count = (
-        f"{len(index.gallery):,} pictures of {len(index.gallery.sets)} open icon sets, none of them seen in training"
+        f"{len(index.gallery):,} pictures of {len(index.gallery.sets)} open icon sets; the model never saw one of them"
     )
     gr.Markdown(f"Find pictures by meaning: {count}.", elem_classes="mome-note")
     state = gr.State(None, time_to_live=SESSION_SECONDS)
@@ -174,7 +174,7 @@ def search_tab(index: Index, examples: list[Path]):
         with gr.Column(scale=1, min_width=280):
             words = gr.Textbox(
                 label="What do you look for?",
-                placeholder="a pineapple",
+                placeholder="a circus tent",
                 max_length=TEXT_CHARACTERS,
                 submit_btn="Search",
                 elem_id="search-words",
