@@ -10,6 +10,9 @@ python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [-
 - `broader`, `templates`, `glosses`: find pictures by a broader word, by a sentence, by a definition;
 - `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
 
+`mome-icons` was trained on the held-out names in its last stage: what it does on unseen concepts is measured on the
+weights that were saved before that (`mome-icons-research` in the results file).
+
 A part's figures are printed, and written to FILE, when it ends. What is chosen by figures is chosen by those of the
 other half, `--half validation`.
 """
