@@ -1,7 +1,8 @@
 """The caption pass: where image and caption are, who sees whom, and what `generate()` starts from.
 
 - `MomeCache`: keys and values of an image and its caption, with room to grow;
-- `CaptionContext`: one call's tokens as the trunk wants them (image first, then text) and the way back;
+- `CaptionInputs`, `CaptionContext`: one call's tokens as the trunk wants them (image first, then text), and the way
+  back;
 - `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
 - `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
 
@@ -12,12 +13,16 @@
     w w w            text only: the image, if there is one, comes before it
 """
 
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
+from .outputs_mome import MomeEncoderOutput
 
 
 class MomeCacheLayer(DynamicLayer):
@@ -84,6 +89,32 @@ def cached_image_tokens(cache: Cache | None) -> int:
     return tokens if int(cache.get_seq_length()) else 0
 
 
+@dataclass
+class CaptionInputs:
+    """What one call of the captioner was given.
+
+    Args:
+        input_ids: (batch, tokens) int64.
+        inputs_embeds: (batch, tokens, width), in place of `input_ids`.
+        pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
+        attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
+        position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
+        cache: what earlier calls have seen, the image included; callers may say `past_key_values`.
+        logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
+        image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can look,
+            `None` is `False`, and image tokens must come first, before any padding.
+    """
+
+    input_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    cache: Cache | None = None
+    logits_to_keep: int | torch.Tensor = 0
+    image_tokens_in_input: bool | None = None
+
+
 class CaptionContext:
     """The tokens of one call of the captioner, split into image and text.
 
@@ -97,49 +128,51 @@ class CaptionContext:
         order: (batch, tokens) index of each token in `input_ids`, image first; `None` where that is the order.
         attention_mask: (batch, tokens seen so far) in the order of `input_ids`, or 4D, or `None`.
         num_image_tokens: tokens of the image in this call or in the cache.
+        num_mask_tokens: `[MASK]` tokens behind the text, one for each of the last so many tokens; 0 unless the caption
+            objective is `masked`.
     """
 
-    def __init__(
-        self,
-        config: MomeConfig,
-        image_embedding: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        image_tokens_in_input: bool | None,
-    ):
-        if (input_ids is None) == (inputs_embeds is None):
+    def __init__(self, config: MomeConfig, image_embedding: torch.Tensor, inputs: CaptionInputs):
+        """`image_embedding` (width,): the row of the word embedding that marks image tokens in `inputs_embeds`."""
+        if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
-        self.config = config
-        self.cache = cache
-        tokens = inputs_embeds if input_ids is None else input_ids
+        self.config, self.cache, self.logits_to_keep = config, inputs.cache, inputs.logits_to_keep
+        tokens = inputs.inputs_embeds if inputs.input_ids is None else inputs.input_ids
         self.batch = tokens.shape[0]
         self.image_tokens, self.images, self.placed, self.order = 0, 0, False, None
-        if pixel_values is not None:
-            self.image_tokens, self.images = config.num_image_tokens, pixel_values.shape[0]
-            if not self.images or self.batch % self.images:
-                raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
-            if torch.compiler.is_compiling():  # a graph can't branch on ids
-                self.placed = bool(image_tokens_in_input)
-            elif image_tokens_in_input is not False:
-                is_image = is_image_token(config, image_embedding, input_ids, inputs_embeds)
-                self.placed, self.order = _locate_image(config, is_image, attention_mask)
+        if inputs.pixel_values is not None:
+            self._find_image(image_embedding, inputs)
         self.text_tokens = tokens.shape[1] - (self.image_tokens if self.placed else 0)
         self.tokens = self.text_tokens + self.image_tokens
         if not self.text_tokens:
             raise ValueError(f"input_ids of shape {tuple(tokens.shape[:2])} holds no text: start it with [BOS]")
 
-        self.past_length = 0 if cache is None else cache.get_seq_length()
-        self.num_image_tokens = self.image_tokens or cached_image_tokens(cache)
-        self.attention_mask = self._widen(attention_mask)
-        self.text_ids = None if input_ids is None else self.text_part(input_ids)
-        self.text_embeds = None if inputs_embeds is None else self.text_part(inputs_embeds)
-        self.position_ids = self._text_positions(position_ids, tokens.device)
+        self.past_length = 0 if self.cache is None else self.cache.get_seq_length()
+        self.num_image_tokens = self.image_tokens or cached_image_tokens(self.cache)
+        self.attention_mask = self._widen(inputs.attention_mask)
+        self.text_ids = None if inputs.input_ids is None else self.text_only(inputs.input_ids)
+        self.text_embeds = None if inputs.inputs_embeds is None else self.text_only(inputs.inputs_embeds)
+        self.position_ids = self._text_positions(inputs.position_ids, tokens.device)
+        self.num_mask_tokens = 0
+        if config.caption_objective == "masked":
+            self.num_mask_tokens = min(self._last_logits, self.text_tokens) or self.text_tokens
 
-    def text_part(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _find_image(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
+        self.image_tokens, self.images = self.config.num_image_tokens, inputs.pixel_values.shape[0]
+        if not self.images or self.batch % self.images:
+            raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
+        if torch.compiler.is_compiling():  # a graph can't branch on ids
+            self.placed = bool(inputs.image_tokens_in_input)
+        elif inputs.image_tokens_in_input is not False:
+            is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
+            self.placed, self.order = _locate_image(self.config, is_image, inputs.attention_mask)
+
+    @property
+    def _last_logits(self) -> int:
+        """How many of the last tokens are asked for; 0: all, or those of named positions."""
+        return self.logits_to_keep if isinstance(self.logits_to_keep, int) else 0
+
+    def text_only(self, tensor: torch.Tensor) -> torch.Tensor:
         """(batch, tokens in line with `input_ids`, …) → (batch, text tokens, …)."""
         if self.order is None:
             return tensor[:, -self.text_tokens :]
@@ -152,6 +185,12 @@ class CaptionContext:
         """(images, …) → (batch, …): the candidates and beams of an image share its states."""
         repeats = self.batch // self.images
         return states if repeats == 1 else states.repeat_interleave(repeats, dim=0)
+
+    def prefix(self, image: MomeEncoderOutput | None) -> tuple[tuple[torch.Tensor, torch.Tensor], ...] | None:
+        """Per layer, keys and values of the image (batch, heads, image tokens, head_dim) for every row."""
+        if image is None:
+            return None
+        return tuple(tuple(self.per_row(states) for states in pair) for pair in image.key_values)
 
     @property
     def key_order(self) -> torch.Tensor | None:
@@ -169,7 +208,7 @@ class CaptionContext:
         mask = self.attention_mask
         if mask is None or mask.ndim != 2:
             return None
-        return self.text_part(mask[:, -self.tokens :])
+        return self.text_only(mask[:, -self.tokens :])
 
     def causal_mask(self, like: torch.Tensor, materialise: bool) -> torch.Tensor | None:
         """The rows of the text: it sees the image and itself up to each token.
@@ -191,6 +230,50 @@ class CaptionContext:
         rows = self.order[:, None, self.image_tokens :, None]
         return mask.expand(self.batch, -1, -1, -1).gather(2, rows.expand(-1, -1, -1, mask.shape[3]))
 
+    def with_mask_tokens(
+        self, embeds: torch.Tensor, word_embeddings: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (batch, text + [MASK] tokens, width) and positions: a [MASK] stands where the next will."""
+        masks = self.num_mask_tokens
+        if not masks:
+            return embeds, self.position_ids
+        mask_token = word_embeddings[self.config.mask_token_id].to(embeds.dtype)
+        embeds = torch.cat([embeds, mask_token.expand(self.batch, masks, -1)], dim=1)
+        behind = (self.position_ids[:, -masks:] + 1).clamp(max=self.config.max_position_embeddings - 1)
+        return embeds, torch.cat([self.position_ids, behind], dim=1)
+
+    def mask_and_bias(
+        self, like: torch.Tensor, position_ids: torch.Tensor, bias_table: nn.Module | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Attention mask of text and `[MASK]` tokens, and their relative position bias if there is a table of them.
+
+        Args:
+            like: (batch, text tokens + [MASK] tokens, width), gives dtype and device.
+            position_ids: (batch, text tokens + [MASK] tokens), as `with_mask_tokens` returns them.
+            bias_table: a `MomeRelativePositionBias`.
+        """
+        masks = self.num_mask_tokens
+        mask = self.causal_mask(like, materialise=bool(masks) or bias_table is not None)
+        if masks:
+            mask = self._mask_for_mask_tokens(mask)
+        if bias_table is None:
+            return mask, None
+        key_positions = self.key_positions(mask.shape[-1] - masks)
+        if masks:
+            key_positions = torch.cat([key_positions, position_ids[:, -masks:]], dim=1)
+        return mask, bias_table.text(position_ids, key_positions)
+
+    def _mask_for_mask_tokens(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        masks = self.num_mask_tokens
+        if mask is not None and mask.ndim == 4:
+            return extend_mask(mask, masks)
+        if masks > 1:  # flash attention: no mask but padding, and causal from the bottom right
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} can't score {masks} tokens at once with "
+                "caption_objective='masked': pass logits_to_keep=1 or load the model with attn_implementation='sdpa'"
+            )
+        return None if mask is None else F.pad(mask, (0, masks), value=1)
+
     def key_positions(self, keys: int) -> torch.Tensor:
         """(batch, keys): text position of every token of cache and call, below 0 for image and left padding."""
         if self.order is None:
@@ -202,6 +285,46 @@ class CaptionContext:
         last = self.position_ids.argmax(dim=1, keepdim=True)
         start = self.past_length + row.gather(1, last) - self.position_ids.gather(1, last)
         return torch.arange(keys, device=start.device) - start
+
+    # From the passes back to the caller's tokens.
+
+    def states_to_predict_from(self, image: MomeEncoderOutput | None, text: MomeEncoderOutput) -> torch.Tensor:
+        """(batch, tokens asked for, width): with masked captions the row of a token is that of its `[MASK]`."""
+        last, keep = self._last_logits, self.logits_to_keep
+        # Behind the tokens, and so last, are the [MASK] tokens.
+        states = text.last_hidden_state[:, -self.text_tokens :]
+        only_text = 0 < last <= self.text_tokens and self.order is None
+        if self.placed and not only_text:
+            states = torch.cat([self.per_row(image.last_hidden_state), states], dim=1)
+            states = self.in_input_order(states)
+        return states[:, -last:] if isinstance(keep, int) else states[:, keep]
+
+    def join_hidden_states(
+        self, image: MomeEncoderOutput | None, text: MomeEncoderOutput
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Per layer, (batch, image tokens + text tokens, width)."""
+        if text.hidden_states is None:
+            return None
+        states = [None if each is None else each[:, : self.text_tokens] for each in text.hidden_states]
+        if image is not None:
+            pairs = zip(image.hidden_states, states)
+            states = [None if t is None else torch.cat([self.per_row(i), t], dim=1) for i, t in pairs]
+        return tuple(states)
+
+    def join_attentions(
+        self, image: MomeEncoderOutput | None, text: MomeEncoderOutput
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Image rows above text rows; an image row has weight 0 for what is behind the image."""
+        if text.attentions is None:
+            return None
+        masks = 0 if not text.attentions else text.attentions[0].shape[2] - self.text_tokens
+        weights = [each[:, :, : self.text_tokens, : each.shape[3] - masks] for each in text.attentions]
+        if image is not None:
+            pairs = zip(image.attentions, weights)
+            weights = [torch.cat([F.pad(self.per_row(i), (0, t.shape[3] - i.shape[3])), t], dim=2) for i, t in pairs]
+        return tuple(weights)
+
+    # Parts of the split.
 
     def _widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """Add the image tokens that the caller's mask leaves out."""
@@ -217,13 +340,13 @@ class CaptionContext:
         if position_ids is not None:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
-            positions = self.text_part(position_ids.expand(self.batch, -1)) - counted
+            positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:
             positions = self.attention_mask.long().cumsum(dim=1)[:, -self.tokens :] - 1 - self.num_image_tokens
-            positions = self.text_part(positions)
+            positions = self.text_only(positions)
         else:
             positions = torch.arange(self.tokens, device=device) + self.past_length - self.num_image_tokens
-            positions = self.text_part(positions.expand(self.batch, -1))
+            positions = self.text_only(positions.expand(self.batch, -1))
         self._check_positions(positions)
         return positions.clamp(min=0)
 

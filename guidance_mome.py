@@ -3,6 +3,7 @@
 - `MomeGenerationConfig`: transformers' generation config with the fields of guidance;
 - `ClassifierFreeGuidance`, `ContrastiveGuidance`: what changes the scores of the next token;
 - `CaptionCandidates`: whole captions, their fluency and their fit, for re-ranking;
+- `CaptionGuidance`: what guidance adds to one call of `generate()`, and makes of its captions;
 - `GUIDANCE_PRESETS`: a setting of each method to start from.
 
     classifier-free   log p(y) + γ [log p(y|x) − log p(y)]                 one image-free pass a step
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.utils import ModelOutput
 
 from .captioning_mome import is_image_token
 from .configuration_mome import MomeConfig, did_you_mean
@@ -38,15 +40,6 @@ GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CONTRASTIVE_TOP_K = 10  # unless a config says otherwise
-
-GUIDANCE_FIELDS = [
-    "guidance_scale",
-    "contrastive_weight",
-    "contrastive_top_k",
-    "rerank_weight",
-    "rerank_scale",
-    "rerank_candidates",
-]
 
 
 class MomeGenerationConfig(GenerationConfig):
@@ -341,14 +334,136 @@ class CaptionCandidates:
         return (1 - weight) * fluency + weight * scale * cosines
 
 
+# ------------------------------------------------------------------------------------------------- the whole call
+
+
+def eos_token_ids(config: MomeConfig, options: GenerationConfig) -> list[int]:
+    """The ids that end a caption: those of the options, or else the model's."""
+    eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
+    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+class CaptionGuidance:
+    """One call of `generate()` under guidance: what goes into it, and what is made of its captions.
+
+    Attributes:
+        options: the generation config for transformers, which has guidance of its own that must not run as well.
+        kwargs: the model inputs, with the image pass and the processors of the guidance.
+    """
+
+    def __init__(self, captioner, options: MomeGenerationConfig, has_image: bool, kwargs: dict):
+        self.captioner, self.options, self.kwargs = captioner, options, kwargs
+        self.scale = 1.0 if options.guidance_scale is None else options.guidance_scale
+        options.guidance_scale = 1.0
+        self.prompt = self.image_outputs = self.image_embeds = None
+        if kwargs.get("negative_prompt_ids") is not None:
+            raise ValueError("negative_prompt_ids has no use here: guidance is against the caption without its image")
+        # Without an image, p(y|x) is p(y), and classifier-free guidance changes nothing.
+        guides = has_image and self.scale != 1
+        if options.needs_image_embeds or guides:
+            if kwargs.get("input_ids") is None:
+                raise ValueError("guidance reads the text of the prompt: pass input_ids beside inputs_embeds")
+            self.prompt = CaptionPrompt(captioner.config, kwargs["input_ids"], kwargs.get("attention_mask"))
+        if options.needs_image_embeds:
+            self._encode_image()
+        if options.reranks:
+            self._ask_for_candidates()
+        if options.output_cosine:
+            options.return_dict_in_generate = True
+        self._add_processors(guides)
+
+    def _encode_image(self):
+        pixel_values = self.kwargs.get("pixel_values")
+        if pixel_values is None:
+            raise ValueError("re-ranking, contrastive guidance and output_cosine need the image: pass pixel_values")
+        wanted = {name: getattr(self.options, name) for name in ("output_attentions", "output_hidden_states")}
+        wanted = {name: value for name, value in wanted.items() if value}
+        self.image_outputs = self.captioner.model.image_pass(pixel_values, return_key_values=True, **wanted)
+        self.image_embeds = self.captioner.model.project_image(self.image_outputs.last_hidden_state).float()
+        self.kwargs["image_outputs"] = self.image_outputs
+
+    def _ask_for_candidates(self):
+        options = self.options
+        self.wanted = options.num_return_sequences or 1
+        candidates = int(options.rerank_candidates or self.wanted)
+        if candidates < self.wanted:
+            raise ValueError(
+                f"rerank_candidates={candidates} is less than num_return_sequences={self.wanted}: ask for as many"
+            )
+        beams = options.num_beams or 1
+        if beams == 1 and not options.do_sample:
+            options.num_beams = candidates
+        elif 1 < beams < candidates:
+            raise ValueError(f"num_beams={beams} gives no rerank_candidates={candidates}: raise num_beams")
+        options.num_return_sequences = candidates
+
+    def _add_processors(self, guides: bool):
+        processors = LogitsProcessorList()
+        if guides:
+            processors.append(ClassifierFreeGuidance(self.captioner, self.prompt, self.scale))
+        if self.options.contrastive_weight:
+            processors.append(
+                ContrastiveGuidance(
+                    self.captioner,
+                    self.prompt,
+                    self.image_embeds,
+                    self.options.contrastive_weight,
+                    int(self.options.contrastive_top_k or CONTRASTIVE_TOP_K),
+                    eos_token_ids(self.captioner.config, self.options),
+                )
+            )
+        if processors:
+            self.kwargs["logits_processor"] = processors + list(self.kwargs.get("logits_processor") or [])
+
+    def finish(self, outputs):
+        """Re-ranks and adds the cosines, where that was asked for."""
+        options = self.options
+        if not (options.reranks or options.output_cosine):
+            return outputs
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        pad = options.pad_token_id
+        pad = self.captioner.config.pad_token_id if pad is None else pad
+        eos = eos_token_ids(self.captioner.config, options)
+        candidates = CaptionCandidates(self.captioner, self.prompt, sequences, eos, pad)
+        cosines = candidates.cosines(self.image_embeds)
+        if not options.reranks:
+            outputs["cosine"] = cosines
+            return outputs
+        log_probabilities = candidates.log_probabilities(self.kwargs["pixel_values"], self.image_outputs)
+        scores = candidates.scores(log_probabilities, cosines, options)
+        best = scores.view(-1, options.num_return_sequences).argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(best.shape[0], device=best.device)[:, None] * options.num_return_sequences
+        rows = (first + best[:, : self.wanted]).flatten()
+        if isinstance(outputs, torch.Tensor):
+            return outputs[rows]
+        self._select(outputs, rows)
+        outputs["rerank_scores"] = scores[rows]
+        outputs["candidate_indices"] = rows
+        if options.output_cosine:
+            outputs["cosine"] = cosines[rows]
+        return outputs
+
+    def _select(self, outputs: ModelOutput, rows: torch.Tensor):
+        """Keeps the chosen captions, and of what has a row for each caption their rows."""
+        for name in ("sequences", "sequences_scores", "beam_indices"):
+            if outputs.get(name) is not None:
+                outputs[name] = outputs[name][rows]
+        if outputs.get("beam_indices") is None:  # of beams, a step's scores have a row for each beam
+            for name in ("scores", "logits"):
+                if outputs.get(name) is not None:
+                    outputs[name] = tuple(step[rows] for step in outputs[name])
+
+
 __all__ = [
     "CONTRASTIVE_TOP_K",
     "GUIDANCE_PRESETS",
     "CaptionCandidates",
+    "CaptionGuidance",
     "CaptionPrompt",
     "ClassifierFreeGuidance",
     "ContrastiveGuidance",
     "MomeGenerationConfig",
     "embed_captions",
+    "eos_token_ids",
     "guidance_options",
 ]

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.integrations.moe import ExpertsInterface
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -138,6 +139,9 @@ def all_experts_forward(
     # (experts, width, inner) → (width, experts · inner)
     outputs = F.linear(inner, experts.down_proj.transpose(0, 1).flatten(1))
     return (outputs + weights.to(outputs.dtype) @ experts.down_proj_bias.to(outputs.dtype)).to(hidden_states.dtype)
+
+
+ExpertsInterface.register("all_experts", all_experts_forward)
 
 
 def sorted_experts_forward(

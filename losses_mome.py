@@ -158,6 +158,25 @@ def router_loss(config, *sums: torch.Tensor) -> torch.Tensor:
     return weighted.sum() / config.num_hidden_layers
 
 
+def router_loss_of_passes(
+    config, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
+) -> torch.Tensor | float:
+    """`router_loss` of some passes, over the tokens of this process.
+
+    Args:
+        config: a `MomeConfig`.
+        passes: of one group each: router logits per layer (batch, tokens, experts), and the tokens' mask.
+
+    Returns:
+        A scalar, 0 for a model without routers.
+    """
+    total = 0.0
+    for router_logits, token_mask in passes:
+        for logits in router_logits or ():
+            total = total + router_loss(config, *router_sums(logits, config.experts_per_token, token_mask))
+    return total
+
+
 __all__ = [
     "at_least_float32",
     "caption_loss",
@@ -165,6 +184,7 @@ __all__ = [
     "distillation_loss",
     "info_nce",
     "router_loss",
+    "router_loss_of_passes",
     "router_losses",
     "router_sums",
     "same_caption",

@@ -28,88 +28,40 @@ experts (of one group); layers.
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .captioning_mome import (
-    CaptionContext,
-    MomeCache,
-    cached_image_tokens,
-    extend_mask,
-)
-from .compatibility_mome import CACHE_NAME, MomeCachedOutput, accepts_cache
+from .captioning_mome import CaptionContext, CaptionInputs, MomeCache, cached_image_tokens
+from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
-from .heads_mome import MomeJointProjection, MomeMultimodalPooler
-from .losses_mome import caption_loss, contrastive_loss, router_loss, router_sums, same_caption
-from .trunk_mome import (
-    MomeEncoder,
-    MomeEncoderOutput,
-    MomeImageEmbedding,
-    MomeLinear,
-    MomePreTrainedModel,
-    MomeTextEmbedding,
+from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPooler, first_token
+from .inputs_mome import (
+    check_input_ids,
+    check_joint_experts,
+    check_labels,
+    check_masked_patches,
+    check_pairs,
+    check_pixel_values,
+    check_vocabulary,
+    text_positions,
 )
+from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
+from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
+from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
-
-# ----------------------------------------------------------------------------------------------------- model
-
-
-@dataclass
-class MomeFeatures(BaseModelOutputWithPooling):
-    """Features of one pass.
-
-    As `BaseModelOutputWithPooling`, and `router_logits`: per layer, (batch, tokens, experts); `matching_logits`:
-    (batch, 2), "no match" and "match", of a fused pass of a model with a matching head.
-    """
-
-    router_logits: tuple[torch.Tensor, ...] | None = None
-    matching_logits: torch.Tensor | None = None
-
-
-@dataclass
-class MomeOutput(ModelOutput):
-    """Images and texts in one space.
-
-    Attributes:
-        loss: contrastive loss plus router losses, with `return_loss=True`.
-        logits_per_image: (images, texts), cosine times inverse temperature.
-        logits_per_text: its transpose.
-        text_embeds: (texts, projection_dim), L2-normalised.
-        image_embeds: (images, projection_dim), L2-normalised.
-        last_hidden_state, hidden_states, attentions: those of the only pass, when one modality was given.
-        router_logits: per layer, a dict from group to logits (batch, tokens, experts).
-        image_model_output, text_model_output: the passes one by one.
-    """
-
-    loss: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[dict[str, torch.Tensor], ...] | None = None
-    image_model_output: MomeFeatures | None = None
-    text_model_output: MomeFeatures | None = None
-
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class MomeModel(MomePreTrainedModel):
@@ -143,35 +95,49 @@ class MomeModel(MomePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.text_embedding.word_embeddings = value
 
-    # The passes.
+    # The passes: embed → layers → norm, and from their states pool → project.
 
     def image_pass(
         self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
-        self._check_pixel_values(pixel_values)
+        check_pixel_values(self.config, pixel_values)
         if bool_masked_pos is not None:
-            self._check_masked_patches(bool_masked_pos, pixel_values)
-        position_bias = None
-        if self.encoder.position_bias is not None:
-            position_bias = self.encoder.position_bias.image(pixel_values.device)
+            check_masked_patches(self.config, bool_masked_pos, pixel_values)
         hidden_states = self.image_embedding(pixel_values, bool_masked_pos)
+        biases = self.encoder.position_bias
+        position_bias = None if biases is None else biases.image(pixel_values.device)
         spans = (("image", hidden_states.shape[1]),)
-        return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
+        return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)  # layers, norm
+
+    def project_image(self, states: torch.Tensor, joint_experts: bool = False) -> torch.Tensor:
+        """States of an image pass (images, image tokens, width) → (images, projection_dim), L2-normalised."""
+        pooled = first_token(states)
+        if joint_experts:
+            return self.joint_projection.image(pooled)
+        return F.normalize(self.image_projection(pooled), dim=-1)
 
     def text_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """input_ids (texts, tokens) → states (texts, tokens, width)."""
-        self._check_input_ids(input_ids)
+        check_input_ids(self.config, input_ids, self.vocabulary)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
-        position_bias = None
-        if self.encoder.position_bias is not None:
-            position_bias = self.encoder.position_bias.text(position_ids, position_ids)
+        biases = self.encoder.position_bias
+        position_bias = None if biases is None else biases.text(position_ids, position_ids)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         spans = (("text", hidden_states.shape[1]),)
-        return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)
+        return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)  # layers, norm
+
+    def project_text(
+        self, states: torch.Tensor, attention_mask: torch.Tensor | None = None, joint_experts: bool = False
+    ) -> torch.Tensor:
+        """States of a text pass (texts, tokens, width) → (texts, projection_dim), L2-normalised."""
+        pooled = first_token(states, attention_mask)
+        if joint_experts:
+            return self.joint_projection.text(pooled)
+        return F.normalize(self.text_projection(pooled), dim=-1)
 
     def fused_pass(
         self,
@@ -181,20 +147,25 @@ class MomeModel(MomePreTrainedModel):
         **kwargs,
     ) -> MomeEncoderOutput:
         """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
-        self._check_pixel_values(pixel_values)
-        self._check_input_ids(input_ids)
-        _check_pairs(pixel_values, input_ids)
+        check_pixel_values(self.config, pixel_values)
+        check_input_ids(self.config, input_ids, self.vocabulary)
+        check_pairs(pixel_values, input_ids)
         position_ids = text_positions(input_ids, attention_mask)
         image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
         hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
         spans = (("image", image.shape[1]), ("text", text.shape[1]))
-        position_bias = None
-        if self.encoder.position_bias is not None:
-            position_bias = self.encoder.position_bias.fused(position_ids)
+        biases = self.encoder.position_bias
+        position_bias = None if biases is None else biases.fused(position_ids)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (image.shape[1], 0), value=1)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         return self.encoder(hidden_states, spans, mask, position_bias, joint=True, return_dict=True, **kwargs)
+
+    def _embed_text(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
+        hidden_states = self.text_embedding(self.text_embedding.word_embeddings(input_ids), position_ids)
+        if attention_mask is not None:
+            hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
+        return hidden_states
 
     # The public features.
 
@@ -221,11 +192,9 @@ class MomeModel(MomePreTrainedModel):
         Raises:
             ValueError: wrong number of dimensions, channels or pixels; an option that the config does not provide for.
         """
-        self._check_joint_experts(joint_experts)
+        check_joint_experts(self.config, joint_experts)
         outputs = self.image_pass(pixel_values, bool_masked_pos, joint=joint_experts, **kwargs)
-        if joint_experts:
-            return self._features(outputs, self.joint_projection.image(outputs.last_hidden_state[:, 0]), kwargs)
-        return self._image_features(outputs, kwargs)
+        return self._features(outputs, self.project_image(outputs.last_hidden_state, joint_experts), kwargs)
 
     @can_return_tuple
     def get_text_features(
@@ -249,12 +218,10 @@ class MomeModel(MomePreTrainedModel):
             ValueError: no text, an id beyond the vocabulary, a text longer than the position table, or an option that
                 the config does not provide for.
         """
-        self._check_joint_experts(joint_experts)
+        check_joint_experts(self.config, joint_experts)
         outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
-        if joint_experts:
-            first = first_token(outputs.last_hidden_state, attention_mask)
-            return self._features(outputs, self.joint_projection.text(first), kwargs)
-        return self._text_features(outputs, attention_mask, kwargs)
+        embeds = self.project_text(outputs.last_hidden_state, attention_mask, joint_experts)
+        return self._features(outputs, embeds, kwargs)
 
     @can_return_tuple
     def get_multimodal_features(
@@ -278,7 +245,7 @@ class MomeModel(MomePreTrainedModel):
         text = first_token(states[:, self.config.num_image_tokens :], attention_mask)
         features = self._features(outputs, self.multimodal_pooler(text), kwargs)
         if self.matching_head is not None:
-            features.matching_logits = self.matching_head(features.pooler_output)
+            features["matching_logits"] = self.matching_head(features.pooler_output)
         return features
 
     @can_return_tuple
@@ -305,39 +272,24 @@ class MomeModel(MomePreTrainedModel):
         if pixel_values is None and input_ids is None:
             raise ValueError("MomeModel got neither pixel_values nor input_ids: pass at least one")
         if return_loss:
-            _check_pairs(pixel_values, input_ids)
+            check_pairs(pixel_values, input_ids)
         if input_ids is not None:
-            self._check_input_ids(input_ids)  # before the image pass, which is the expensive one
-        image = text = image_embeds = text_embeds = logits_per_image = loss = None
+            check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
+        passes, embeds = {}, {}
         if pixel_values is not None:
-            image_outputs = self.image_pass(pixel_values, **kwargs)
-            image = self._image_features(image_outputs, kwargs)
-            image_embeds = image.pooler_output
+            passes["image"] = self.image_pass(pixel_values, **kwargs)
+            embeds["image"] = self.project_image(passes["image"].last_hidden_state)
         if input_ids is not None:
-            text_outputs = self.text_pass(input_ids, attention_mask, **kwargs)
-            text = self._text_features(text_outputs, attention_mask, kwargs)
-            text_embeds = text.pooler_output
-        if image is not None and text is not None:
-            logits_per_image = self.similarity(image_embeds, text_embeds)
+            passes["text"] = self.text_pass(input_ids, attention_mask, **kwargs)
+            embeds["text"] = self.project_text(passes["text"].last_hidden_state, attention_mask)
+        logits_per_image = loss = None
+        if len(embeds) == 2:
+            logits_per_image = self.similarity(embeds["image"], embeds["text"])
         if return_loss:
             loss = contrastive_loss(logits_per_image, same_caption(input_ids, attention_mask))
-            loss = loss + self.router_loss(
-                (image_outputs.router_logits, None), (text_outputs.router_logits, attention_mask)
-            )
-        only = image if text is None else text if image is None else None
-        return MomeOutput(
-            loss=loss,
-            logits_per_image=logits_per_image,
-            logits_per_text=None if logits_per_image is None else logits_per_image.T,
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            last_hidden_state=only and only.last_hidden_state,
-            hidden_states=only and only.hidden_states,
-            attentions=only and only.attentions,
-            router_logits=self._by_group(kwargs, image=image, text=text),
-            image_model_output=image,
-            text_model_output=text,
-        )
+            routing = (passes["image"].router_logits, None), (passes["text"].router_logits, attention_mask)
+            loss = loss + router_loss_of_passes(self.config, *routing)
+        return self._joined_outputs(passes, embeds, logits_per_image, loss, kwargs)
 
     def similarity(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, joint_experts: bool = False
@@ -346,46 +298,29 @@ class MomeModel(MomePreTrainedModel):
 
         `joint_experts`: as the embeddings were made; they have a temperature of their own.
         """
-        self._check_joint_experts(joint_experts)
+        check_joint_experts(self.config, joint_experts)
         scale = self.joint_projection.logit_scale if joint_experts else self.logit_scale
         return image_embeds @ text_embeds.T * scale.exp().to(image_embeds.device)
 
-    def router_loss(
-        self, *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]
-    ) -> torch.Tensor | float:
-        """Weighted balance and z-losses of this process's tokens, mean over layers and sum over groups.
+    # What is returned.
 
-        Args:
-            passes: of one group each: router logits per layer (batch, tokens, experts), and the tokens' mask.
-
-        Returns:
-            A scalar, 0 for a model without routers.
-        """
-        config, total = self.config, 0.0
-        for router_logits, token_mask in passes:
-            for logits in router_logits or ():
-                total = total + router_loss(config, *router_sums(logits, config.experts_per_token, token_mask))
-        return total
-
-    # Parts of the passes.
-
-    def _embed_text(self, input_ids, position_ids, attention_mask) -> torch.Tensor:
-        hidden_states = self.text_embedding(self.text_embedding.word_embeddings(input_ids), position_ids)
-        if attention_mask is not None:
-            hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
-        return hidden_states
-
-    def _image_features(self, outputs: MomeEncoderOutput, options: dict) -> MomeFeatures:
-        return self._features(outputs, self._image_embeds(outputs), options)
-
-    def _text_features(self, outputs: MomeEncoderOutput, mask: torch.Tensor | None, options: dict) -> MomeFeatures:
-        return self._features(outputs, self._text_embeds(outputs, mask), options)
-
-    def _image_embeds(self, outputs: MomeEncoderOutput) -> torch.Tensor:
-        return F.normalize(self.image_projection(outputs.last_hidden_state[:, 0]), dim=-1)
-
-    def _text_embeds(self, outputs: MomeEncoderOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return F.normalize(self.text_projection(first_token(outputs.last_hidden_state, attention_mask)), dim=-1)
+    def _joined_outputs(self, passes: dict, embeds: dict, logits_per_image, loss, options: dict) -> MomeOutput:
+        """The image pass, the text pass, or both as one output."""
+        features = {group: self._features(each, embeds[group], options) for group, each in passes.items()}
+        only = next(iter(features.values())) if len(features) == 1 else None
+        return MomeOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=None if logits_per_image is None else logits_per_image.T,
+            text_embeds=embeds.get("text"),
+            image_embeds=embeds.get("image"),
+            last_hidden_state=only and only.last_hidden_state,
+            hidden_states=only and only.hidden_states,
+            attentions=only and only.attentions,
+            router_logits=self._by_group(options, **features),
+            image_model_output=features.get("image"),
+            text_model_output=features.get("text"),
+        )
 
     def _features(self, outputs: MomeEncoderOutput, pooler_output: torch.Tensor, options: dict) -> MomeFeatures:
         return MomeFeatures(
@@ -407,115 +342,10 @@ class MomeModel(MomePreTrainedModel):
             return None
         return tuple(dict(zip(routed, layer)) for layer in zip(*routed.values()))
 
-    # Bad input, refused before any heavy work.
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor):
-        config = self.config
-        expected = (config.num_channels, config.image_size, config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (images, channels, height, width) = "
-                f"(images, {', '.join(map(str, expected))}): prepare images with the checkpoint's processor"
-            )
-
-    def _check_masked_patches(self, bool_masked_pos: torch.Tensor, pixel_values: torch.Tensor):
-        if not self.config.image_mask_token:
-            raise ValueError("bool_masked_pos needs a mask token, got a config with image_mask_token=False")
-        expected = (pixel_values.shape[0], self.config.grid_size**2)
-        if tuple(bool_masked_pos.shape) != expected:
-            raise ValueError(
-                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (images, patches) = {expected}"
-            )
-
-    def _check_joint_experts(self, joint_experts: bool):
-        if joint_experts and self.joint_projection is None:
-            raise ValueError("joint_experts=True needs their projections, got a config with joint_projection=False")
-
-    def _check_input_ids(self, input_ids: torch.Tensor):
-        config = self.config
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1"
-            )
-        if input_ids.shape[1] > config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-                f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
-            )
-        self._check_vocabulary(input_ids)
-
-    def _check_vocabulary(self, input_ids: torch.Tensor):
-        if torch.compiler.is_compiling() or input_ids.device.type == "meta":
-            return
-        rows = self.get_input_embeddings().weight.shape[0]
-        lowest, highest = (int(bound) for bound in input_ids.aminmax())
-        if lowest < 0 or highest >= rows:
-            bad = lowest if lowest < 0 else highest
-            raise ValueError(f"input_ids holds {bad}, vocab_size is {rows}: use the checkpoint's own tokenizer")
-
-
-def first_token(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(texts, tokens, width) → (texts, width): `[BOS]`, the first token that is no padding."""
-    if attention_mask is None:
-        return states[:, 0]
-    return states[torch.arange(states.shape[0], device=states.device), attention_mask.long().argmax(dim=1)]
-
-
-def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(texts, tokens) → position of each token in its text, padding on either side not counted."""
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None):
-    images, texts = (0 if given is None else given.shape[0] for given in (pixel_values, input_ids))
-    if images != texts or not images:
-        raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
-
-
-# ------------------------------------------------------------------------------------------------- captioner
-
-
-class MomeCaptionHead(nn.Module):
-    """States (batch, tokens, width) → logits (batch, tokens, vocabulary)."""
-
-    def __init__(self, config: MomeConfig):
-        super().__init__()
-        self.transform = None
-        if config.lm_head_transform:
-            self.transform = nn.Sequential(
-                MomeLinear(config.hidden_size, config.hidden_size),
-                ACT2FN[config.hidden_act],
-                nn.LayerNorm(config.hidden_size, eps=1e-12),
-            )
-        self.decoder = MomeLinear(config.hidden_size, config.vocab_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.transform is not None:
-            hidden_states = self.transform(hidden_states)
-        return self.decoder(hidden_states)
-
-
-@dataclass
-class MomeCaptionOutput(MomeCachedOutput):
-    """Captions of images.
-
-    Attributes:
-        loss: weighted sum of contrastive, caption and router losses, with `labels`.
-        logits: (batch, tokens, vocabulary), next-token logits in line with `input_ids`.
-        cache: keys and values of the image and the caption (`past_key_values` before transformers 5.24).
-        hidden_states: (batch, tokens, width) before each layer and at the end, image tokens first.
-        attentions: per layer, (batch, heads, tokens, keys).
-        router_logits: per layer, a dict from group to logits (batch, tokens, experts).
-        contrastive_loss, caption_loss: the parts of `loss`, unweighted.
-        image_embeds: (images, projection_dim), L2-normalised, where images went through this call.
-    """
-
-    router_logits: tuple[dict[str, torch.Tensor], ...] | None = None
-    contrastive_loss: torch.Tensor | None = None
-    caption_loss: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the word embedding."""
+        return self.get_input_embeddings().weight.shape[0]
 
 
 class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
@@ -591,203 +421,108 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     ) -> tuple | MomeCaptionOutput:
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
 
-        Args:
-            input_ids: (batch, tokens) int64.
-            pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
-            attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
-            position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
-            cache: what earlier calls have seen, the image included; also taken as `past_key_values`.
-            inputs_embeds: (batch, tokens, width), in place of `input_ids`.
+        Args: those of `CaptionInputs`, and
             labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
                 predicted from the positions before it.
-            logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
-            image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
-                look, `None` is `False`, and image tokens must come first, before any padding.
+            use_cache: return what was seen, the image included, for the next call.
             image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
                 beyond the vocabulary, images of a wrong size, image tokens that are too few or behind text.
         """
-        loss_kwargs = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
+        loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
         if labels is not None:
-            self._check_labels(labels, input_ids, pixel_values)
+            check_labels(labels, input_ids, pixel_values)
             use_cache = False
         if use_cache and cache is None:
             cache = MomeCache(self.config)
-        if pixel_values is not None and cached_image_tokens(cache):
+        if cached_image_tokens(cache):
             pixel_values = None  # the cache has seen it
+        given = input_ids, inputs_embeds, pixel_values, attention_mask, position_ids, cache
+        caption = self._caption_context(CaptionInputs(*given, logits_to_keep, image_tokens_in_input))
 
-        if pixel_values is not None:
-            self.model._check_pixel_values(pixel_values)
-        image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
-        context = CaptionContext(
-            self.config,
-            image_embedding,
-            input_ids,
-            inputs_embeds,
-            pixel_values,
-            attention_mask,
-            position_ids,
-            cache,
-            image_tokens_in_input,
-        )
-        if input_ids is not None:
-            self.model._check_vocabulary(input_ids)
-        image = prefix = None
+        image = image_embeds = None
         if pixel_values is not None:
             image = image_outputs
             if image is None:
                 image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
-            prefix = tuple(tuple(context.per_row(states) for states in pair) for pair in image.key_values)
-        text = self._caption_pass(context, prefix, cache, logits_to_keep, **kwargs)
-        logits = self._logits(context, image, text.last_hidden_state, logits_to_keep)
-
-        loss = captioned = contrastive = image_embeds = None
-        if image is not None:
-            image_embeds = self.model._image_embeds(image)
+            image_embeds = self.model.project_image(image.last_hidden_state)
+        text = self.caption_pass(caption, image, **kwargs)
+        logits = self.lm_head(caption.states_to_predict_from(image, text))
+        losses = {}
         if labels is not None:
-            text_logits = logits if not context.placed else logits[:, -context.text_tokens :]
-            if (shift_labels := loss_kwargs.get("shift_labels")) is not None:
-                shift_labels = context.text_part(shift_labels)
-            num_items = loss_kwargs.get("num_items_in_batch")
-            captioned = caption_loss(text_logits, context.text_part(labels), num_items, shift_labels)
-            contrastive, routing_loss = self._contrastive_loss(context, image, image_embeds, text, **kwargs)
-            loss = self.config.caption_loss_weight * captioned + routing_loss
-            loss = loss + self.config.contrastive_loss_weight * contrastive
-
-        if text.router_logits:  # not of [MASK] tokens
-            text.router_logits = tuple(each[:, : context.text_tokens] for each in text.router_logits)
+            losses = self._losses(caption, image, image_embeds, text, logits, labels, loss_options, **kwargs)
         return MomeCaptionOutput(
-            loss=loss,
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},
-            hidden_states=self._join_states(context, image, text),
-            attentions=self._join_attentions(context, image, text),
+            hidden_states=caption.join_hidden_states(image, text),
+            attentions=caption.join_attentions(image, text),
             router_logits=self.model._by_group(kwargs, image=image, text=text),
-            contrastive_loss=contrastive,
-            caption_loss=captioned,
             image_embeds=image_embeds,
+            **losses,
         )
 
-    # Parts of forward, in its order.
+    def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
+        if inputs.pixel_values is not None:
+            check_pixel_values(self.config, inputs.pixel_values)
+        image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
+        context = CaptionContext(self.config, image_embedding, inputs)
+        if inputs.input_ids is not None:
+            check_vocabulary(inputs.input_ids, self.model.vocabulary)
+        return context
 
-    @staticmethod
-    def _check_labels(labels, input_ids, pixel_values):
-        if pixel_values is None:
-            raise ValueError(f"labels of shape {tuple(labels.shape)} without images: pass pixel_values as well")
-        if input_ids is None:
-            raise ValueError("labels without input_ids: the joint loss compares captions, pass input_ids")
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: they must be equal"
-            )
-        _check_pairs(pixel_values, input_ids)
-
-    def _caption_pass(self, context, prefix, cache, logits_to_keep, **kwargs) -> MomeEncoderOutput:
+    def caption_pass(self, caption: CaptionContext, image: MomeEncoderOutput | None, **kwargs) -> MomeEncoderOutput:
         """Text states (batch, text tokens, width), behind them those of the `[MASK]` tokens if there are any."""
-        config, words = self.config, self.get_input_embeddings()
-        masks = 0
-        if config.caption_objective == "masked":
-            keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            masks = min(keep, context.text_tokens) or context.text_tokens
-        embeds = words(context.text_ids) if context.text_embeds is None else context.text_embeds
-        position_ids = context.position_ids
-        if masks:  # a [MASK] stands where the next token will
-            mask_token = words.weight[config.mask_token_id].to(embeds.dtype)
-            embeds = torch.cat([embeds, mask_token.expand(context.batch, masks, -1)], dim=1)
-            behind = (position_ids[:, -masks:] + 1).clamp(max=config.max_position_embeddings - 1)
-            position_ids = torch.cat([position_ids, behind], dim=1)
+        words = self.get_input_embeddings()
+        embeds = words(caption.text_ids) if caption.text_embeds is None else caption.text_embeds
+        embeds, position_ids = caption.with_mask_tokens(embeds, words.weight)
         hidden_states = self.model.text_embedding(embeds, position_ids)
-
-        bias_table = self.model.encoder.position_bias
-        mask = context.causal_mask(hidden_states, materialise=bool(masks) or bias_table is not None)
-        if masks:
-            mask = self._mask_for_mask_tokens(mask, masks)
-        position_bias = None
-        if bias_table is not None:
-            key_positions = context.key_positions(mask.shape[-1] - masks)
-            if masks:
-                key_positions = torch.cat([key_positions, position_ids[:, -masks:]], dim=1)
-            position_bias = bias_table.text(position_ids, key_positions)
+        mask, position_bias = caption.mask_and_bias(hidden_states, position_ids, self.model.encoder.position_bias)
         outputs = self.model.encoder(
             hidden_states,
             (("text", hidden_states.shape[1]),),
             mask,
             position_bias,
-            prefix=prefix,
-            cache=cache,
-            key_order=context.key_order,
-            num_mask_tokens=masks,
+            prefix=caption.prefix(image),
+            cache=caption.cache,
+            key_order=caption.key_order,
+            num_mask_tokens=caption.num_mask_tokens,
             causal=True,
             return_dict=True,
             **kwargs,
         )
-        if cache is not None:
-            cache.num_image_tokens = context.num_image_tokens
+        if caption.cache is not None:
+            caption.cache.num_image_tokens = caption.num_image_tokens
+        if outputs.router_logits:  # not of [MASK] tokens
+            outputs.router_logits = tuple(each[:, : caption.text_tokens] for each in outputs.router_logits)
         return outputs
 
-    def _mask_for_mask_tokens(self, mask: torch.Tensor | None, masks: int) -> torch.Tensor | None:
-        if mask is not None and mask.ndim == 4:
-            return extend_mask(mask, masks)
-        if masks > 1:  # flash attention: no mask but padding, and causal from the bottom right
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} can't score {masks} tokens at once with "
-                "caption_objective='masked': pass logits_to_keep=1 or load the model with attn_implementation='sdpa'"
-            )
-        return None if mask is None else F.pad(mask, (0, masks), value=1)
-
-    def _logits(self, context, image, text_states, logits_to_keep) -> torch.Tensor:
-        """Head over the rows that are asked for; with masked captions the row of a token is that of its `[MASK]`."""
-        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        states = text_states[:, -context.text_tokens :]  # behind the tokens, and so last, are the [MASK] tokens
-        only_text = 0 < last <= context.text_tokens and context.order is None
-        if context.placed and not only_text:
-            states = torch.cat([context.per_row(image.last_hidden_state), states], dim=1)
-            states = context.in_input_order(states)
-        return self.lm_head(states[:, -last:] if isinstance(logits_to_keep, int) else states[:, logits_to_keep])
-
-    def _contrastive_loss(self, context, image, image_embeds, caption, **kwargs):
-        """Contrastive loss of the batch, and the router losses of all three passes."""
-        text_ids, text_mask = context.text_ids, context.text_mask()
+    def _losses(
+        self, caption, image, image_embeds, captioned, logits, labels, options, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        """The joint loss and its parts, by their names in the output; the captions also go through the text pass."""
+        config, text_ids, text_mask = self.config, caption.text_ids, caption.text_mask()
+        text_logits = logits[:, -caption.text_tokens :] if caption.placed else logits
+        num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
+        if shift_labels is not None:
+            shift_labels = caption.text_only(shift_labels)
+        captions = caption_loss(text_logits, caption.text_only(labels), num_items, shift_labels)
         text = self.model.text_pass(text_ids, text_mask, **kwargs)
-        text_embeds = self.model._text_embeds(text, text_mask)
+        text_embeds = self.model.project_text(text.last_hidden_state, text_mask)
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
-        loss = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
+        contrastive = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
+        loss = config.caption_loss_weight * captions + self._router_loss(image, text, captioned, text_mask)
+        loss = loss + config.contrastive_loss_weight * contrastive
+        return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+
+    def _router_loss(self, image, text, captioned, text_mask) -> torch.Tensor | float:
+        """Of all three passes. The text group serves two of them: its tokens are those of both."""
         if self.config.experts_per_group == 1:
-            return loss, 0.0
-        # The text group serves the text pass and the caption pass: its tokens are those of both.
-        rows = context.text_tokens
-        text_logits = tuple(
-            torch.cat([each, captioned[:, :rows]], dim=1)
-            for each, captioned in zip(text.router_logits, caption.router_logits)
-        )
+            return 0.0
+        both = tuple(torch.cat(pair, dim=1) for pair in zip(text.router_logits, captioned.router_logits))
         both_masks = None if text_mask is None else torch.cat([text_mask, text_mask], dim=1)
-        return loss, self.model.router_loss((image.router_logits, None), (text_logits, both_masks))
-
-    @staticmethod
-    def _join_states(context, image, text) -> tuple[torch.Tensor, ...] | None:
-        if text.hidden_states is None:
-            return None
-        states = [None if each is None else each[:, : context.text_tokens] for each in text.hidden_states]
-        if image is not None:
-            pairs = zip(image.hidden_states, states)
-            states = [None if t is None else torch.cat([context.per_row(i), t], dim=1) for i, t in pairs]
-        return tuple(states)
-
-    @staticmethod
-    def _join_attentions(context, image, text) -> tuple[torch.Tensor, ...] | None:
-        """Image rows above text rows; an image row has weight 0 for what is behind the image."""
-        if text.attentions is None:
-            return None
-        masks = 0 if not text.attentions else text.attentions[0].shape[2] - context.text_tokens
-        weights = [each[:, :, : context.text_tokens, : each.shape[3] - masks] for each in text.attentions]
-        if image is not None:
-            pairs = zip(image.attentions, weights)
-            weights = [
-                torch.cat([F.pad(context.per_row(i), (0, t.shape[3] - i.shape[3])), t], dim=2) for i, t in pairs
-            ]
-        return tuple(weights)
+        return router_loss_of_passes(self.config, (image.router_logits, None), (both, both_masks))
 
 
 __all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]

@@ -13,7 +13,6 @@ Shapes are in the glossary of `modeling_mome.py`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,23 +22,17 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
-from .kernels_mome import (
-    MomeLinear,
-    all_experts_forward,
-    is_faster_as_matmul,
-    matmul_attention_forward,
-    sorted_experts_forward,
-)
+from .kernels_mome import MomeLinear, is_faster_as_matmul, matmul_attention_forward, sorted_experts_forward
+from .outputs_mome import MomeEncoderOutput
 from .routing_mome import MomeRouter
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
@@ -333,9 +326,6 @@ class MomeFeedForward(nn.Module):
         return self.down_proj(hidden_states)
 
 
-ExpertsInterface.register("all_experts", all_experts_forward)
-
-
 @use_experts_implementation(has_gate=False, has_bias=True)
 class MomeExperts(nn.Module):
     """The routed experts of one group, as stacked matrices; with sub-LayerNorm they share one norm.
@@ -456,26 +446,6 @@ class MomeLayer(GradientCheckpointingLayer):
             return routed[0]
         states, logits = zip(*routed)
         return torch.cat(states, dim=1), torch.cat(logits, dim=1)
-
-
-@dataclass
-class MomeEncoderOutput(ModelOutput):
-    """States of one pass through the trunk.
-
-    Attributes:
-        last_hidden_state: (batch, tokens, width), after the final norm if there is one.
-        key_values: per layer, keys and values (batch, heads, tokens, head_dim) of these tokens.
-        hidden_states: (batch, tokens, width) before each layer and at the end.
-        attentions: per layer, (batch, heads, tokens, keys).
-        router_logits: per layer, (batch, tokens, experts) over the experts of each token's own group; `None` for a
-            model without routers.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    key_values: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class MomePreTrainedModel(PreTrainedModel):

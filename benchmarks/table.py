@@ -41,9 +41,15 @@ ABLATION_METRICS = {
 }
 
 
-def speed_table(rows: list[dict]) -> str:
-    """What was measured, MoME's rate, the peer's, and their ratio with its spread over the rounds."""
-    latest = {(row["metric"], row["peer"]): row for row in rows if ", per second: " in row["metric"]}
+def speed_table(rows: list[dict], gpu: bool = False) -> str:
+    """What was measured, MoME's rate, the peer's, and their ratio with its spread over the rounds.
+
+    Args:
+        rows: of the results file.
+        gpu: those of `mome.benchmarks.gpu`; otherwise those measured on a CPU.
+    """
+    timed = [row for row in rows if ", per second: " in row["metric"] and row["metric"].startswith("GPU, ") == gpu]
+    latest = {(row["metric"].removeprefix("GPU, "), row["peer"]): row for row in timed}
     lines = ["| per second | MoME | peer | | ratio (min–max) |", "|---|---|---|---|---|"]
     for (metric, peer), row in latest.items():
         what, ours = metric.replace(", per second", "").rsplit(": ", 1)
@@ -112,6 +118,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     return {
         "icons": figures_table(icons_figures(rows)),
         "speed": speed_table(rows),
+        "speed gpu": speed_table(rows, gpu=True),
         "guidance": guidance_table(rows),
         **{name: ablation_table(rows, data) for name, data in ABLATIONS.items()},
     }

@@ -26,8 +26,8 @@ from typing import Any
 
 from ..evaluation.results import append_figures
 from ..modeling_mome import MomeForConditionalGeneration
-from ..training.finetune import Trainer
 from ..training.recipe import Recipe
+from ..training.trainer import Trainer
 from .arguments import add_results_argument
 
 WIDTH, LAYERS = 128, 4
@@ -97,7 +97,7 @@ def run(recipe: Recipe) -> dict[str, float] | None:
     figures = figures_of(trainer.output)
     if not recipe.caption_weight:  # its captions come from random weights
         figures = {name: value for name, value in figures.items() if not name.startswith("caption")}
-    figures |= {"parameters": active_parameters(trainer.twin), "pairs": trainer.progress.pairs}
+    figures |= {"parameters": active_parameters(trainer.plain_captioner), "pairs": trainer.progress.pairs}
     done.write_text(json.dumps(figures))
     return figures
 

@@ -365,13 +365,23 @@ def _read(name: str, split: str, streaming: bool) -> tuple[Rows, str, dict[str, 
             raise RetrievalError(f"{name!r} is not there")
         return datasets.load_dataset(name, split=split, streaming=streaming), "", {}
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise RetrievalError(f"{name!r} is not there: {first_line(error)}") from None
+        raise _cache_error(error) or RetrievalError(f"{name!r} is not there: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
         raise RetrievalError(f"{name} can't be read: {first_line(error.__cause__ or error)}") from None
     except RetrievalError:
         raise
     except (ValueError, *READING_ERRORS) as error:
-        raise RetrievalError(f"{name} can't be read: {first_line(error)}") from None
+        raise _cache_error(error) or RetrievalError(f"{name} can't be read: {first_line(error)}") from None
+
+
+def _cache_error(error: Exception) -> RetrievalError | None:
+    """What to say of an error that is one of the cache of `datasets`, not of a corpus."""
+    cache, place = Path(datasets.config.HF_DATASETS_CACHE), getattr(error, "filename", None)
+    if place is None or not (cache.is_relative_to(place) or Path(place).is_relative_to(cache)):
+        return None
+    return RetrievalError(
+        f"the cache {cache} can't be written ({error.strerror}): set HF_HOME to a folder that can be written"
+    )
 
 
 def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, str, dict[str, int]]:

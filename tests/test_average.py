@@ -37,7 +37,7 @@ def test_one_whole_weight_is_that_model_itself():
         ([], [1.0], "1 models and 1 weights"),
         ([{}], [0.5, 0.6], "sum must be 1, not 1.1"),
         ([{}], [-0.5, 1.5], "must not be negative"),
-        ([{"projection_dim": 8}], [0.5, 0.5], r"model 2 is not like the first: .*projection.* has shape \(8, 32\)"),
+        ([{"projection_dim": 8}], [0.5, 0.5], r"model 2 differs from the first: .*projection.* has shape \(8, 32\)"),
         ([{"num_hidden_layers": 3}], [0.5, 0.5], "not None"),
     ],
 )

@@ -21,6 +21,11 @@ from mome.training.batches import Batch
 from mome.training.recipe import Recipe
 
 TESTS = Path(__file__).parent
+# Processes import the tests' modules, and the package from where this process has it.
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 
 
 def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
@@ -33,10 +38,8 @@ def assert_equal_gradients(found: dict, expected: dict, bound: float = 1e-5):
 def torchrun(script: str | Path, *arguments: str, processes: int = 2, module: bool = False, **options):
     """Runs a script with so many processes that talk over gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command += [*["-m"] * module, str(script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **options)
 
 
 @pytest.fixture(scope="module")

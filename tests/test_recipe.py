@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mome.errors import RecipeError
+from mome.training.fields import explanations_of
 from mome.training.recipe import Recipe
 
 GIVEN = {"output": "out", "dataset": "data", "checkpoint": "model", "steps": 3}
@@ -75,6 +76,24 @@ def test_the_shipped_recipes_are_valid(path):
     Recipe.from_yaml(path)
 
 
-def test_every_field_is_explained():
+def test_every_field_is_explained_and_nothing_else():
+    explanations = explanations_of(Recipe)
+    assert list(explanations.values()).count("") == 0
+    assert sorted(explanations) == sorted(each.name for each in dataclasses.fields(Recipe))
+
+
+def test_help_shows_every_field_with_its_explanation_and_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as caught:
+        Recipe.from_command_line(["--help"])
+    lines = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.lstrip().startswith("--"):
+            option, _, text = line.strip().partition("  ")
+            lines[option.split()[0]] = text.strip()
+    assert caught.value.code == 0
+    assert lines["--batch_size"].endswith("all are negatives of each other (default: 256)")
+    assert lines["--dataset"].endswith("(required)") and lines["--lora"].endswith("(default: null)")
+    assert lines["--betas"] == "of AdamW (default: [0.9, 0.98])"
     for each in dataclasses.fields(Recipe):
-        assert re.search(rf"\b{each.name}\b", Recipe.__doc__), each.name
+        assert re.search(r"\w.* \((default: .+|required)\)$", lines[f"--{each.name}"]), each.name

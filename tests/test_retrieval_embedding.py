@@ -423,6 +423,18 @@ def test_corpora_and_columns_that_are_not_there_are_named(tmp_path, rows, embedd
         open_source(rows, colour="red")
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, rows, embedder, monkeypatch):
+    rows.to_parquet(tmp_path / "rows.parquet")
+    make_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    refused(
+        "the cache .*file/cache can't be written.*set HF_HOME", tmp_path / "rows.parquet", tmp_path / "t", embedder
+    )
+    report = embed_corpus(tmp_path / "pictures", tmp_path / "table.parquet", embedder, **QUIET)  # needs no cache
+    assert report.images == 3 and len(load_table(tmp_path / "table.parquet")) == 3
+
+
 def test_models_that_do_not_load_are_named_in_one_line(tmp_path, checkpoint):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from pymilvus.exceptions import MilvusException
 
 from mome.benchmarks.milvus import serving
 from mome.errors import RetrievalError
@@ -241,6 +242,22 @@ def test_places_where_no_index_can_be_are_refused(table, tmp_path, monkeypatch):
     refused("ends in .db", table, "ftp://host")
     refused("index_type='IVF'", table, tmp_path / "index.db", index_type="IVF")
     refused("collection='a b': use letters", table, tmp_path / "index.db", collection="a b")
+
+
+def test_a_server_that_closed_an_idle_connection_is_asked_once_more(table, server, monkeypatch):
+    asked, client = [], connection.MilvusClient
+
+    def failing_once(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise MilvusException(message="Fail connecting to server")
+        return client(*arguments, **options)
+
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 60)
+    monkeypatch.setattr(connection, "MilvusClient", failing_once)
+    with MilvusIndex(table, server, collection="idle", progress=False) as index:
+        assert_same_hits(index, ExactIndex(table))
+    assert len(asked) == 2
 
 
 HOLD = """

@@ -8,8 +8,9 @@ import torch
 
 from builders import build_processor
 from mome.errors import RecipeError
+from mome.losses_mome import distillation_loss
 from mome.training.batches import Collator
-from mome.training.distillation import Teacher, distillation_loss
+from mome.training.distillation import Teacher
 from test_training_data import as_dataset
 
 TEXTS = ["cat", "dog", "house", "tree", "car", "road", "sun", "moon"]
@@ -85,7 +86,7 @@ def test_a_batch_carries_the_teachers_embeddings_of_its_texts(tmp_path):
     [
         ("missing.parquet", 4, "missing.parquet"),
         ("broken.parquet", 4, "can't be read"),
-        ("teacher.parquet", 7, "6 coordinates, fewer than projection_dim=7"),
+        ("teacher.parquet", 7, "6 dimensions, fewer than projection_dim=7"),
         ("other.parquet", 4, "can't be read"),
     ],
 )

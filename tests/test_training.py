@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,16 @@ import datasets
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor
 
 from mome import MomeForConditionalGeneration
-from mome.errors import RecipeError
-from mome.training import checkpoint, finetune, optimisation
+from mome.errors import MomeError, RecipeError
+from mome.training import checkpoint, optimisation
 from mome.training.recipe import Recipe
-from test_objective import TESTS, torchrun
+from mome.training.stop import StopSignal
+from mome.training.trainer import Trainer, main
+from test_objective import ENVIRONMENT, TESTS, torchrun
 from test_training_data import numbers, png
 from training_runs import losses_of, write_data, write_recipe
 
@@ -35,18 +39,17 @@ def finished(tmp_path_factory):
     fields = write_data(tmp_path_factory.mktemp("finished"))
     fields["evaluations"] = {"shapes": {"dataset": fields["dataset"], "split": "validation"}}
     fields["results"] = str(Path(fields["output"]).parent / "results.csv")
-    return fields, finetune.main(Recipe.from_dict(fields | {"evaluate_before": True}))
+    return fields, main(Recipe.from_dict(fields | {"evaluate_before": True}))
 
 
 def run(fields: dict, **changes) -> Path | None:
-    return finetune.main(Recipe.from_dict(fields | changes))
+    return main(Recipe.from_dict(fields | changes))
 
 
 def in_a_process(fields: dict, *arguments: str, **options) -> subprocess.Popen:
     recipe = write_recipe(Path(fields["output"]).parent / "recipe.yaml", fields)
     command = [sys.executable, str(TESTS / "training_runs.py"), str(recipe), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, **options)
 
 
 def elsewhere(fields: dict, name: str) -> dict:
@@ -119,6 +122,31 @@ def test_a_mean_of_weights_follows_its_formula():
     with average.in_place():
         torch.testing.assert_close(model.weight.detach(), expected)
     assert (model.weight == 5).all()
+
+
+def test_the_rate_warms_up_linearly_and_falls_along_a_cosine():
+    recipe = Recipe(output="", dataset="", checkpoint="", steps=9, warmup_steps=4, final_learning_rate_share=0.2)
+    found = [optimisation.rate_factor(step, 9, recipe) for step in range(10)]
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * share / 5)) / 2 for share in range(6)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *cosine], abs=1e-12)
+    assert cosine[0] == 1.0 and cosine[-1] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("module", ["mome.training", "mome.training.finetune"])
+def test_accelerate_launches_a_recipe_by_either_name(module, fields):
+    recipe = write_recipe(Path(fields["output"]).parent / "recipe.yaml", fields | {"checkpoint_every": 0})
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", module]
+
+    def launched(*arguments: str) -> subprocess.CompletedProcess:
+        command = [*launch, "--config", str(recipe), *arguments]
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+    done = launched("--steps", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(losses_of(fields["output"])) == [1, 2]
+    assert (Path(fields["output"]) / "model.safetensors").exists()
+    refused = launched("--steps", "3")
+    assert refused.returncode != 0 and "error: " in refused.stderr and "add --resume" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------------------- going on
@@ -202,29 +230,29 @@ def test_sharded_processes_learn_the_same_and_go_on(fields):
 
 def test_an_epoch_shows_every_row_once_also_across_a_stop(fields):
     fields["augmentations"] = []  # so that the first pixel tells which row it is
-    trainer = finetune.Trainer(Recipe.from_dict(fields))
+    trainer = Trainer(Recipe.from_dict(fields))
     seen = list(rows_of_the_first_epoch(trainer, batches=3))
     trainer.checkpoints.save(trainer.progress.step)
-    resumed = finetune.Trainer(Recipe.from_dict(fields | {"resume": True}))
+    resumed = Trainer(Recipe.from_dict(fields | {"resume": True}))
     assert (resumed.progress.step, resumed.progress.batch) == (3, 3)
     seen += rows_of_the_first_epoch(resumed)
     assert len(seen) == len(set(seen)) == 40  # of 44: batches are whole
-    whole = finetune.Trainer(Recipe.from_dict(elsewhere(fields, "whole")))
+    whole = Trainer(Recipe.from_dict(elsewhere(fields, "whole")))
     assert seen == list(rows_of_the_first_epoch(whole))
 
 
 def test_changed_settings_of_the_optimiser_hold_when_a_run_goes_on(fields):
-    trainer = finetune.Trainer(Recipe.from_dict(fields | {"learning_rate": 1e-3, "weight_decay": 0.1}))
+    trainer = Trainer(Recipe.from_dict(fields | {"learning_rate": 1e-3, "weight_decay": 0.1}))
     trainer.checkpoints.save(trainer.progress.step)
     changes = {"learning_rate": 5e-4, "weight_decay": 0.2, "betas": [0.8, 0.95], "resume": True}
-    resumed = finetune.Trainer(Recipe.from_dict(fields | changes))
+    resumed = Trainer(Recipe.from_dict(fields | changes))
     before, after = (each.optimizer.param_groups for each in (trainer, resumed))
     assert [group["peak_lr"] for group in after] == [group["peak_lr"] / 2 for group in before]
     assert [group["weight_decay"] for group in after] == [2 * group["weight_decay"] for group in before]
     assert {tuple(group["betas"]) for group in after} == {(0.8, 0.95)}
 
 
-def rows_of_the_first_epoch(trainer: finetune.Trainer, batches: int = 5):
+def rows_of_the_first_epoch(trainer: Trainer, batches: int = 5):
     for batch in trainer.batches():
         if trainer.progress.epoch:
             return
@@ -240,7 +268,7 @@ def test_a_run_is_not_written_over(finished):
 
 
 def test_going_on_with_other_data_is_refused(finished):
-    with pytest.raises(RecipeError, match="was made with batch_size=8, the recipe says 4"):
+    with pytest.raises(RecipeError, match="was written with batch_size=8, the recipe says 4"):
         run(finished[0], resume=True, batch_size=4)
 
 
@@ -262,7 +290,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, finish
     else:
         path.unlink()
     output = run(fields, resume=True)
-    assert "checkpoint-00000006 is not whole" in caplog.text
+    assert "checkpoint-00000006 is damaged" in caplog.text
     assert losses_of(output) == losses_of(finished[1])
 
 
@@ -270,7 +298,7 @@ def _stop_at(step: int):
     """Leaves a run without a checkpoint, as a kill would, within this process."""
     from unittest import mock
 
-    train_step = finetune.Trainer.train_step
+    train_step = Trainer.train_step
 
     def stopping(trainer, batch):
         result = train_step(trainer, batch)
@@ -278,11 +306,11 @@ def _stop_at(step: int):
             raise SystemExit
         return result
 
-    return mock.patch.object(finetune.Trainer, "train_step", stopping)
+    return mock.patch.object(Trainer, "train_step", stopping)
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(finished, fields, caplog, monkeypatch):
-    save_state, calls = finetune.Accelerator.save_state, []
+    save_state, calls = Accelerator.save_state, []
 
     def sometimes_full(accelerator, folder, *arguments, **keywords):
         calls.append(folder)
@@ -290,10 +318,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(finished, fields, caplo
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(finetune.Accelerator, "save_state", sometimes_full)
+    monkeypatch.setattr(Accelerator, "save_state", sometimes_full)
     output = run(fields)
     assert "could not write" in caplog.text and "No space left on device" in caplog.text
-    assert "the last whole checkpoint is" in caplog.text
+    assert "the last checkpoint is" in caplog.text
     assert losses_of(output) == losses_of(finished[1])
     names = sorted(each.name for each in output.glob("checkpoint-*"))
     assert names == ["checkpoint-00000009", "checkpoint-00000012"]
@@ -318,7 +346,7 @@ def with_corrupt_images(fields: dict, share: float) -> dict:
 def test_five_per_cent_of_corrupt_images_are_left_out_counted_and_named(fields, caplog):
     output = run(with_corrupt_images(fields, 0.05), max_bad_share=0.1)
     records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["bad"] > 0 and "left out row 20: " in caplog.text
+    assert records[-1]["bad"] > 0 and "skipped row 20: " in caplog.text
     assert f"{records[-1]['bad']} rows left out" in (output / "README.md").read_text()
 
 
@@ -343,7 +371,7 @@ def test_too_many_corrupt_images_stop_the_run(fields):
     ],
 )
 def test_what_cannot_be_done_is_said_before_training(change, message, fields):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(MomeError, match=message):
         run(fields, **change)
 
 
@@ -363,7 +391,7 @@ def test_ruined_weights_are_never_saved_between_two_lines_of_the_log(fields):
 
 def test_adapters_train_few_parameters_and_load_through_peft(finished, fields):
     start = {"model": None, "processor": None, "checkpoint": str(finished[1])}
-    trainer = finetune.Trainer(Recipe.from_dict(fields | start | {"lora": {"r": 1}, "learning_rate": 1e-2}))
+    trainer = Trainer(Recipe.from_dict(fields | start | {"lora": {"r": 1}, "learning_rate": 1e-2}))
     trained = sum(each.numel() for each in trainer.captioner.parameters() if each.requires_grad)
     assert all("lora" in name for name, each in trainer.captioner.named_parameters() if each.requires_grad)
     assert 0 < trained < 0.1 * sum(each.numel() for each in trainer.captioner.parameters())
@@ -382,7 +410,7 @@ def test_adapters_train_few_parameters_and_load_through_peft(finished, fields):
 def test_frozen_parameters_stay_and_lower_layers_learn_more_slowly(finished, fields):
     start = {"model": None, "processor": None, "checkpoint": str(finished[1]), "layer_decay": 0.5}
     recipe = Recipe.from_dict(fields | start | {"freeze": ["text_embedding.*"], "ema_decay": None})
-    trainer = finetune.Trainer(recipe)
+    trainer = Trainer(recipe)
     rates = {group["peak_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {1e-3 * 0.5**depth for depth in range(4)}
     output = trainer.train()
@@ -443,7 +471,7 @@ def test_trackers_get_the_figures(fields):
 
 def test_a_second_signal_ends_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-    stop = finetune.StopSignal()
+    stop = StopSignal()
     try:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == "SIGINT"

@@ -16,7 +16,7 @@ from mome.data.augment import build_augmentations
 from mome.data.images import to_pixel_values
 from mome.data.pairs import load_rows
 from mome.errors import DataError, RecipeError
-from mome.training.batches import Batches, Collator, Slice, epoch_of_batches
+from mome.training.batches import Batches, Collator, Shard, epoch_of_batches
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
@@ -102,7 +102,7 @@ def test_anything_that_datasets_reads_becomes_the_same_pairs(source, streaming, 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     options = {"text_column": "txt"} if source is webdataset else {}
     rows, image_column = load(source(tmp_path / "data"), streaming=streaming, **options)
-    loader = epoch_of_batches(rows, collator(rows, image_column, **options), Slice(5), seed=0, epoch=0, buffer_size=7)
+    loader = epoch_of_batches(rows, collator(rows, image_column, **options), Shard(5), seed=0, epoch=0, buffer_size=7)
     batches = list(loader)
     seen = [number for batch in batches for number in numbers(batch)]
     assert sorted(seen) == list(range(20)) and seen != sorted(seen)
@@ -140,13 +140,13 @@ def test_no_rows_and_no_data_set_are_errors(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         load(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="fewer than batch_size=64"):
-        Batches(as_dataset(), collator(None), Slice(64), seed=0)
+        Batches(as_dataset(), collator(None), Shard(64), seed=0)
 
 
 # ------------------------------------------------------------------------------------------------------ order
 
 
-FOURS = Slice(4)
+FOURS = Shard(4)
 
 
 def order_of(rows, part=FOURS, epoch=0, start=0, seed=0, workers=0, **options) -> list[list[int]]:
@@ -162,7 +162,7 @@ def test_the_order_is_that_of_seed_and_epoch_whoever_reads(streaming):
     assert first == order_of(rows) == order_of(rows, workers=2)
     assert first != order_of(rows, epoch=1) and first != order_of(rows, seed=1)
     assert order_of(rows, start=3) == first[3:]  # going on within an epoch
-    halves = [order_of(rows, Slice(4, rank, 2)) for rank in (0, 1)]
+    halves = [order_of(rows, Shard(4, rank, 2)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves)] == first  # two processes share what one would see
 
 
@@ -171,11 +171,11 @@ def test_every_epoch_draws_one_of_several_texts():
     rows = as_dataset(text=several).cast_column("image", datasets.Image(decode=False))
     texts = []
     for epoch in range(4):
-        loader = epoch_of_batches(rows, collator(rows), Slice(20), 0, epoch)
+        loader = epoch_of_batches(rows, collator(rows), Shard(20), 0, epoch)
         texts.append(next(iter(loader)).texts)
     assert {text.split()[-1] for text in sum(texts, [])} == {"square", "dot"}
     assert len({tuple(each) for each in texts}) == 4
-    again = next(iter(epoch_of_batches(rows, collator(rows), Slice(20), 0, 3))).texts
+    again = next(iter(epoch_of_batches(rows, collator(rows), Shard(20), 0, 3))).texts
     assert again == texts[3]
 
 
@@ -184,7 +184,7 @@ def test_every_epoch_draws_one_of_several_texts():
 
 def test_bad_rows_keep_their_place_and_change_nothing_else():
     rows = as_dataset().cast_column("image", datasets.Image(decode=False))
-    whole = epoch_of_batches(rows, collator(rows), Slice(20), 0, 0)
+    whole = epoch_of_batches(rows, collator(rows), Shard(20), 0, 0)
     whole = next(iter(whole))
     index = numbers(whole).index(7)
 
@@ -194,7 +194,7 @@ def test_bad_rows_keep_their_place_and_change_nothing_else():
 
     spoilt = [spoil(row, number) for number, row in enumerate(rows)]
     broken = datasets.Dataset.from_list(spoilt, features=rows.features)
-    batch = next(iter(epoch_of_batches(broken, collator(broken), Slice(20), 0, 0)))
+    batch = next(iter(epoch_of_batches(broken, collator(broken), Shard(20), 0, 0)))
     assert (~batch.valid).sum() == 2 and not batch.valid[index]
     assert torch.equal(batch.captioned, batch.valid)
     keep = batch.valid
@@ -209,13 +209,13 @@ def test_an_augmentation_may_say_that_a_text_is_no_caption():
     def only_red_ones(examples, rng):
         return [each | {"captioned": "red" in each["text"]} for each in examples]
 
-    batch = next(iter(epoch_of_batches(rows, collator(rows, augmentations=[only_red_ones]), Slice(20), 0, 0)))
+    batch = next(iter(epoch_of_batches(rows, collator(rows, augmentations=[only_red_ones]), Shard(20), 0, 0)))
     assert batch.captioned.tolist() == ["red" in text for text in batch.texts] and 0 < batch.captioned.sum() < 20
 
 
 def test_positives_are_equal_texts_and_equal_groups():
     rows = as_dataset(concept=[index // 2 for index in range(20)]).cast_column("image", datasets.Image(decode=False))
-    batch = Batches(rows, collator(rows, positive_column="concept"), Slice(20), 0)[0]
+    batch = Batches(rows, collator(rows, positive_column="concept"), Shard(20), 0)[0]
     order = numbers(batch)
     positives = (batch.positive_ids[:, None] == batch.positive_ids[None]).any(dim=2)
     expected = [[i == j or text_of(i) == text_of(j) or i // 2 == j // 2 for j in order] for i in order]
@@ -283,4 +283,4 @@ def test_an_unknown_augmentation_is_refused(entry, message):
 
 def test_a_batch_needs_an_equal_share_for_every_process():
     with pytest.raises(RecipeError, match="batch_size=5 is not a multiple of the 2 processes"):
-        Slice(5, 0, 2)
+        Shard(5, 0, 2)

@@ -15,8 +15,8 @@ import yaml
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from builders import build_processor
-from mome.training import finetune
 from mome.training.recipe import Recipe
+from mome.training.trainer import Trainer, main
 from test_training_data import as_dataset
 
 MODEL = {
@@ -67,7 +67,7 @@ def losses_of(output: str | Path) -> dict[int, float]:
 
 def kill_at(step: int):
     """SIGKILL right after the optimiser's step of this number, before anything is logged or saved."""
-    train_step = finetune.Trainer.train_step
+    train_step = Trainer.train_step
 
     def deadly(trainer, batch):
         result = train_step(trainer, batch)
@@ -75,7 +75,7 @@ def kill_at(step: int):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    return mock.patch.object(finetune.Trainer, "train_step", deadly)
+    return mock.patch.object(Trainer, "train_step", deadly)
 
 
 def shard_on_the_cpu():
@@ -92,8 +92,8 @@ if __name__ == "__main__":
         shard_on_the_cpu()
     if "--kill-at" in sys.argv:
         with kill_at(int(sys.argv[sys.argv.index("--kill-at") + 1])):
-            finetune.main(given)
+            main(given)
     else:
-        finetune.main(given)
+        main(given)
     if "--fsdp" in sys.argv:
         assert AcceleratorState().is_fsdp2

@@ -1,10 +1,10 @@
-"""The weighted mean of checkpoints that were trained from each other: what one of them unlearnt comes back in part.
+"""The weighted mean of related checkpoints: part of what fine-tuning has unlearnt comes back.
 
     python -m mome.training.average CHECKPOINT CHECKPOINT ... [--weights W W ...] --output DIR
 
-A model that is fine-tuned gains on the new data and loses on the old; on the line between the two sets of weights are
-models that keep most of both (WiSE-FT, 2109.01903; model soups, 2203.05482). That holds where one was trained from the
-other, or both from the same, not for runs of their own.
+A fine-tuned model gains on the new data and loses on the old; on the line between the two sets of weights are models
+that keep most of both (WiSE-FT, 2109.01903; model soups, 2203.05482). This works if one was fine-tuned from the other,
+or both from a third, but not for models that were trained separately.
 """
 
 import argparse
@@ -21,16 +21,15 @@ def average(models: Sequence[MomeForConditionalGeneration], weights: Sequence[fl
     """The first model, with the weighted mean of all models' parameters and buffers.
 
     Args:
-        models: at least two, of one configuration; the first one is changed.
-        weights: one for each, at least 0, of sum 1.
+        models: at least two, of the same configuration; the first one is changed.
+        weights: one per model, not negative, with a sum of 1.
 
     Raises:
-        ValueError: not as many weights as models, weights that are negative or of another sum, models that differ in
-            shape.
+        ValueError: weights that are too many, too few, negative or of another sum; models of different shapes.
     """
     if len(models) < 2 or len(models) != len(weights):
         raise ValueError(
-            f"{len(models)} models and {len(weights)} weights: give two models or more, and a weight each"
+            f"{len(models)} models and {len(weights)} weights: give two models or more, and one weight each"
         )
     if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
@@ -42,9 +41,9 @@ def average(models: Sequence[MomeForConditionalGeneration], weights: Sequence[fl
         if different := sorted(name for name in shapes[0].keys() | each if shapes[0].get(name) != each.get(name)):
             name = different[0]
             raise ValueError(
-                f"model {number} is not like the first: {name} has shape {each.get(name)}, not {shapes[0].get(name)}"
+                f"model {number} differs from the first: {name} has shape {each.get(name)}, not {shapes[0].get(name)}"
             )
-    means = {}  # all of them before any is written: tied parameters have two names
+    means = {}  # all are computed before any is written: tied parameters have two names
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
             parts = [weight * state[name].double() for weight, state in zip(weights, states)]
@@ -56,7 +55,7 @@ def average(models: Sequence[MomeForConditionalGeneration], weights: Sequence[fl
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="folders; processor of the last"
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="folders; the processor is that of the last"
     )
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each checkpoint (default: equal)")
     parser.add_argument("--output", type=Path, required=True)

@@ -3,10 +3,10 @@
     load_rows ─ Dataset of raw rows ─ Batches / StreamedBatches ─ Batch of this process for one step
                                       (texts drawn, images decoded, augmented, tokenised)
 
-- order, texts and augmentation follow from (seed, epoch, step, rank) alone: a run that is resumed sees what it would
-  have seen, and no state of workers or iterators needs saving;
-- a row that can't be used (unreadable image, no text) keeps its place as an invalid row, so that shapes, order and
-  the other processes stay as they are; it is reported by name and takes no part in any loss.
+- order, texts and augmentation depend on (seed, epoch, step, rank) alone: a resumed run sees the same batches, and no
+  state of workers or iterators needs saving;
+- a bad row (unreadable image, no text) keeps its place as an invalid row, so that shapes, order and the other
+  processes are unaffected; it is reported by name and takes no part in any loss.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from ..data.augment import Augmentation, Example
 from ..data.images import to_pixels
 from ..data.pairs import read_pair
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from ..processing_mome import MomeProcessor
 from .distillation import Teacher
 
@@ -34,11 +34,11 @@ class Batch:
     Attributes:
         pixel_values: (pairs, channels, side, side), uint8 pixels or float32 pixel values; see `to_pixels`.
         input_ids, attention_mask: (pairs, tokens) int64, padded on the right to a fixed length.
-        positive_ids: (pairs, 1 or 2) int64: rows that agree in a column are positives of each other.
-        valid: (pairs,) bool, False for a row that could not be used.
+        positive_ids: (pairs, 1 or 2) int64; rows with an equal value in a column are positives of each other.
+        valid: (pairs,) bool, False for a bad row.
         captioned: (pairs,) bool, whether a row's text is also a caption to learn.
-        texts: the texts as they were tokenised.
-        bad: name and reason of rows that could not be used.
+        texts: the texts before tokenisation.
+        bad: names of bad rows, with the reason.
         teacher_embeds: (pairs, projection_dim) float32, L2-normalised, zeros where the teacher does not know the text;
             `None` without a teacher.
     """
@@ -62,7 +62,7 @@ class Batch:
         return replace(self, **moved)
 
     def chunks(self, size: int | None) -> list["Batch"]:
-        """The batch in parts of `size` pairs, the last one possibly smaller."""
+        """The batch in chunks of `size` pairs; the last one may be smaller. `None`: the whole batch as one."""
         size = size or len(self)
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
         parts = []
@@ -85,9 +85,11 @@ class Collator:
     """Raw rows → `Batch`.
 
     Args:
-        max_text_tokens: texts are cut and padded to so many tokens.
-        text_column, image_column, positive_column: see `Recipe`.
-        teacher: knows what texts shall mean.
+        processor: tokenises texts, and says how images become pixels.
+        max_text_tokens: texts are cut and padded to this many tokens.
+        image_column, text_column, positive_column: see `Recipe`.
+        augmentations: what is done to the examples of a batch, in order.
+        teacher: adds its embeddings of the texts.
     """
 
     processor: MomeProcessor
@@ -99,15 +101,21 @@ class Collator:
     teacher: Teacher | None = None
 
     def __call__(self, rows: list[Example], names: list[str], rng: np.random.Generator) -> Batch:
-        """rows, what error messages call them, and a generator → one batch of `len(rows)` pairs."""
+        """One batch of `len(rows)` pairs.
+
+        Args:
+            rows: as the data set has them, images still encoded.
+            names: what messages call the rows.
+            rng: draws texts and augmentations.
+        """
         examples, places, bad = [], [], []
         for place, (row, name) in enumerate(zip(rows, names)):
-            draw = rng.random()  # one for every row, good or bad, so that a bad row changes nothing else
+            draw = rng.random()  # for every row, so that a bad one does not shift the others' draws
             try:
                 pair = read_pair(row, self.image_column, self.text_column)
                 image, texts = pair.open(), pair.texts
             except Exception as error:  # Pillow's decoders raise nearly anything
-                bad.append(f"{self._name(row, name)}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+                bad.append(f"{self._name(row, name)}: {first_line(error)}")
                 continue
             examples.append(row | {"image": image, "text": texts[int(draw * len(texts))]})
             places.append(place)
@@ -142,15 +150,15 @@ class Collator:
         if examples:
             pixel_values[places] = pixels
         return Batch(
-            pixel_values,
-            tokens["input_ids"],
-            tokens["attention_mask"],
-            torch.tensor(positive_ids),
-            valid,
-            captioned,
-            texts,
-            bad,
-            self.teacher.embed(texts) * valid[:, None] if self.teacher else None,
+            pixel_values=pixel_values,
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            positive_ids=torch.tensor(positive_ids),
+            valid=valid,
+            captioned=captioned,
+            texts=texts,
+            bad=bad,
+            teacher_embeds=self.teacher.embed(texts) * valid[:, None] if self.teacher else None,
         )
 
 
@@ -158,8 +166,8 @@ class Collator:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Which rows of a global batch are this process's."""
+class Shard:
+    """Which rows of the whole batch belong to this process."""
 
     batch_size: int
     rank: int = 0
@@ -170,83 +178,83 @@ class Slice:
             raise RecipeError(f"batch_size={self.batch_size} is not a multiple of the {self.world_size} processes")
 
     @property
-    def own(self) -> slice:
+    def rows(self) -> slice:
         size = self.batch_size // self.world_size
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batch number `step` of one epoch over a data set that allows random access."""
+    """The batches of one epoch over a data set with random access, by their number."""
 
-    def __init__(self, rows: datasets.Dataset, collator: Collator, part: Slice, seed: int, epoch: int = 0):
-        if len(rows) < part.batch_size:
-            raise RecipeError(f"{len(rows)} rows are fewer than batch_size={part.batch_size}: make it smaller")
-        self.rows, self.collator, self.part, self.seed, self.epoch = rows, collator, part, seed, epoch
+    def __init__(self, rows: datasets.Dataset, collator: Collator, shard: Shard, seed: int, epoch: int = 0):
+        if len(rows) < shard.batch_size:
+            raise RecipeError(f"{len(rows)} rows are fewer than batch_size={shard.batch_size}: make it smaller")
+        self.rows, self.collator, self.shard, self.seed, self.epoch = rows, collator, shard, seed, epoch
         self.order = np.random.default_rng([seed, epoch]).permutation(len(rows))
 
     def __len__(self) -> int:
-        """Whole batches of an epoch; the rest of the rows has its turn in another one."""
-        return len(self.rows) // self.part.batch_size
+        """Whole batches in an epoch; left-over rows have their turn in another epoch."""
+        return len(self.rows) // self.shard.batch_size
 
     def __getitem__(self, step: int) -> Batch:
-        start = step * self.part.batch_size
-        indices = self.order[start : start + self.part.batch_size][self.part.own]
+        start = step * self.shard.batch_size
+        indices = self.order[start : start + self.shard.batch_size][self.shard.rows]
         columns = self.rows[indices]
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-        rng = np.random.default_rng([self.seed, self.epoch, step, self.part.rank])
+        rng = np.random.default_rng([self.seed, self.epoch, step, self.shard.rank])
         return self.collator(rows, [f"row {index}" for index in indices], rng)
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
-    """The batches of one epoch over a stream, from batch number `start` on.
+    """The batches of one epoch over a stream, from number `start` on.
 
-    Every process reads the whole stream and decodes its own rows only, so that the order does not depend on the number
-    of processes.
+    Every process reads the whole stream but decodes only its own rows, so that the order does not depend on how many
+    processes there are.
     """
 
     def __init__(
         self,
         rows: datasets.IterableDataset,
         collator: Collator,
-        part: Slice,
+        shard: Shard,
         seed: int,
         epoch: int = 0,
         start: int = 0,
         buffer_size: int = 10_000,
     ):
-        self.rows = rows.shuffle(seed=seed + epoch, buffer_size=buffer_size).skip(start * part.batch_size)
-        self.collator, self.part, self.seed, self.epoch, self.start = collator, part, seed, epoch, start
+        self.rows = rows.shuffle(seed=seed + epoch, buffer_size=buffer_size).skip(start * shard.batch_size)
+        self.collator, self.shard, self.seed, self.epoch, self.start = collator, shard, seed, epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = enumerate(self.rows, self.start * self.part.batch_size)
+        stream = enumerate(self.rows, self.start * self.shard.batch_size)
         for step in itertools.count(self.start):
-            numbered = list(itertools.islice(stream, self.part.batch_size))
-            if len(numbered) < self.part.batch_size:
+            numbered = list(itertools.islice(stream, self.shard.batch_size))
+            if len(numbered) < self.shard.batch_size:
                 return
-            own = numbered[self.part.own]
-            rng = np.random.default_rng([self.seed, self.epoch, step, self.part.rank])
+            own = numbered[self.shard.rows]
+            rng = np.random.default_rng([self.seed, self.epoch, step, self.shard.rank])
             yield self.collator([row for _, row in own], [f"row {number} of the stream" for number, _ in own], rng)
 
 
 def epoch_of_batches(
     rows: datasets.Dataset | datasets.IterableDataset,
     collator: Collator,
-    part: Slice,
+    shard: Shard,
     seed: int,
     epoch: int,
     start: int = 0,
     buffer_size: int = 10_000,
     num_workers: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """The batches of an epoch from number `start` on, made by `num_workers` processes.
+    """The batches of an epoch from number `start` on, prepared by `num_workers` processes.
 
-    A stream has one, always: in a worker `datasets` shuffles it in another order than in the main process.
+    A stream always has one worker: `datasets` shuffles differently in a worker than in the main process.
     """
     if isinstance(rows, datasets.IterableDataset):
-        batches = StreamedBatches(rows, collator, part, seed, epoch, start, buffer_size)
+        batches = StreamedBatches(rows, collator, shard, seed, epoch, start, buffer_size)
         sampler, num_workers = None, 1
     else:
-        batches = Batches(rows, collator, part, seed, epoch)
+        batches = Batches(rows, collator, shard, seed, epoch)
         sampler = range(start, len(batches))
     return torch.utils.data.DataLoader(
         batches,
@@ -261,6 +269,6 @@ def epoch_of_batches(
 
 
 def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and the like go to a whole process group; they end a run, which then ends its workers."""
+    """Ctrl-C goes to the whole process group: it should end the run, and the run ends its workers."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are complete or not there at all.
 
     checkpoint-00001000.partial/   written by all processes: model, optimiser, random state, progress, moving average
-        manifest.json              written last: size and hash of every file, and what the run was told
-    checkpoint-00001000/           the same after one rename
+        manifest.json              written last: size and hash of every file, and what the run's data were
+    checkpoint-00001000/           the same folder, renamed
 
-A checkpoint counts only if every file is as its manifest says. Older ones stay until a newer one is whole.
+A checkpoint is intact if every file is as its manifest says. Older ones stay until a newer one is complete.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from .recipe import Recipe
 
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-# A run that goes on with another value of these would see other data, or the same data twice.
+# A resumed run with another value of these would see other data, or the same data twice.
 SAME_DATA = ("dataset", "dataset_options", "split", "streaming", "shuffle_buffer", "batch_size", "seed", "chunk_size")
 
 
@@ -35,9 +35,10 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
-        epoch, batch: the next batch, and the epoch that it belongs to.
-        pairs: pairs seen. bad: rows that could not be used.
-        bad_names: some of them, with the reason.
+        epoch, batch: number of the next batch, and of the epoch that it belongs to.
+        pairs: pairs seen.
+        bad: rows that could not be used.
+        bad_names: some of these, with the reason.
     """
 
     step: int = 0
@@ -58,18 +59,18 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        accelerator: has model, optimiser and everything else that a checkpoint holds.
-        folder: where they are.
-        recipe: tells how many to keep, and is compared when a run goes on.
+        accelerator: holds everything that goes into a checkpoint.
+        folder: where the checkpoints are.
+        recipe: says how many to keep, and is compared when a run is resumed.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, recipe: Recipe):
         self.accelerator, self.folder, self.recipe = accelerator, folder, recipe
 
     def save(self, step: int) -> Path | None:
-        """Writes a checkpoint; returns its folder, or `None` if that failed (a full disk), which is logged.
+        """Writes a checkpoint and returns its folder; `None` if that failed, for instance on a full disk.
 
-        Earlier checkpoints are untouched by a failure.
+        A failure is logged and leaves earlier checkpoints as they are.
         """
         final = self.folder / f"checkpoint-{step:08d}"
         partial = final.with_name(final.name + ".partial")
@@ -82,14 +83,14 @@ class Checkpoints:
             self.accelerator.save_state(str(partial))
         except Exception as raised:  # each writer has its own error for a full disk
             error = raised
-        if self._anywhere(error is not None):
+        if self._on_any_process(error is not None):
             return self._give_up(partial, final, error)
         try:
             if self.accelerator.is_main_process:
                 self._finish(partial, final, step)
         except OSError as raised:
             error = raised
-        if self._anywhere(error is not None):
+        if self._on_any_process(error is not None):
             return self._give_up(partial, final, error)
         return final
 
@@ -111,24 +112,24 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free / 2**20
-            reason = "another process failed" if error is None else (str(error) or type(error).__name__)
+            reason = "another process failed" if error is None else first_line(error)
             kept = self._folders()
             logger.error(
-                f"could not write {final}: {reason.splitlines()[0]} ({free:.0f} MiB free); "
-                + (f"the last whole checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint")
+                f"could not write {final}: {reason} ({free:.0f} MiB free); "
+                + (f"the last checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint")
             )
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; broken ones are named in the log and passed over.
+        """The newest intact checkpoint; damaged ones are skipped and named in the log.
 
         Raises:
-            RecipeError: it belongs to a run over other data.
+            RecipeError: the checkpoint is of a run with other data.
         """
         found = [None]
         if self.accelerator.is_main_process:
             for folder in reversed(self._folders()):
-                if reason := _broken(folder):
-                    logger.warning(f"{folder} is not whole ({reason}): trying the one before")
+                if reason := _damage(folder):
+                    logger.warning(f"{folder} is damaged ({reason}): trying the one before")
                     continue
                 found = [str(folder)]
                 break
@@ -139,12 +140,11 @@ class Checkpoints:
         return Path(found[0])
 
     def load(self, folder: Path):
-        """Puts everything back as it was."""
+        """Restores everything. Raises `RecipeError` for a checkpoint of another model."""
         try:
             self.accelerator.load_state(str(folder))
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RecipeError(f"{folder} does not fit this recipe: {reason}") from error
+            raise RecipeError(f"{folder} does not fit this recipe: {first_line(error)}") from error
 
     def _compare(self, folder: Path):
         then = json.loads((folder / MANIFEST).read_text())["recipe"]
@@ -152,15 +152,15 @@ class Checkpoints:
             now = getattr(self.recipe, name)
             if then[name] != now:
                 raise RecipeError(
-                    f"{folder} was made with {name}={then[name]!r}, the recipe says {now!r}: "
-                    "set it back, or give the run another output"
+                    f"{folder} was written with {name}={then[name]!r}, the recipe says {now!r}: "
+                    "change it back, or choose another output"
                 )
 
     def _folders(self) -> list[Path]:
         """Oldest first."""
         return sorted(path for path in self.folder.glob("checkpoint-*") if path.suffix != ".partial")
 
-    def _anywhere(self, failed: bool) -> bool:
+    def _on_any_process(self, failed: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return failed
         flag = torch.tensor([int(failed)], device=self.accelerator.device)
@@ -172,7 +172,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> list:
-    """Size in bytes and hash of a file, which is on the disk afterwards."""
+    """Size in bytes and hash of a file, after making sure that it is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.blake2b(digest_size=16)
@@ -181,8 +181,8 @@ def _fingerprint(path: Path) -> list:
     return [path.stat().st_size, digest.hexdigest()]
 
 
-def _broken(folder: Path) -> str | None:
-    """Why a checkpoint is not whole; `None` if it is."""
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; `None` if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):

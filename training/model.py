@@ -1,23 +1,23 @@
-"""The captioner that a recipe trains: loaded or new, with adapters, fit for sharding."""
+"""The captioner that a recipe trains: loaded or new, with adapters if wanted, ready for sharding."""
 
 import torch
 from torch import nn
 from transformers import AutoProcessor
 
 from ..configuration_mome import MomeConfig
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 from .recipe import Recipe
 
-LINEAR_LAYERS = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj"
+LORA_TARGETS = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj"
 
 
 def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
-    """The captioner to train, with adapters where the recipe wants them, and its processor.
+    """The captioner to train, with adapters if the recipe has `lora`, and its processor.
 
     Raises:
-        RecipeError: a folder that can't be loaded, a config that doesn't fit, LoRA keywords that peft refuses.
+        RecipeError: a folder that can't be loaded, an invalid config, LoRA keywords that peft refuses.
     """
     processor = _load(AutoProcessor, recipe.processor or recipe.checkpoint)
     if recipe.checkpoint is not None:
@@ -25,14 +25,14 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
     else:
         captioner = MomeForConditionalGeneration(config_for(processor, dict(recipe.model)))
     if recipe.gradient_checkpointing:
-        # Its name from transformers 5.23 on.
+        # The first name is that of transformers 5.23 and later.
         enable = getattr(captioner, "activation_checkpointing_enable", captioner.gradient_checkpointing_enable)
         enable()
     if recipe.lora is not None:
         import peft
 
         try:
-            lora = peft.LoraConfig(**{"target_modules": LINEAR_LAYERS} | recipe.lora)
+            lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS} | recipe.lora)
             captioner = peft.get_peft_model(captioner, lora)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"lora={recipe.lora}: {error}") from None
@@ -43,11 +43,11 @@ def _load(auto_class, path: str, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path!r} can't be loaded: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{path!r} can't be loaded: {first_line(error)}") from None
 
 
 def config_for(processor: MomeProcessor, fields: dict) -> MomeConfig:
-    """A config with the vocabulary, special tokens and image size of a processor, where `fields` do not say else."""
+    """A config with a processor's vocabulary, special tokens and image size; `fields` take precedence."""
     tokenizer, size = processor.tokenizer, processor.image_processor.size
     image_token = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "image_token", None) or "<image>")
     found = {
@@ -64,19 +64,19 @@ def config_for(processor: MomeProcessor, fields: dict) -> MomeConfig:
         build = MomeConfig.from_size if "size" in fields else MomeConfig
         return build(**found | fields)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"model={fields}: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"model={fields}: {first_line(error)}") from None
 
 
 def give_scalars_a_dimension(model: nn.Module):
-    """FSDP2 shards along the first dimension, and refuses parameters without one."""
+    """Makes scalar parameters (1,): FSDP2 shards along the first dimension."""
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.ndim == 0:
                 setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what DDP, compilation and `PairModel` put in front of it."""
+def captioner_name(name: str) -> str:
+    """A parameter's name in the captioner, without the prefixes of DDP, compilation and `PairModel`."""
     for prefix in ("module.", "_orig_mod.", "module.", "captioner."):
         name = name.removeprefix(prefix)
     return name

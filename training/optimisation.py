@@ -18,11 +18,11 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP, 2103.00020, section 2.5
 
 
 def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Turns the gradient off where the recipe says so and where no loss of the recipe reaches.
+    """Turns off the gradient of parameters that the recipe freezes or that none of its losses reaches.
 
     Returns:
-        Names of the parameters that none of the losses reaches: joint experts; projections without the contrastive
-        loss; the caption head without the caption loss.
+        Names of the latter: joint experts; projections without the contrastive loss; the caption head without the
+        caption loss.
 
     Raises:
         RecipeError: a pattern of `freeze` that matches nothing; nothing left to train.
@@ -52,14 +52,14 @@ def _is_reached(name: str, recipe: Recipe) -> bool:
 
 
 def depth_of(name: str, num_layers: int) -> int:
-    """0 for embeddings, 1…num_layers for the layers, num_layers + 1 for what is above them."""
+    """0 for embeddings, 1 … num_layers for the layers, num_layers + 1 for everything above them."""
     if layer := re.search(r"encoder\.layers\.(\d+)\.", name):
         return int(layer.group(1)) + 1
     return 0 if re.search(r"(image|text)_embedding\.|position_bias", name) else num_layers + 1
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, num_layers: int) -> list[dict]:
-    """Groups of AdamW: a learning rate per depth (layer-wise decay), no weight decay for vectors and positions."""
+    """AdamW's groups: a learning rate per depth (layer-wise decay); no weight decay for vectors and positions."""
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -81,16 +81,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe, num_layers: int, device: t
     )
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, recipe: Recipe) -> float:
-    """The rates of a step, a function of its number alone; returns the share of the peak."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int, recipe: Recipe):
+    """Sets the rates of step number `step`, counted from 0."""
     factor = rate_factor(step, steps, recipe)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    return factor
 
 
 def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
     """Share of the peak rate at a step: linear warm-up, then a cosine down to `final_learning_rate_share`."""
+    # Not transformers' cosine schedules: they start at a rate of 0 or fall a step earlier, and a scheduler's state
+    # would bring back the old rates when a run is resumed with new ones.
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     progress = min((step - recipe.warmup_steps) / max(steps - recipe.warmup_steps, 1), 1.0)
@@ -99,7 +100,7 @@ def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def clamp_logit_scale(model: nn.Module):
-    """An inverse temperature of at most 100, as CLIP has it."""
+    """Keeps the inverse temperature at 100 or less, as CLIP does."""
     for name, parameter in model.named_parameters():
         if name.endswith("logit_scale"):
             with torch.no_grad():
@@ -109,8 +110,10 @@ def clamp_logit_scale(model: nn.Module):
 class MovingAverage:
     """Exponential moving average of the trained parameters, sharded as they are.
 
-    Early steps count more than `1 - decay` (decay is at most (1 + step) / (10 + step)), so that the start fades.
+    At step s the decay is at most (1 + s) / (10 + s), so that the initial weights fade quickly.
     """
+
+    # Not torch's AveragedModel: it copies frozen parameters too, and can't take the place of the weights.
 
     def __init__(self, model: nn.Module, decay: float):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -126,7 +129,7 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averages for weights inside this context."""
+        """Inside this context the model's weights are the averages."""
         self._swap()
         try:
             yield
@@ -141,7 +144,7 @@ class MovingAverage:
             average.copy_(kept)
 
     def state_dict(self) -> dict:
-        """Whole tensors, not shards: every process has to call it."""
+        """Whole tensors instead of shards. Every process has to call it."""
         return {"step": self.step, "averages": [_whole(average) for average in self.averages]}
 
     @torch.no_grad()

@@ -1,90 +1,86 @@
-"""The recipe: everything that a training run can be told, as one checked record.
+"""The recipe: everything that can be set for a training run, as one checked record.
 
-    recipe.yaml ─┐
-                 ├─ Recipe.from_command_line ─ Recipe ─ finetune.main
-    --field value┘
-
-What concerns processes (how many, DDP or FSDP, mixed precision) is not in here: `accelerate launch` and
-`accelerate config` tell it to `Accelerator`.
+Processes (how many, DDP or FSDP, mixed precision) are not part of it: `accelerate launch` and `accelerate config` set
+them.
 """
 
-import argparse
-import dataclasses
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-import yaml
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
-from ..configuration_mome import MomeConfig, did_you_mean
-from ..errors import MomeError, RecipeError
+from ..configuration_mome import MomeConfig
+from ..errors import RecipeError
+from .fields import RecipeFields
 
 
 @strict
 @dataclass
-class Recipe:
+class Recipe(RecipeFields):
     r"""One training run.
 
     Args:
-        output: folder of the run: checkpoints, logs, and at the end the trained model.
-        checkpoint: folder or Hub id to go on from (fine-tuning).
+        output: folder of the run: checkpoints, logs and, at the end, the trained model.
+        dataset: what `datasets.load_dataset` takes (an image folder with `metadata.jsonl`, parquet or WebDataset
+            files, a Hub id), or a folder written by `save_to_disk`.
+        checkpoint: folder or Hub id of the model to fine-tune.
         model: `MomeConfig` fields of a model to train from scratch; `size` names one of `MOME_SIZES`.
-        processor: folder or Hub id of the processor, where it isn't that of `checkpoint`.
-        dataset: what `datasets.load_dataset` takes: a folder of images with `metadata.jsonl`, parquet or WebDataset
-            files or their folder, a Hub id; or a folder written by `save_to_disk`.
-        dataset_options: further keywords of `load_dataset` (`name`, `data_files`, `revision`, ...).
+        processor: folder or Hub id of the processor, if it is not that of `checkpoint`.
+        dataset_options: more keywords of `load_dataset` (`name`, `data_files`, `revision`, ...).
         split: the split to train on.
         streaming: read the data set as a stream, shuffled in a window of `shuffle_buffer` rows.
-        image_column: column of images (files, bytes or decoded); `None`: the first of type Image.
-        text_column: column with a text or a list of texts, of which each epoch draws one.
-        positive_column: images and texts with an equal value here are positives of each other, as those with an
-            equal text always are.
-        max_text_tokens: texts are cut and padded to so many tokens; `None`: the model's longest.
-        max_bad_share: share of rows with an unreadable image or an empty text above which the run stops.
-        augmentations: what happens to the examples of a batch, in order: `{name: ..., keyword: value, ...}` with a
-            name of `training.augment.AUGMENTATIONS` or `module:function`.
+        shuffle_buffer: rows in the window that a stream is shuffled in.
+        image_column: column of images (files, bytes or decoded); null: the first of type Image.
+        text_column: column with a text or a list of texts, one of which is drawn each epoch.
+        positive_column: rows with an equal value in this column are positives of each other; rows with an equal text
+            always are.
+        max_text_tokens: texts are cut and padded to this many tokens; null: the model's limit.
+        max_bad_share: the run stops when more than this share of rows has an unreadable image or no text.
+        augmentations: what is done to the examples of a batch, in order: `{name: ..., keyword: value, ...}`, where the
+            name is one of `data.augment.AUGMENTATIONS` or `module:function`.
         num_workers: processes that prepare batches.
-        steps, epochs: length of the run; exactly one of them.
-        batch_size: pairs of one optimiser step, over all processes; all are negatives of each other.
-        chunk_size: pairs that a process has in memory at once; fewer than its share of the batch turns GradCache on.
-        learning_rate: peak, after warm-up.
+        steps: optimiser steps of the run; set either this or `epochs`.
+        epochs: passes over the data set; set either this or `steps`.
+        batch_size: pairs of one optimiser step over all processes; all are negatives of each other.
+        chunk_size: pairs that a process holds in memory at once; less than its share of the batch turns GradCache on.
+        learning_rate: peak, reached after warm-up.
         warmup_steps: steps of linear warm-up; then the rate falls along a cosine to `final_learning_rate_share`.
         final_learning_rate_share: the rate at the end, as a share of the peak.
-        weight_decay, betas, max_grad_norm: of AdamW and of gradient clipping.
-        layer_decay: a layer's rate is this times that of the layer above (fine-tuning: 0.6 to 0.9).
-        freeze: patterns of parameter names that are not trained, as `fnmatch` takes them.
+        weight_decay: of AdamW; vectors and positions have none.
+        betas: of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0: not at all.
+        layer_decay: a layer's rate is this times the rate of the layer above (fine-tuning: 0.6 to 0.9).
+        freeze: patterns, as `fnmatch` takes them, of parameters that are not trained.
         lora: keywords of `peft.LoraConfig`; only the adapters are trained.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated and saved.
-        compile: `torch.compile` the training forward.
-        gradient_checkpointing: recompute activations in the backward pass.
-        contrastive_weight, caption_weight: weights of the two losses; `None`: those of the model's config, which are
-            1 and 2 unless it says else (CoCa, 2205.01917).
-        teacher: parquet file with the embeddings of texts by another model (columns `text` and `embedding`), which
-            those of the same texts are drawn to; a model that starts from scratch takes its word embeddings from it.
+        ema_decay: decay of a moving average of the weights, which is evaluated and saved instead of the weights.
+        compile: compile the training forward pass with `torch.compile`.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        contrastive_weight: weight of the contrastive loss; null: that of the model's config, by default 1 (CoCa,
+            2205.01917).
+        caption_weight: weight of the caption loss; null: that of the model's config, by default 2 (CoCa, 2205.01917).
+        teacher: parquet file (columns `text` and `embedding`) with another model's embeddings of the texts, towards
+            which the text embeddings are trained; a new model's word embeddings start from them.
         teacher_weight: weight of 1 − cosine to the teacher.
         label_smoothing: of the caption loss.
-        image_dropout: share of the rows whose caption is also learnt without its image, as classifier-free guidance
-            needs (2307.16686).
+        image_dropout: share of rows whose caption is also learnt without the image, for classifier-free guidance
+            (2307.16686).
         seed: of weights, order, augmentation and dropout.
-        resume: go on from the newest whole checkpoint of `output`, if there is one.
+        resume: continue from the newest intact checkpoint in `output`, if there is one.
         checkpoint_every: steps between checkpoints; 0: only at the end and on a signal.
-        keep_checkpoints: older ones are removed.
-        evaluations: name → `{dataset, split, max_samples, text_column, ...}`: what to evaluate on.
+        keep_checkpoints: how many checkpoints are kept; older ones are removed.
+        evaluations: what to evaluate on: name → `{dataset, split, max_samples, text_column, ...}`.
         evaluate_every: steps between evaluations; 0: only before and after.
-        evaluate_before: evaluate the untrained model too.
-        evaluation_pool: distinct texts that retrieval and zero-shot classification choose from.
-        results: CSV file to which every final figure is appended as a row.
-        sheet_images: pictures on the contact sheet that each evaluation draws; 0: none.
+        evaluate_before: evaluate before training too.
+        results: CSV file to which every figure before and after training is appended as a row.
+        sheet_images: images on the contact sheet that each evaluation draws; 0: no sheet.
         log_every: steps between lines of the log.
-        tracker: `trackio`, `tensorboard`, `wandb`, another name that Accelerate knows, or `none`.
+        tracker: `trackio`, `tensorboard`, `wandb`, `mlflow`, `comet_ml`, `swanlab` or `none`.
         project: name of the run's project in the tracker.
         card: `language`, `license`, `datasets`, `limitations`, ... for the model card.
     """
+
+    PROGRAM: ClassVar[str] = "mome.training"
+    PURPOSE: ClassVar[str] = "Train MoME from scratch or fine-tune it."
 
     output: str
     dataset: str
@@ -137,7 +133,6 @@ class Recipe:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluate_every: int = 0
     evaluate_before: bool = False
-    evaluation_pool: int = 1000
     results: str | None = None
     sheet_images: int = 16
     # Tracking.
@@ -156,7 +151,7 @@ class Recipe:
         if len(self.betas) != 2:
             raise RecipeError(f"betas={self.betas}: give two numbers")
         if self.streaming and self.epochs is not None:
-            raise RecipeError(f"epochs={self.epochs} with streaming: the length of a stream is not known, set steps")
+            raise RecipeError(f"epochs={self.epochs} with streaming: a stream has no known length; set steps")
 
     def _check_start(self):
         if (self.checkpoint is None) == (self.model is None):
@@ -167,7 +162,7 @@ class Recipe:
             raise RecipeError("lora adapts a trained model: set checkpoint instead of model")
 
     def _check_numbers(self):
-        at_least_one = ("batch_size", "chunk_size", "steps", "log_every", "keep_checkpoints", "evaluation_pool")
+        at_least_one = ("batch_size", "chunk_size", "steps", "log_every", "keep_checkpoints")
         for name in (*at_least_one, "max_text_tokens", "shuffle_buffer"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -178,7 +173,7 @@ class Recipe:
                 raise RecipeError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("max_bad_share", "label_smoothing", "image_dropout", "final_learning_rate_share", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"{name}={getattr(self, name)}: must be in 0…1")
+                raise RecipeError(f"{name}={getattr(self, name)}: must be between 0 and 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise RecipeError(f"ema_decay={self.ema_decay}: must be between 0 and 1")
         for name in ("learning_rate", "epochs"):
@@ -187,82 +182,7 @@ class Recipe:
                 raise RecipeError(f"{name}={value}: must be above 0")
 
     def with_weights_of(self, config: MomeConfig) -> "Recipe":
-        """The same recipe with the loss weights of a model's config where it names none."""
+        """The same recipe with the loss weights of a model's config where it has none."""
         weights = {"contrastive_weight": config.contrastive_loss_weight, "caption_weight": config.caption_loss_weight}
         missing = {name: float(weight) for name, weight in weights.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing) if missing else self
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """Raises `RecipeError` for an unknown field, a missing one, a wrong type, an impossible value."""
-        known = {each.name: each.type for each in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                hint = did_you_mean(name, known, f"the fields are {', '.join(known)}")
-                raise RecipeError(f"unknown recipe field {name!r}: {hint}")
-        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-        if missing := [name for name in required if values.get(name) is None]:
-            raise RecipeError(f"the recipe lacks {' and '.join(missing)}")
-        try:
-            return cls(**{name: _as_number(value, known[name]) for name, value in values.items()})
-        except StrictDataclassFieldValidationError as error:
-            name = next(name for name in known if f"field '{name}'" in str(error))
-            wanted = getattr(known[name], "__name__", None) or known[name]
-            wanted = known[name] if typing.get_args(known[name]) else wanted
-            raise RecipeError(f"recipe field {name}={values[name]!r}: expected {wanted}") from None
-        except StrictDataclassError as error:
-            if isinstance(error.__cause__, MomeError):
-                raise error.__cause__ from None
-            raise
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
-        """The recipe of a file, with some fields replaced."""
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except FileNotFoundError:
-            raise RecipeError(f"no recipe {str(path)!r}") from None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path} holds no fields: write lines of `field: value`")
-        return cls.from_dict(values | (overrides or {}))
-
-    @classmethod
-    def from_command_line(cls, arguments: Sequence[str] | None = None) -> "Recipe":
-        """`--config recipe.yaml [--field value ...]`; values are read as YAML, so that lists and dicts work too."""
-        parser = argparse.ArgumentParser(
-            prog="mome.training.finetune",
-            usage="accelerate launch -m mome.training.finetune --config recipe.yaml [--field value ...]",
-            description="Train or fine-tune MoME. Any field of the recipe may be given as --field value.",
-            allow_abbrev=False,
-        )
-        parser.add_argument("--config", help="the recipe, a YAML file")
-        parser.add_argument("--resume", nargs="?", const=True, default=argparse.SUPPRESS, type=yaml.safe_load)
-        for each in dataclasses.fields(cls):
-            if each.name != "resume":
-                parser.add_argument(f"--{each.name}", default=argparse.SUPPRESS, type=yaml.safe_load, metavar="VALUE")
-        options, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            options = [f"--{each.name}" for each in dataclasses.fields(cls)]
-            parser.error(f"unknown field {unknown[0]!r}: {did_you_mean(unknown[0], options, 'see --help')}")
-        overrides = vars(options)
-        config = overrides.pop("config")
-        try:
-            return cls.from_dict(overrides) if config is None else cls.from_yaml(config, overrides)
-        except MomeError as error:
-            parser.error(str(error))
-
-
-def _as_number(value: Any, annotation: Any) -> Any:
-    """YAML reads `1e-3` as text and `1` as an integer; both are fine where a float is wanted."""
-    choices = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if float in choices and int not in choices and not isinstance(value, bool):
-        if isinstance(value, (int, str)):
-            try:
-                return float(value)
-            except ValueError:
-                return value
-    if annotation == list[float] and isinstance(value, list):
-        return [_as_number(each, float) for each in value]
-    return value
+        return replace(self, **missing) if missing else self

@@ -60,11 +60,15 @@ def connect(uri: str, token: str | None = None) -> MilvusClient:
     Raises:
         RetrievalError: no server there, or a Milvus Lite file that is damaged or open in another process.
     """
-    try:
-        with quiet_logs():
-            client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
-    except (MilvusException, grpc.RpcError, OSError) as error:
-        raise RetrievalError(_why_not(uri, reason_of(error))) from None
+    # A server closes a connection that was idle for some 40 s, and a new client that shares it fails once.
+    for attempts_left in (0,) if is_lite(uri) else (1, 0):
+        try:
+            with quiet_logs():
+                client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
+            break
+        except (MilvusException, grpc.RpcError, OSError) as error:
+            if not attempts_left:
+                raise RetrievalError(_why_not(uri, reason_of(error))) from None
     if is_lite(uri):
         open_lite[uri] = open_lite.get(uri, 0) + 1
     return client

@@ -1,0 +1,1 @@
+../../outputs_mome.py
