@@ -42,7 +42,7 @@ def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
         if lacking:
             extras = ",".join(dict.fromkeys(lacking.values()))
             raise MomeError(
-                f"{part!r} needs {', '.join(lacking)}: pip install 'mome[{extras}]', or name the other parts by --only"
+                f'{part!r} needs {", ".join(lacking)}: pip install -e ".[{extras}]", or name the other parts by --only'
             )
         column = COLUMNS.get(part)
         old = [path for path in files if column and column not in pq.read_schema(path).names]

@@ -109,7 +109,7 @@ def check_python(arguments: list[str], monkeypatch):
     if (module, *rest[:1]) == ("mome.convert", "mome") or "--dry-run" in rest:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    elif module == "mome.training.finetune":
+    elif module in ("mome.training", "mome.training.finetune"):
         Recipe.from_command_line(rest)
     else:
         parse_module(module, rest, monkeypatch)
