@@ -110,6 +110,7 @@ class CaptionContext:
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         image_tokens_in_input: bool | None,
+        image_tokens: int | None = None,
     ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
@@ -119,7 +120,7 @@ class CaptionContext:
         self.batch = tokens.shape[0]
         self.image_tokens, self.images, self.placed, self.order = 0, 0, False, None
         if pixel_values is not None:
-            self.image_tokens, self.images = config.num_image_tokens, pixel_values.shape[0]
+            self.image_tokens, self.images = image_tokens or config.num_image_tokens, pixel_values.shape[0]
             if not self.images or self.batch % self.images:
                 raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
             if torch.compiler.is_compiling():  # a graph can't branch on ids
@@ -127,6 +128,11 @@ class CaptionContext:
             elif image_tokens_in_input is not False:
                 is_image = is_image_token(config, image_embedding, input_ids, inputs_embeds)
                 self.placed, self.order = _locate_image(config, is_image, attention_mask)
+        if self.placed and self.image_tokens != config.num_image_tokens:
+            raise ValueError(
+                f"input_ids holds the image tokens, but image_outputs has {self.image_tokens} of "
+                f"{config.num_image_tokens}: leave them out of input_ids"
+            )
         self.text_tokens = tokens.shape[1] - (self.image_tokens if self.placed else 0)
         self.tokens = self.text_tokens + self.image_tokens
         if not self.text_tokens:

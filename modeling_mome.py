@@ -143,6 +143,9 @@ class MomeModel(MomePreTrainedModel):
 
     _auto_class = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
+    # nothing. A look waits for the device. A training loop over ids that it made itself may set it to False.
+    looks_at_values = True
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)
@@ -172,16 +175,26 @@ class MomeModel(MomePreTrainedModel):
     # The passes.
 
     def image_pass(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
+        **kwargs,
     ) -> MomeEncoderOutput:
-        """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
+        """pixel_values (images, channels, height, width) → states (images, image tokens, width).
+
+        With `kept_patches` (images, kept) int64, different places in the grid of each image, its tokens are `[CLS]`
+        and those patches: training with patches left out (FLIP, 2212.00794). The places themselves are not checked.
+        """
         self._check_pixel_values(pixel_values)
         if bool_masked_pos is not None:
             self._check_masked_patches(bool_masked_pos, pixel_values)
+        if kept_patches is not None:
+            self._check_kept_patches(kept_patches, pixel_values)
         position_bias = None
         if self.encoder.position_bias is not None:
-            position_bias = self.encoder.position_bias.image(pixel_values.device)
-        hidden_states = self.image_embedding(pixel_values, bool_masked_pos)
+            position_bias = self.encoder.position_bias.image(pixel_values.device, kept_patches)
+        hidden_states = self.image_embedding(pixel_values, bool_masked_pos, kept_patches)
         spans = (("image", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)
 
@@ -195,7 +208,7 @@ class MomeModel(MomePreTrainedModel):
         position_bias = None
         if self.encoder.position_bias is not None:
             position_bias = self.encoder.position_bias.text(position_ids, position_ids)
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        mask = self._text_mask(hidden_states, attention_mask)
         spans = (("text", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)
 
@@ -403,6 +416,11 @@ class MomeModel(MomePreTrainedModel):
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
         return hidden_states
 
+    def _text_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
+        if attention_mask is None or self.looks_at_values or self.config._attn_implementation != "sdpa":
+            return create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        return attention_mask[:, None, None, :].bool()  # (texts, 1, 1, tokens): every token sees what is no padding
+
     def _image_features(self, outputs: MomeEncoderOutput, options: dict) -> MomeFeatures:
         return self._features(outputs, self._image_embeds(outputs), options)
 
@@ -455,6 +473,12 @@ class MomeModel(MomePreTrainedModel):
                 f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (images, patches) = {expected}"
             )
 
+    def _check_kept_patches(self, kept_patches: torch.Tensor, pixel_values: torch.Tensor):
+        images, patches = pixel_values.shape[0], self.config.grid_size**2
+        shape = tuple(kept_patches.shape)
+        if len(shape) != 2 or shape[0] != images or not 1 <= shape[1] <= patches:
+            raise ValueError(f"kept_patches has shape {shape}, expected (images, kept) = ({images}, 1…{patches})")
+
     def _check_joint_experts(self, joint_experts: bool):
         if joint_experts and self.joint_projection is None:
             raise ValueError("joint_experts=True needs their projections, got a config with joint_projection=False")
@@ -473,7 +497,7 @@ class MomeModel(MomePreTrainedModel):
         self._check_vocabulary(input_ids)
 
     def _check_vocabulary(self, input_ids: torch.Tensor):
-        if torch.compiler.is_compiling() or input_ids.device.type == "meta":
+        if not self.looks_at_values or torch.compiler.is_compiling() or input_ids.device.type == "meta":
             return
         rows = self.get_input_embeddings().weight.shape[0]
         lowest, highest = (int(bound) for bound in input_ids.aminmax())
@@ -635,7 +659,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
             image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can
                 look, `None` is `False`, and image tokens must come first, before any padding.
-            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
+            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one;
+                with fewer tokens than an image has if it was given `kept_patches`.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -663,6 +688,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             position_ids,
             past_key_values,
             image_tokens_in_input,
+            None if image_outputs is None else image_outputs.last_hidden_state.shape[1],
         )
         if input_ids is not None:
             self.model._check_vocabulary(input_ids)

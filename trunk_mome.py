@@ -72,7 +72,11 @@ class MomeLinear(nn.Linear):
 
 
 class MomeImageEmbedding(nn.Module):
-    """Pixels (batch, channels, height, width) → (batch, 1 + patches, width): `[CLS]`, then patches row by row."""
+    """Pixels (batch, channels, height, width) → (batch, 1 + patches, width): `[CLS]`, then patches row by row.
+
+    With `kept_patches` (batch, kept) int64, places in the grid, only those patches go on, in that order: their cost is
+    all that a training step has of an image whose other patches are left out (FLIP, 2212.00794).
+    """
 
     def __init__(self, config: MomeConfig):
         super().__init__()
@@ -101,7 +105,12 @@ class MomeImageEmbedding(nn.Module):
             modules += [nn.GroupNorm(math.gcd(after, 8), after), nn.GELU()]
         return nn.Sequential(*modules[:-2])
 
-    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         config = self.config
         batch, side, patch = pixel_values.shape[0], config.grid_size, config.patch_size
         if config.patch_embedding_type == "conv_stem":
@@ -120,7 +129,15 @@ class MomeImageEmbedding(nn.Module):
             hidden_states = hidden_states + self.position_embedding
         if config.modality_embedding:
             hidden_states = hidden_states + self.modality_embedding
+        if kept_patches is not None:
+            places = _with_cls(kept_patches)[..., None].expand(-1, -1, config.hidden_size)
+            hidden_states = hidden_states.gather(1, places)
         return self.dropout(hidden_states)
+
+
+def _with_cls(kept_patches: torch.Tensor) -> torch.Tensor:
+    """Places of patches in the grid (batch, kept) → places of tokens (batch, 1 + kept), `[CLS]` first."""
+    return F.pad(kept_patches + 1, (1, 0))
 
 
 class MomeTextEmbedding(nn.Module):
@@ -193,8 +210,12 @@ class MomeRelativePositionBias(nn.Module):
         biases = F.embedding(index, self.table).unflatten(-1, (config.num_hidden_layers, config.num_attention_heads))
         return biases.permute(3, 0, 4, 1, 2)
 
-    def image(self, device) -> torch.Tensor:
-        return self._biases(self._image_index(device)[None])
+    def image(self, device, kept_patches: torch.Tensor | None = None) -> torch.Tensor:
+        index = self._image_index(device)[None]
+        if kept_patches is not None:
+            places = _with_cls(kept_patches)
+            index = index[0][places[:, :, None], places[:, None, :]]  # (batch, tokens, tokens)
+        return self._biases(index)
 
     def text(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         return self._biases(self._text_index(query_positions, key_positions))
