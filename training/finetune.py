@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,34 +37,12 @@ from .objective import LOSSES, PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
 from .pixels import pixel_scale
 from .recipe import Recipe, RecipeError
+from .stop import StopSignal
 from .teacher import Teacher
 
 logger = get_logger(__name__)
 
 FROM_RECIPE = ("peak_lr", "weight_decay", "betas")  # of the optimiser's groups
-
-
-class StopSignal:
-    """SIGTERM and Ctrl-C end the run after the step in hand; a second one ends it at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self.before = {each: signal.signal(each, self._receive) for each in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number, frame):
-        self.received = signal.Signals(number).name
-        self.restore()
-
-    def restore(self):
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def anywhere(self, accelerator: Accelerator) -> bool:
-        """Whether any process was told to stop."""
-        if accelerator.num_processes == 1:
-            return self.received is not None
-        flag = torch.tensor([int(self.received is not None)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
 
 
 class Trainer:

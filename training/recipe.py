@@ -16,7 +16,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -27,9 +27,78 @@ class RecipeError(ValueError):
     """A recipe that can't be used; one line with field, value and mend."""
 
 
+class RecipeFields:
+    """Reads a recipe, a strict dataclass, from a dict, a file or the command line."""
+
+    PROGRAM: ClassVar[str]  # the module that runs such recipes
+    PURPOSE: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises `RecipeError` for an unknown field, a missing one, a wrong type, an impossible value."""
+        known = {each.name: each.type for each in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise RecipeError(f"unknown recipe field {name!r}: {hint}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [name for name in required if values.get(name) is None]:
+            raise RecipeError(f"the recipe lacks {' and '.join(missing)}")
+        try:
+            return cls(**{name: _as_number(value, known[name]) for name, value in values.items()})
+        except StrictDataclassFieldValidationError as error:
+            name = next(name for name in known if f"field '{name}'" in str(error))
+            wanted = getattr(known[name], "__name__", None) or known[name]
+            wanted = known[name] if typing.get_args(known[name]) else wanted
+            raise RecipeError(f"recipe field {name}={values[name]!r}: expected {wanted}") from None
+        except StrictDataclassError as error:
+            if isinstance(error.__cause__, RecipeError):
+                raise error.__cause__ from None
+            raise
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> Self:
+        """The recipe of a file, with some fields replaced."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except FileNotFoundError:
+            raise RecipeError(f"no recipe {str(path)!r}") from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} holds no fields: write lines of `field: value`")
+        return cls.from_dict(values | (overrides or {}))
+
+    @classmethod
+    def from_command_line(cls, arguments: Sequence[str] | None = None) -> Self:
+        """`--config recipe.yaml [--field value ...]`; values are read as YAML, so that lists and dicts work too."""
+        parser = argparse.ArgumentParser(
+            prog=cls.PROGRAM,
+            usage=f"accelerate launch -m {cls.PROGRAM} --config recipe.yaml [--field value ...]",
+            description=f"{cls.PURPOSE} Any field of the recipe may be given as --field value.",
+            allow_abbrev=False,
+        )
+        parser.add_argument("--config", help="the recipe, a YAML file")
+        parser.add_argument("--resume", nargs="?", const=True, default=argparse.SUPPRESS, type=yaml.safe_load)
+        for each in dataclasses.fields(cls):
+            if each.name != "resume":
+                parser.add_argument(f"--{each.name}", default=argparse.SUPPRESS, type=yaml.safe_load, metavar="VALUE")
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
+            parser.error(f"unknown field {unknown[0]!r}" + (f": did you mean --{close[0]}?" if close else ""))
+        overrides = vars(options)
+        config = overrides.pop("config")
+        try:
+            return cls.from_dict(overrides) if config is None else cls.from_yaml(config, overrides)
+        except RecipeError as error:
+            parser.error(str(error))
+
+
 @strict
 @dataclass
-class Recipe:
+class Recipe(RecipeFields):
     r"""One training run.
 
     Args:
@@ -86,6 +155,9 @@ class Recipe:
         project: name of the run's project in the tracker.
         card: `language`, `license`, `datasets`, `limitations`, ... for the model card.
     """
+
+    PROGRAM: ClassVar[str] = "mome.training.finetune"
+    PURPOSE: ClassVar[str] = "Train or fine-tune MoME."
 
     output: str
     dataset: str
@@ -186,68 +258,6 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{name}={value}: must be above 0")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """Raises `RecipeError` for an unknown field, a missing one, a wrong type, an impossible value."""
-        known = {each.name: each.type for each in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
-                raise RecipeError(f"unknown recipe field {name!r}: {hint}")
-        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-        if missing := [name for name in required if values.get(name) is None]:
-            raise RecipeError(f"the recipe lacks {' and '.join(missing)}")
-        try:
-            return cls(**{name: _as_number(value, known[name]) for name, value in values.items()})
-        except StrictDataclassFieldValidationError as error:
-            name = next(name for name in known if f"field '{name}'" in str(error))
-            wanted = getattr(known[name], "__name__", None) or known[name]
-            wanted = known[name] if typing.get_args(known[name]) else wanted
-            raise RecipeError(f"recipe field {name}={values[name]!r}: expected {wanted}") from None
-        except StrictDataclassError as error:
-            if isinstance(error.__cause__, RecipeError):
-                raise error.__cause__ from None
-            raise
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
-        """The recipe of a file, with some fields replaced."""
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except FileNotFoundError:
-            raise RecipeError(f"no recipe {str(path)!r}") from None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path} holds no fields: write lines of `field: value`")
-        return cls.from_dict(values | (overrides or {}))
-
-    @classmethod
-    def from_command_line(cls, arguments: Sequence[str] | None = None) -> "Recipe":
-        """`--config recipe.yaml [--field value ...]`; values are read as YAML, so that lists and dicts work too."""
-        parser = argparse.ArgumentParser(
-            prog="mome.training.finetune",
-            usage="accelerate launch -m mome.training.finetune --config recipe.yaml [--field value ...]",
-            description="Train or fine-tune MoME. Any field of the recipe may be given as --field value.",
-            allow_abbrev=False,
-        )
-        parser.add_argument("--config", help="the recipe, a YAML file")
-        parser.add_argument("--resume", nargs="?", const=True, default=argparse.SUPPRESS, type=yaml.safe_load)
-        for each in dataclasses.fields(cls):
-            if each.name != "resume":
-                parser.add_argument(f"--{each.name}", default=argparse.SUPPRESS, type=yaml.safe_load, metavar="VALUE")
-        options, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            close = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(cls)], n=1)
-            parser.error(f"unknown field {unknown[0]!r}" + (f": did you mean --{close[0]}?" if close else ""))
-        overrides = vars(options)
-        config = overrides.pop("config")
-        try:
-            return cls.from_dict(overrides) if config is None else cls.from_yaml(config, overrides)
-        except RecipeError as error:
-            parser.error(str(error))
 
 
 def _as_number(value: Any, annotation: Any) -> Any:

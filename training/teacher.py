@@ -60,14 +60,23 @@ class Teacher:
             word_embeddings: (vocabulary, width); rows of more than `dimension` coordinates end in zeros.
             tokens: the vocabulary in the order of its ids; WordPiece's `##` is taken off.
         """
-        known = self.embed([token.removeprefix("##") for token in tokens])
-        width = min(self.dimension, word_embeddings.embedding_dim)
-        with torch.no_grad():
-            weight = word_embeddings.weight[: len(known)]
-            known = F.normalize(known[:, :width], dim=1)
-            size = weight.norm(dim=1, keepdim=True)
-            found = (known.norm(dim=1) > 0) & (size[:, 0] > 0)
-            weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
+        turn_words(word_embeddings, self.embed([token.removeprefix("##") for token in tokens]))
+
+
+@torch.no_grad()
+def turn_words(word_embeddings: nn.Embedding, known: torch.Tensor):
+    """Turns the rows of words into the directions that a teacher gives them; they keep their length.
+
+    Args:
+        word_embeddings: (vocabulary, width).
+        known: (words, dimension), the first so many words; zeros for those that stay as they are.
+    """
+    weight = word_embeddings.weight[: len(known)]
+    width = min(known.shape[1], weight.shape[1])
+    known = F.normalize(known[:, :width].to(weight), dim=1)
+    size = weight.norm(dim=1, keepdim=True)
+    found = (known.norm(dim=1) > 0) & (size[:, 0] > 0)
+    weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
 
 
 def distillation_loss(text_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
