@@ -630,8 +630,7 @@ class MomeEncoder(MomePreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(MomeLayer, index=0),
         "attentions": OutputRecorder(MomeAttention, index=1),
-        "router_logits": OutputRecorder(MomeLayer, index=3),
-    }
+    }  # router logits need no hook, which would break the graphs of layers that are compiled: `forward` returns them
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)

@@ -64,6 +64,8 @@ class IconPairs(nn.Module):
     def __init__(self, captioner: nn.Module, label_smoothing: float, image_dropout: float, captions: bool):
         super().__init__()
         self.captioner = captioner
+        # The passes hand out router logits unasked: a keyword would reach every layer, for a compiler to guard.
+        captioner.config.output_router_logits = captioner.config.experts_per_group > 1
         self.label_smoothing, self.image_dropout, self.captions = label_smoothing, image_dropout, captions
 
     def forward(
@@ -72,7 +74,7 @@ class IconPairs(nn.Module):
         """pixel_values (rows, channels, height, width), kept_patches (rows, kept) or `None`, texts of them."""
         model = self.captioner.model
         routed = self.captioner.config.experts_per_group > 1
-        text = model.get_text_features(texts.input_ids, texts.attention_mask, output_router_logits=routed)
+        text = model.get_text_features(texts.input_ids, texts.attention_mask)
         image = model.image_pass(pixel_values, kept_patches=kept_patches, return_key_values=self.captions)
         text_routing, text_mask = text.router_logits, texts.attention_mask
         loss = tokens = text.pooler_output.new_zeros((), dtype=torch.float32)
@@ -91,15 +93,13 @@ class IconPairs(nn.Module):
 
         Captions are padded on the right and no token sees what is behind it: they need no mask.
         """
-        routed = self.captioner.config.experts_per_group > 1
-        options = {"image_tokens_in_input": False, "use_cache": False, "output_router_logits": routed}
+        options = {"image_tokens_in_input": False, "use_cache": False}
         labels = captions.input_ids.masked_fill(captions.attention_mask == 0, -100)[:, 1:]
         captioned = self.captioner(captions.input_ids, pixel_values, image_outputs=image, **options)
         loss = self._cross_entropy(captioned.logits, labels, self.label_smoothing)
         tokens = (labels != -100).sum()
         without = round(self.image_dropout * len(labels))
         if without:
-            options["output_router_logits"] = False
             blind = self.captioner(captions.input_ids[:without], None, **options)
             loss = loss + self._cross_entropy(blind.logits, labels[:without], self.label_smoothing)
             tokens = tokens + (labels[:without] != -100).sum()

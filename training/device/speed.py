@@ -61,7 +61,7 @@ def prepare(
         # Batches, kept patches and texts differ in length: one graph for all of them, not one for each.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in (*model.encoder.layers, model.image_embedding.patch_embedding):
-            module.compile()
+            module.compile(dynamic=True)
 
 
 def _in_bfloat16(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
