@@ -3,7 +3,7 @@
     rows ─ opacity, colours ─ other lines ─ other colours ─ turn, warp ─ size, place ─ paint ─ noise, erase ─ pictures
                                                                                   └ what a caption may say is true
 
-Nothing here waits for the device: every row takes every way, and `torch.where` keeps what it was drawn for. Scaling
+Nothing here waits for the device: every row takes every way, and `where` keeps what it was drawn for. Scaling
 and shifting is a product with two matrices a picture, whose rows are the pixels of the picture and whose columns are
 those of the icon; planes lie as (rows, y, channel, x) for it. Pictures are never mirrored: arrows would mean something
 else.
@@ -30,7 +30,7 @@ from ..training.icons.compose import (
     WHITE,
 )
 from ..training.icons.palette import CHROMATIC, RANGES
-from .tensors import IconTensors
+from .tensors import IconTensors, where
 
 LARGEST = 1.12  # sizes are drawn up to here and cut to 1: one picture in four is full
 SMALLEST_AT_FIRST, COLOUR_AT_FIRST = 0.8, 0.1  # of pictures that are drawn with no strength
@@ -114,19 +114,19 @@ def _planes(icons: IconTensors, rows: torch.Tensor, dtype: torch.dtype) -> _Plan
     if not len(icons.rgba):  # none of the data set has colours
         alpha = icons.alpha[place].to(dtype) / 255
         return _Planes(alpha, alpha.new_zeros(len(rows), icons.side, 3, icons.side), coloured)
-    pixels = icons.rgba[torch.where(coloured, place, 0)].permute(0, 1, 3, 2).to(dtype) / 255
+    pixels = icons.rgba[where(coloured, place, 0)].permute(0, 1, 3, 2).to(dtype) / 255
     colour_alpha = pixels[:, :, 3]
-    rgb = torch.where(coloured[:, None, None, None], pixels[:, :, :3] * colour_alpha[:, :, None], 0)
+    rgb = where(coloured[:, None, None, None], pixels[:, :, :3] * colour_alpha[:, :, None], 0)
     if not len(icons.alpha):
         return _Planes(colour_alpha, rgb, coloured)
-    plain_alpha = icons.alpha[torch.where(coloured, 0, place)].to(dtype) / 255
-    return _Planes(torch.where(coloured[:, None, None], colour_alpha, plain_alpha), rgb, coloured)
+    plain_alpha = icons.alpha[where(coloured, 0, place)].to(dtype) / 255
+    return _Planes(where(coloured[:, None, None], colour_alpha, plain_alpha), rgb, coloured)
 
 
 def draw_plain(icons: IconTensors, rows: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Dark icons on white, coloured ones in their colours on white, full size: (rows, 3, side, side) in 0…1."""
     alpha, rgb, coloured = _planes(icons, rows, dtype)
-    ink = torch.where(coloured[:, None, None, None], rgb, alpha[:, :, None] * (PLAIN_INK / 255))
+    ink = where(coloured[:, None, None, None], rgb, alpha[:, :, None] * (PLAIN_INK / 255))
     return (1 - alpha[:, :, None] + ink).permute(0, 2, 1, 3)
 
 
@@ -149,12 +149,12 @@ def draw(icons: IconTensors, rows: torch.Tensor, options: Drawing, dtype: torch.
     rgb, alpha = pixels[:, :, :3], pixels[:, :, 3:]
     coloured = planes.coloured[:, None, None, None]
     ground = colours.ground[:, None, :, None].to(dtype)
-    ink = torch.where(coloured, rgb, alpha * colours.ink[:, None, :, None].to(dtype))
+    ink = where(coloured, rgb, alpha * colours.ink[:, None, :, None].to(dtype))
     pictures = _spoil((ground * (1 - alpha) + ink).permute(0, 2, 1, 3), ground.permute(0, 2, 1, 3), options)
-    own_colour = torch.where(recoloured, -1, icons.main_colour[rows].long())
-    painted = torch.where(icons.firm[rows], colours.ink_name, -1)
-    style = torch.where(outlined, -1, icons.style[rows].long())
-    said = torch.where(planes.coloured, own_colour, painted)
+    own_colour = where(recoloured, -1, icons.main_colour[rows].long())
+    painted = where(icons.firm[rows], colours.ink_name, -1)
+    style = where(outlined, -1, icons.style[rows].long())
+    said = where(planes.coloured, own_colour, painted)
     return Drawn(pictures.clamp(0, 1), said, colours.ground_name, style)
 
 
@@ -176,8 +176,8 @@ def _redraw(planes: _Planes, options: Drawing) -> tuple[_Planes, torch.Tensor]:
     ink, of_outline, of_thin = (each.sum(dim=(1, 2), dtype=torch.float32) for each in (alpha, outline, thin))
     outlined = chosen & (kind < OUTLINE_SHARE) & (of_outline < FILLED * ink)
     thinner = chosen & ~outlined & (kind < (1 + OUTLINE_SHARE) / 2) & (of_thin > LEFT_OF_INK * ink)
-    after = torch.where(outlined[:, None, None], outline, torch.where(thinner[:, None, None], thin, thick))
-    return planes._replace(alpha=torch.where(chosen[:, None, None], after, alpha)), outlined
+    after = where(outlined[:, None, None], outline, where(thinner[:, None, None], thin, thick))
+    return planes._replace(alpha=where(chosen[:, None, None], after, alpha)), outlined
 
 
 def _neighbours(alpha: torch.Tensor, choose) -> torch.Tensor:
@@ -195,14 +195,14 @@ def _turn(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     rows, side, device = len(pixels), pixels.shape[1], pixels.device
     chance, angle, shear = torch.rand(3, rows, device=device)
     turned = chance < options.turn
-    angle = torch.where(turned, (2 * angle - 1) * math.radians(options.degrees), 0.0)
-    shear = torch.where(turned, (2 * shear - 1) * options.shear, 0.0)
+    angle = where(turned, (2 * angle - 1) * math.radians(options.degrees), 0.0)
+    shear = where(turned, (2 * shear - 1) * options.shear, 0.0)
     cosine, sine, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
     theta = torch.stack([cosine, sine + shear, none, -sine, cosine, none], dim=1).view(rows, 2, 3)
     grid = F.affine_grid(theta, (rows, 1, side, side), align_corners=False)
     if options.warp:
         coarse = torch.randn(rows, 2, 5, 5, device=device) * options.warp
-        coarse = torch.where(torch.rand(rows, device=device)[:, None, None, None] < 0.5, coarse, 0.0)
+        coarse = where(torch.rand(rows, device=device)[:, None, None, None] < 0.5, coarse, 0.0)
         smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)
         grid = grid + smooth.permute(0, 2, 3, 1)
     planes = pixels.permute(0, 2, 1, 3)
@@ -218,7 +218,7 @@ def _place(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     left, top = ((side - length) * draws[1]).floor(), ((side - length) * draws[2]).floor()
     # What is stretched stays in the middle of the square that it had.
     shorter, lower = (length * (1 - options.stretch * draws[3])).floor(), draws[4] < 0.5
-    width, height = torch.where(lower, length, shorter), torch.where(lower, shorter, length)
+    width, height = where(lower, length, shorter), where(lower, shorter, length)
     left, top = left + ((length - width) / 2).floor(), top + ((length - height) / 2).floor()
     down = _kernels(top, height, side).to(pixels.dtype)
     across = _kernels(left, width, side).to(pixels.dtype)
@@ -245,7 +245,7 @@ def _soften(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     if not options.soften:
         return pixels
     chance, mix = torch.rand(2, len(pixels), 1, 1, 1, device=pixels.device)
-    mix = torch.where(chance < options.soften, 0.6 * mix, 0.0).to(pixels.dtype)
+    mix = where(chance < options.soften, 0.6 * mix, 0.0).to(pixels.dtype)
     planes = pixels.permute(0, 2, 1, 3)
     mean = F.avg_pool2d(F.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return pixels + mix * (mean.permute(0, 2, 1, 3) - pixels)
@@ -256,14 +256,14 @@ def _spoil(pictures: torch.Tensor, ground: torch.Tensor, options: Drawing) -> to
     rows, side, device = len(pictures), pictures.shape[-1], pictures.device
     if options.noise:
         chance, size = torch.rand(2, rows, 1, 1, 1, device=device)
-        deviation = torch.where(chance < 0.3, options.noise * size, 0.0).to(pictures.dtype)
+        deviation = where(chance < 0.3, options.noise * size, 0.0).to(pictures.dtype)
         pictures = pictures + torch.randn_like(pictures) * deviation
     if options.erase:
         chance, *draws = torch.rand(5, rows, 1, device=device)
         pixel = torch.arange(side, device=device) / side
         inside = [(pixel - draws[i]).abs() < (0.15 + 0.25 * draws[i + 2]) / 2 for i in (0, 1)]
         box = inside[0][:, None, :] & inside[1][:, :, None] & (chance < options.erase)[:, :, None]
-        pictures = torch.where(box[:, None], ground, pictures)
+        pictures = where(box[:, None], ground, pictures)
     return pictures
 
 
@@ -284,29 +284,29 @@ def _colours(planes: _Planes, options: Drawing) -> _Colours:
     rows, device = len(planes.alpha), planes.alpha.device
     draws = torch.rand(3, rows, device=device)
     plain = draws[0] >= options.colour
-    ground_name = torch.where(plain, WHITE, _choose(rows, GROUNDS, GROUND_NAMES, device))
-    ground = sample_colours(torch.where(ground_name < 0, WHITE, ground_name))
+    ground_name = where(plain, WHITE, _choose(rows, GROUNDS, GROUND_NAMES, device))
+    ground = sample_colours(where(ground_name < 0, WHITE, ground_name))
     tint = 0.82 + 0.18 * torch.rand(rows, 3, device=device)
-    ground = torch.where((ground_name < 0)[:, None], ground * tint, ground)
-    ink_name = torch.where(plain, BLACK, _choose(rows, INKS, INK_NAMES, device))
+    ground = where((ground_name < 0)[:, None], ground * tint, ground)
+    ink_name = where(plain, BLACK, _choose(rows, INKS, INK_NAMES, device))
     ink = sample_colours(ink_name)
     if options.inverted:
         swapped = plain & ~planes.coloured & (draws[1] < options.inverted)
-        ink_name, ground_name = torch.where(swapped, WHITE, ink_name), torch.where(swapped, BLACK, ground_name)
-        ink, ground = (torch.where(swapped[:, None], *each) for each in ((ground, ink), (ink, ground)))
+        ink_name, ground_name = where(swapped, WHITE, ink_name), where(swapped, BLACK, ground_name)
+        ink, ground = (where(swapped[:, None], *each) for each in ((ground, ink), (ink, ground)))
     # Where an icon would hardly be seen, the background becomes white or black, then so does the ink.
     total = planes.alpha.sum(dim=(1, 2), dtype=torch.float32)[:, None].clamp(min=1e-6)
     mean = planes.rgb.sum(dim=(1, 3), dtype=torch.float32) / total
-    seen = torch.where(planes.coloured[:, None], mean, ink)
+    seen = where(planes.coloured[:, None], mean, ink)
     black, white = torch.zeros_like(seen), torch.ones_like(seen)
     poor = contrast(seen, ground) < MIN_CONTRAST
     dark = contrast(seen, black) < contrast(seen, white)
-    ground_name = torch.where(poor, torch.where(dark, WHITE, BLACK), ground_name)
-    ground = torch.where(poor[:, None], sample_colours(ground_name.clamp(min=0)), ground)
+    ground_name = where(poor, where(dark, WHITE, BLACK), ground_name)
+    ground = where(poor[:, None], sample_colours(ground_name.clamp(min=0)), ground)
     still = ~planes.coloured & (contrast(seen, ground) < MIN_CONTRAST)
     bright = contrast(ground, black) > 4.6
-    ink_name = torch.where(still, torch.where(bright, BLACK, WHITE), ink_name)
-    ink = torch.where(still[:, None], sample_colours(ink_name), ink)
+    ink_name = where(still, where(bright, BLACK, WHITE), ink_name)
+    ink = where(still[:, None], sample_colours(ink_name), ink)
     return _Colours(ink, ground, ink_name, ground_name)
 
 
@@ -321,7 +321,7 @@ def _recolour(planes: _Planes, options: Drawing) -> tuple[_Planes, torch.Tensor]
     order = torch.rand(len(rgb), 3, device=device).argsort(dim=1)
     other = rgb.gather(2, order[:, None, :, None].expand_as(rgb))
     shade = 0.299 * rgb[:, :, :1] + 0.587 * rgb[:, :, 1:2] + 0.114 * rgb[:, :, 2:]  # luma of ITU-R BT.601
-    rgb = torch.where(exchanged[:, None, None, None], other, torch.where(grey[:, None, None, None], shade, rgb))
+    rgb = where(exchanged[:, None, None, None], other, where(grey[:, None, None, None], shade, rgb))
     return planes._replace(rgb=rgb), exchanged | grey
 
 
@@ -336,7 +336,7 @@ def _choose(rows: int, shares: tuple[float, ...], names: tuple[int, ...], device
         bound += share
         bounds.append(bound)
     for name, bound in reversed(list(zip(names, bounds))):
-        chosen = torch.where(draw < bound, name, chosen)
+        chosen = where(draw < bound, name, chosen)
     return chosen
 
 

@@ -16,6 +16,7 @@ The words and their rules are those of `captions.py`; the frames are what people
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ import torch
 from ..training.icons.captions import STYLE_ADJECTIVES, article
 from ..training.icons.palette import NAMES
 from .drawing import Drawn
-from .tensors import ARTICLES, KINDS, IconTensors, padded
+from .tensors import ARTICLES, KINDS, IconTensors, padded, where
 
 EMOJI = KINDS.index("emoji")
 ADJECTIVES = tuple(adjective for each in STYLE_ADJECTIVES.values() for adjective in each)
@@ -108,10 +109,10 @@ class Phrases:
 
     def of(self, family: str, index: torch.Tensor) -> torch.Tensor:
         """Numbers of the phrases of a family, of indices (rows,) int64; 0, the empty phrase, where an index is -1."""
-        return torch.where(index < 0, 0, index + self.first[family])
+        return where(index < 0, 0, index + self.first[family])
 
     def a_or_an(self, vowel: torch.Tensor) -> torch.Tensor:
-        return torch.where(vowel, self.numbers["an"], self.numbers["a"])
+        return where(vowel, self.numbers["an"], self.numbers["a"])
 
 
 def assemble(phrases: Phrases, segments: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,12 +132,12 @@ def assemble(phrases: Phrases, segments: Sequence[torch.Tensor], length: int) ->
     kept = there & (places < length - 1)
     # One column more than needed takes what is left out.
     ids = pieces.new_full((len(pieces), length + 1), phrases.pad)
-    ids = ids.scatter(1, torch.where(kept, places, length), pieces.clamp(min=0))[:, :length]
+    ids = ids.scatter(1, where(kept, places, length), pieces.clamp(min=0))[:, :length]
     last = (places[:, -1:] + 1).clamp(max=length - 1)
     column = torch.arange(length, device=ids.device)
-    ids = torch.where(column == last, phrases.eos, torch.where(column == 0, phrases.bos, ids))
+    ids = where(column == last, phrases.eos, where(column == 0, phrases.bos, ids))
     mask = column <= last
-    return torch.where(mask, ids, phrases.pad), mask.long()
+    return where(mask, ids, phrases.pad), mask.long()
 
 
 def bare_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, length: int) -> Texts:
@@ -160,7 +161,7 @@ def framed_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, lead:
 def captions(icons: IconTensors, phrases: Phrases, rows: torch.Tensor, options: Phrasing, length: int) -> Texts:
     """What captions of these rows (rows,) shall say: names mostly, or another of their texts."""
     name, other = icons.name[rows].long(), _any(icons.own[rows])
-    text = torch.where(torch.rand(len(rows), device=rows.device) < options.caption_name, name, other)
+    text = where(torch.rand(len(rows), device=rows.device) < options.caption_name, name, other)
     return bare_texts(icons, phrases, text, length)
 
 
@@ -174,15 +175,15 @@ def descriptions(
     framed = sentence & (draws[1] < options.frame)
     # A text that is no noun makes way for the name in a sentence, as in `compose._sentence`.
     name = icons.name[rows].long()
-    text = torch.where(sentence & (icons.noun[text] == 0), name, text)
+    text = where(sentence & (icons.noun[text] == 0), name, text)
     slots = _sentence_slots(icons, phrases, rows, text, drawn, draws[2:])
     frame = phrases.of("frame", (draws[2] * len(FRAMES)).long())
     stop = (draws[7] < options.stop) | (framed & (frame == phrases.numbers[STOPPED]) & (draws[7] < 0.9))
-    slots = {slot: torch.where(sentence & ~framed, number, phrases.empty) for slot, number in slots.items()}
+    slots = {slot: where(sentence & ~framed, number, phrases.empty) for slot, number in slots.items()}
     noun_article = phrases.of("article", icons.noun[text].long() - 2)
-    slots["lead"] = torch.where(framed, frame, slots["lead"])
-    slots["article"] = torch.where(framed, noun_article, slots["article"])
-    slots["end"] = torch.where(stop, phrases.numbers["."], phrases.empty)
+    slots["lead"] = where(framed, frame, slots["lead"])
+    slots["article"] = where(framed, noun_article, slots["article"])
+    slots["end"] = where(stop, phrases.numbers["."], phrases.empty)
     before = [phrases.tokens[slots[slot]] for slot in ("lead", "colour", "adjective", "kind", "link", "article")]
     behind = [phrases.tokens[slots[slot]] for slot in ("behind", "place", "end")]
     ids, mask = assemble(phrases, [*before, icons.tokens[text], *behind], length)
@@ -193,11 +194,11 @@ def _choose_texts(icons: IconTensors, rows: torch.Tensor, options: Phrasing) -> 
     """A text of each row (rows,) int64, and (rows,) bool, whether it is a definition or example."""
     name = icons.name[rows].long()
     chance, kind = torch.rand(2, len(rows), device=rows.device)
-    text = torch.where(chance < options.name, name, _any(icons.own[rows]))
+    text = where(chance < options.name, name, _any(icons.own[rows]))
     related, gloss = _any(icons.related[name]), _any(icons.glosses[name])
     by_related = (kind < options.related) & (related >= 0)
     by_gloss = (kind > 1 - options.gloss) & (gloss >= 0)
-    return torch.where(by_gloss, gloss, torch.where(by_related, related, text)), by_gloss
+    return where(by_gloss, gloss, where(by_related, related, text)), by_gloss
 
 
 def _any(table: torch.Tensor) -> torch.Tensor:
@@ -214,17 +215,17 @@ def _sentence_slots(icons, phrases: Phrases, rows, text, drawn: Drawn, draws: to
     """
     none = torch.full_like(text, -1)
     kind, noun = icons.kind[rows].long(), icons.noun[text].long()
-    said = torch.where(draws[1] < 0.6, drawn.ink, none)
-    adjective = _adjectives(phrases, torch.where(draws[2] < 0.5, drawn.style, none), draws[4])
+    said = where(draws[1] < 0.6, drawn.ink, none)
+    adjective = _adjectives(phrases, where(draws[2] < 0.5, drawn.style, none), draws[4])
     colour = phrases.of("colour", said)
-    place = phrases.of("on", torch.where(draws[3] < 0.2, drawn.ground, none))
+    place = phrases.of("on", where(draws[3] < 0.2, drawn.ground, none))
     kinds, empty = phrases.of("kind", kind), phrases.empty
     is_noun = noun > 0
-    form = torch.where(is_noun, draws[0] * NOUN_FORMS, NOUN_FORMS + draws[0] * OTHER_FORMS).long()
+    form = where(is_noun, draws[0] * NOUN_FORMS, NOUN_FORMS + draws[0] * OTHER_FORMS).long()
     noun_article = phrases.of("article", noun - 2)
 
     def one_of(*forms: int) -> torch.Tensor:
-        return torch.isin(form, _forms(forms, form.device))
+        return _is_one_of(forms, form.device)[form]
 
     look_before = one_of(0, 1, 5, 9, 10)  # "a red outline icon of ..."
     look_around = one_of(4, 7, 8)  # "a red outline bicycle icon"
@@ -234,43 +235,39 @@ def _sentence_slots(icons, phrases: Phrases, rows, text, drawn: Drawn, draws: to
     no_article = red_thing & (noun == 1)
     with_look = look_before | look_around
     slots = {
-        "colour": torch.where(with_look | red_thing & ~the_thing, colour, empty),
-        "adjective": torch.where(with_look, adjective, empty),
-        "kind": torch.where(look_before, kinds, empty),
-        "article": torch.where(one_of(0, 1, 3, 5, 6) | plain_thing | the_thing, noun_article, empty),
-        "place": torch.where(one_of(5, 10), empty, place),
+        "colour": where(with_look | red_thing & ~the_thing, colour, empty),
+        "adjective": where(with_look, adjective, empty),
+        "kind": where(look_before, kinds, empty),
+        "article": where(one_of(0, 1, 3, 5, 6) | plain_thing | the_thing, noun_article, empty),
+        "place": where(one_of(5, 10), empty, place),
     }
     in_colour = the_thing | one_of(3) & (colour != 0) & (kind != EMOJI)
-    slots["behind"] = torch.where(in_colour, phrases.of("in", said), torch.where(look_around, kinds, empty))
-    link = torch.where(one_of(0, 1), phrases.numbers["of"], empty)
+    slots["behind"] = where(in_colour, phrases.of("in", said), where(look_around, kinds, empty))
+    link = where(one_of(0, 1), phrases.numbers["of"], empty)
     for number, words in ((5, "shows"), (9, "for"), (10, "stands for")):
-        link = torch.where(one_of(number), phrases.numbers[words], link)
+        link = where(one_of(number), phrases.numbers[words], link)
     slots["link"] = link
     # "a" or "an" goes by the word that follows it.
-    follows = torch.where(slots["colour"] > 0, slots["colour"], slots["adjective"])
-    follows = torch.where(follows > 0, follows, slots["kind"])
-    vowel = torch.where(follows > 0, phrases.vowel[follows], icons.vowel[text])
+    follows = where(slots["colour"] > 0, slots["colour"], slots["adjective"])
+    follows = where(follows > 0, follows, slots["kind"])
+    vowel = where(follows > 0, phrases.vowel[follows], icons.vowel[text])
     indefinite = one_of(0, 1, 4, 7, 9) | red_thing & ~the_thing & ~no_article
-    lead = torch.where(indefinite, phrases.a_or_an(vowel), empty)
-    slots["lead"] = torch.where(one_of(5, 10), phrases.numbers["the"], lead)
+    lead = where(indefinite, phrases.a_or_an(vowel), empty)
+    slots["lead"] = where(one_of(5, 10), phrases.numbers["the"], lead)
     return slots
 
 
-def _forms(forms: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    found = _FORMS.get((forms, device))
-    if found is None:
-        found = _FORMS[forms, device] = torch.tensor(forms, device=device)
-    return found
-
-
-_FORMS: dict = {}  # a copy to the device is one that the host waits for: each is made once
+@lru_cache(maxsize=64)
+def _is_one_of(forms: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(forms,) bool; made once, since a copy to the device is one that the host waits for."""
+    return torch.tensor([form in forms for form in range(NOUN_FORMS + OTHER_FORMS)], device=device)
 
 
 def _adjectives(phrases: Phrases, style: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     """Phrase numbers (rows,) of an adjective of each style, 0 where the style is -1."""
     known = style.clamp(min=0)
     index = phrases.style_start[known] + (draw * phrases.style_count[known]).long()
-    return phrases.of("adjective", torch.where(style < 0, -1, index))
+    return phrases.of("adjective", where(style < 0, -1, index))
 
 
 def positives(icons: IconTensors, rows: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

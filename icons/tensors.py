@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +367,15 @@ def normalised(embeddings: torch.Tensor, width: int) -> torch.Tensor:
     return F.normalize(F.pad(embeddings, (0, max(0, width - embeddings.shape[1]))), dim=1)
 
 
-def gigabytes(icons: IconTensors) -> float:
-    """Memory that the tensors take."""
-    return sum(math.prod(each.shape) * each.element_size() for each in icons._tensors().values()) / 1e9
+def where(condition: torch.Tensor, yes: torch.Tensor | float, no: torch.Tensor | float) -> torch.Tensor:
+    """As `torch.where`, which copies a number to the device while the host waits; this does not.
+
+    Args:
+        condition: bool; of a shape that fits the one of a tensor beside a number.
+        yes, no: tensors, or whole numbers if both are numbers.
+    """
+    if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
+        no = torch.full_like(condition, no, dtype=torch.int64)
+    if not isinstance(yes, torch.Tensor):
+        return no.masked_fill(condition, yes)
+    return torch.where(condition, yes, no) if isinstance(no, torch.Tensor) else yes.masked_fill(~condition, no)
