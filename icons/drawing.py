@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..training.icons.compose import (
     BLACK,
     FILLED,
+    FIRM,
     LEFT_OF_INK,
     MIN_CONTRAST,
     OUTLINE_SHARE,
@@ -36,6 +37,7 @@ LARGEST = 1.12  # sizes are drawn up to here and cut to 1: one picture in four i
 SMALLEST_AT_FIRST, COLOUR_AT_FIRST = 0.8, 0.1  # of pictures that are drawn with no strength
 GROUNDS, GROUND_NAMES = (0.52, 0.13, 0.12), (WHITE, -1, BLACK)  # white, a tint without a name, black; else a hue
 INKS, INK_NAMES = (0.45, 0.1), (BLACK, WHITE)
+UNMIXED = 0.98  # opacity from which on a pixel has the colour of its ink
 RED, GREEN, BLUE = 0.2126, 0.7152, 0.0722  # relative luminance of WCAG 2.2
 
 
@@ -152,7 +154,7 @@ def draw(icons: IconTensors, rows: torch.Tensor, options: Drawing, dtype: torch.
     ink = where(coloured, rgb, alpha * colours.ink[:, None, :, None].to(dtype))
     pictures = _spoil((ground * (1 - alpha) + ink).permute(0, 2, 1, 3), ground.permute(0, 2, 1, 3), options)
     own_colour = where(recoloured, -1, icons.main_colour[rows].long())
-    painted = where(icons.firm[rows], colours.ink_name, -1)
+    painted = where(icons.firm[rows] & _is_firm(alpha), colours.ink_name, -1)
     style = where(outlined, -1, icons.style[rows].long())
     said = where(planes.coloured, own_colour, painted)
     return Drawn(pictures.clamp(0, 1), said, colours.ground_name, style)
@@ -249,6 +251,12 @@ def _soften(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     planes = pixels.permute(0, 2, 1, 3)
     mean = F.avg_pool2d(F.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return pixels + mix * (mean.permute(0, 2, 1, 3) - pixels)
+
+
+def _is_firm(alpha: torch.Tensor) -> torch.Tensor:
+    """(rows,) bool: most of the drawn ink (rows, side, 1, side), and its strongest part, has its colour unmixed."""
+    squares, total = (each.sum(dim=(1, 2, 3), dtype=torch.float32) for each in (alpha * alpha, alpha))
+    return (squares > FIRM * total) & (alpha.amax(dim=(1, 2, 3)) > UNMIXED)
 
 
 def _spoil(pictures: torch.Tensor, ground: torch.Tensor, options: Drawing) -> torch.Tensor:
