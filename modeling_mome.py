@@ -419,7 +419,8 @@ class MomeModel(MomePreTrainedModel):
     def _text_mask(self, hidden_states, attention_mask) -> torch.Tensor | None:
         if attention_mask is None or self.looks_at_values or self.config._attn_implementation != "sdpa":
             return create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        return attention_mask[:, None, None, :].bool()  # (texts, 1, 1, tokens): every token sees what is no padding
+        # (texts, 1, 1, tokens): every token sees what is no padding
+        return additive_mask(attention_mask[:, None, None, :].bool(), hidden_states.dtype)
 
     def _image_features(self, outputs: MomeEncoderOutput, options: dict) -> MomeFeatures:
         return self._features(outputs, self._image_embeds(outputs), options)
@@ -504,6 +505,11 @@ class MomeModel(MomePreTrainedModel):
         if lowest < 0 or highest >= rows:
             bad = lowest if lowest < 0 else highest
             raise ValueError(f"input_ids holds {bad}, vocab_size is {rows}: use the checkpoint's own tokenizer")
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what is added to scores: SDPA would make it in every layer, with a wait for the device each."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 def first_token(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -757,6 +763,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
         bias_table = self.model.encoder.position_bias
         mask = context.causal_mask(hidden_states, materialise=bool(masks) or bias_table is not None)
+        if not self.model.looks_at_values and bias_table is None and mask is not None and mask.dtype == torch.bool:
+            mask = additive_mask(mask, hidden_states.dtype)
         if masks:
             mask = self._mask_for_mask_tokens(mask, masks)
         position_bias = None

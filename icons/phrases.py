@@ -27,6 +27,7 @@ from .drawing import Drawn
 from .tensors import ARTICLES, KINDS, IconTensors, padded, where
 
 EMOJI = KINDS.index("emoji")
+EMPTY = 0  # the number of the phrase that is none
 ADJECTIVES = tuple(adjective for each in STYLE_ADJECTIVES.values() for adjective in each)
 LINKS = ("of", "for", "stands for", "shows")
 FRAMES = ("a photo of", "this is a photo of", "a picture of")
@@ -97,7 +98,6 @@ class Phrases:
         encoded = [tokenizer(phrase, add_special_tokens=False)["input_ids"] for phrase in phrases]
         self.tokens = padded(encoded, torch.int64).to(device)
         self.vowel = torch.tensor([article(phrase or "x").startswith("an ") for phrase in phrases], device=device)
-        self.empty = torch.tensor(0, device=device)
         # Where each family of phrases begins: a family is asked for by the index of its member.
         first = {"article": ARTICLES[1], "colour": NAMES[0], "adjective": ADJECTIVES[0], "kind": KINDS[0]}
         first |= {"frame": FRAMES[0], "in": f"in {NAMES[0]}", "on": f"on {article(NAMES[0])} background"}
@@ -109,7 +109,7 @@ class Phrases:
 
     def of(self, family: str, index: torch.Tensor) -> torch.Tensor:
         """Numbers of the phrases of a family, of indices (rows,) int64; 0, the empty phrase, where an index is -1."""
-        return where(index < 0, 0, index + self.first[family])
+        return where(index < 0, EMPTY, index + self.first[family])
 
     def a_or_an(self, vowel: torch.Tensor) -> torch.Tensor:
         return where(vowel, self.numbers["an"], self.numbers["a"])
@@ -179,11 +179,11 @@ def descriptions(
     slots = _sentence_slots(icons, phrases, rows, text, drawn, draws[2:])
     frame = phrases.of("frame", (draws[2] * len(FRAMES)).long())
     stop = (draws[7] < options.stop) | (framed & (frame == phrases.numbers[STOPPED]) & (draws[7] < 0.9))
-    slots = {slot: where(sentence & ~framed, number, phrases.empty) for slot, number in slots.items()}
+    slots = {slot: where(sentence & ~framed, number, EMPTY) for slot, number in slots.items()}
     noun_article = phrases.of("article", icons.noun[text].long() - 2)
     slots["lead"] = where(framed, frame, slots["lead"])
     slots["article"] = where(framed, noun_article, slots["article"])
-    slots["end"] = where(stop, phrases.numbers["."], phrases.empty)
+    slots["end"] = where(stop, phrases.numbers["."], EMPTY)
     before = [phrases.tokens[slots[slot]] for slot in ("lead", "colour", "adjective", "kind", "link", "article")]
     behind = [phrases.tokens[slots[slot]] for slot in ("behind", "place", "end")]
     ids, mask = assemble(phrases, [*before, icons.tokens[text], *behind], length)
@@ -219,7 +219,7 @@ def _sentence_slots(icons, phrases: Phrases, rows, text, drawn: Drawn, draws: to
     adjective = _adjectives(phrases, where(draws[2] < 0.5, drawn.style, none), draws[4])
     colour = phrases.of("colour", said)
     place = phrases.of("on", where(draws[3] < 0.2, drawn.ground, none))
-    kinds, empty = phrases.of("kind", kind), phrases.empty
+    kinds = phrases.of("kind", kind)
     is_noun = noun > 0
     form = where(is_noun, draws[0] * NOUN_FORMS, NOUN_FORMS + draws[0] * OTHER_FORMS).long()
     noun_article = phrases.of("article", noun - 2)
@@ -235,15 +235,15 @@ def _sentence_slots(icons, phrases: Phrases, rows, text, drawn: Drawn, draws: to
     no_article = red_thing & (noun == 1)
     with_look = look_before | look_around
     slots = {
-        "colour": where(with_look | red_thing & ~the_thing, colour, empty),
-        "adjective": where(with_look, adjective, empty),
-        "kind": where(look_before, kinds, empty),
-        "article": where(one_of(0, 1, 3, 5, 6) | plain_thing | the_thing, noun_article, empty),
-        "place": where(one_of(5, 10), empty, place),
+        "colour": where(with_look | red_thing & ~the_thing, colour, EMPTY),
+        "adjective": where(with_look, adjective, EMPTY),
+        "kind": where(look_before, kinds, EMPTY),
+        "article": where(one_of(0, 1, 3, 5, 6) | plain_thing | the_thing, noun_article, EMPTY),
+        "place": where(one_of(5, 10), EMPTY, place),
     }
     in_colour = the_thing | one_of(3) & (colour != 0) & (kind != EMOJI)
-    slots["behind"] = where(in_colour, phrases.of("in", said), where(look_around, kinds, empty))
-    link = where(one_of(0, 1), phrases.numbers["of"], empty)
+    slots["behind"] = where(in_colour, phrases.of("in", said), where(look_around, kinds, EMPTY))
+    link = where(one_of(0, 1), phrases.numbers["of"], EMPTY)
     for number, words in ((5, "shows"), (9, "for"), (10, "stands for")):
         link = where(one_of(number), phrases.numbers[words], link)
     slots["link"] = link
@@ -252,7 +252,7 @@ def _sentence_slots(icons, phrases: Phrases, rows, text, drawn: Drawn, draws: to
     follows = where(follows > 0, follows, slots["kind"])
     vowel = where(follows > 0, phrases.vowel[follows], icons.vowel[text])
     indefinite = one_of(0, 1, 4, 7, 9) | red_thing & ~the_thing & ~no_article
-    lead = where(indefinite, phrases.a_or_an(vowel), empty)
+    lead = where(indefinite, phrases.a_or_an(vowel), EMPTY)
     slots["lead"] = where(one_of(5, 10), phrases.numbers["the"], lead)
     return slots
 

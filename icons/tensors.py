@@ -130,7 +130,7 @@ class IconTensors:
             IconDataError: no such file, another format, or made from another `source`.
         """
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
+            with safe_open(path, "pt", device="cpu" if torch.device(device).type == "cpu" else str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise IconDataError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: remove it")

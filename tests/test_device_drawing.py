@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from icon_data import GLOSSES, RELATED, SHAPES, TAGS, rows, tokenizer, words, write_data, write_teacher
 
+from icon_data import GLOSSES, RELATED, SHAPES, TAGS, rows, tokenizer, words, write_data, write_teacher
 from mome.icons import phrases as phrasing
 from mome.icons.drawing import Drawing, Drawn, draw, draw_plain, sample_colours
 from mome.icons.phrases import Phrases, Phrasing, assemble, bare_texts, captions, descriptions, framed_texts, positives
