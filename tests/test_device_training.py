@@ -1,5 +1,6 @@
 """Training with everything on the device, on the CPU at tiny size."""
 
+import functools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import device_worker
 from builders import build_processor
 from icon_data import GLOSSES, RELATED, SHAPES, TAGS, words, write_data, write_teacher
 from mome.modeling_mome import contrastive_loss
-from mome.training.device import phases, trainer
+from mome.training.device import phases, speed, trainer
 from mome.training.device.recipe import DeviceRecipe
 from mome.training.recipe import RecipeError
 
@@ -185,6 +186,24 @@ def test_a_step_never_waits_for_the_device(fields, tmp_path):
             run.step(now, share)
         assert looks.found, "the test sees no wait where there is one"
         run.captioner.model.looks_at_values = False
+
+
+def test_layers_are_compiled_whole_and_compute_the_same(fields, tmp_path, monkeypatch):
+    """Compiled before the clock starts, which changes neither weights nor the random numbers to come."""
+    compiled_losses = []
+    quick = functools.partial(torch.compile, backend="eager", fullgraph=True)  # an error where a graph breaks
+    monkeypatch.setattr(torch, "compile", quick)
+    for compiled in (False, True):
+        run = trainer.DeviceTrainer(recipe(fields, tmp_path / str(compiled)))
+        run.progress.stage = "first"
+        if compiled:
+            speed.prepare(run.captioner, compile_layers=True)
+            before = [parameter.clone() for parameter in run.parameters]
+            run._compile()
+            assert all(torch.equal(*pair) for pair in zip(before, run.parameters))
+        losses = [run.step(phases.moment(run.recipe, share), share).total.item() for share in (0.3, 0.5, 0.69)]
+        compiled_losses.append(losses)
+    assert compiled_losses[1] == pytest.approx(compiled_losses[0], rel=1e-4)
 
 
 def test_two_processes_make_the_step_of_one(fields, tmp_path):

@@ -60,8 +60,23 @@ def prepare(
     if compile_layers:
         # Batches, kept patches and texts differ in length: one graph for all of them, not one for each.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for module in (*model.encoder.layers, model.image_embedding.patch_embedding):
-            module.compile(dynamic=True)
+        for layer in model.encoder.layers:
+            layer.compile(dynamic=True)
+        stem = model.image_embedding.patch_embedding
+        stem.forward = torch.compile(_one_by_one(stem), dynamic=True)
+
+
+def _one_by_one(stem: nn.Module):
+    """What `nn.Sequential` does, as a function that torch.compile looks into: it skips frames of `torch.nn`."""
+    if not isinstance(stem, nn.Sequential):
+        return stem.forward
+
+    def forward(pixel_values: torch.Tensor) -> torch.Tensor:
+        for module in stem:
+            pixel_values = module(pixel_values)
+        return pixel_values
+
+    return forward
 
 
 def _in_bfloat16(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
