@@ -98,7 +98,8 @@ def parse_module(module: str, arguments: list[str], monkeypatch):
     with monkeypatch.context() as changed, pytest.raises(Parsed):
         changed.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         changed.setattr(sys, "argv", [module, *arguments])
-        changed.delitem(sys.modules, module, raising=False)
+        for name in (module, f"{module}.__main__"):
+            changed.delitem(sys.modules, name, raising=False)
         runpy.run_module(module, run_name="__main__")
 
 
