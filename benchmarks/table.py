@@ -16,7 +16,15 @@ RESULTS = ROOT / "evaluation" / "results.csv"
 CARD = Path("checkpoints", "mome-icons", "README.md")
 TABLES = {
     Path("README.md"): ("icons",),
-    Path("docs", "results.md"): ("icons", "speed", "guidance", "ablation 128", "ablation 256"),
+    Path("docs", "results.md"): (
+        "icons",
+        "speed",
+        "speed gpu",
+        "training gpu",
+        "guidance",
+        "ablation 128",
+        "ablation 256",
+    ),
 }
 
 ICONS = "mome-icons test, mome-icons"  # data and checkpoint of `mome.experiments.icons`
@@ -31,6 +39,7 @@ ABLATIONS = {
     "ablation 128": "mome-icons validation, 76800 pairs",
     "ablation 256": "mome-icons validation, width 256, ",
 }
+DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
     "text_to_image_r10": "R@10 t→i",
@@ -58,6 +67,14 @@ def speed_table(rows: list[dict], gpu: bool = False) -> str:
         lines.append(f"| {what} | {row['value']} | {peer} | {row['peer_value']} | {row['ratio']} ({low}–{high}) |")
     hardware = sorted({row["hardware"] for row in latest.values()})
     return "\n".join([*lines, "", "Measured on " + "; ".join(hardware) + "."])
+
+
+def device_table(rows: Iterable[dict]) -> str:
+    """Pairs per second of `mome.training.device` after each measure, and the ratio to the first row."""
+    latest = {row["metric"].removeprefix(DEVICE): row for row in rows if row["metric"].startswith(DEVICE)}
+    lines = [[what, f"{float(row['value']):,.0f}", row["ratio"] or "1"] for what, row in latest.items()]
+    hardware = sorted({row["hardware"] for row in latest.values()})
+    return _table(["step", "pairs per second", "ratio"], lines) + "\n\nMeasured on " + "; ".join(hardware) + "."
 
 
 def icons_figures(rows: Iterable[dict]) -> list[Figure]:
@@ -119,6 +136,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "icons": figures_table(icons_figures(rows)),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
+        "training gpu": device_table(rows),
         "guidance": guidance_table(rows),
         **{name: ablation_table(rows, data) for name, data in ABLATIONS.items()},
     }

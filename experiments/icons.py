@@ -30,6 +30,7 @@ from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
 from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
+from .icon_measures import Pool
 
 PARTS = ("retrieval", "broader", "templates", "glosses", "words", "speed")
 DATA = {
@@ -96,20 +97,15 @@ def retrieval(
     return figures
 
 
-def by_other_texts(
-    measure: Callable[[Embedder, Sequence[dict]], dict[str, float]],
-    embedder: Embedder,
-    folder: Path,
-    names: Sequence[str],
-    half: str,
-) -> dict[str, float]:
-    """Figures of one of `icon_measures` on what training did not see."""
-    figures = {}
+def pools_of(embedder: Embedder, folder: Path, names: Sequence[str], half: str) -> dict[str, Pool]:
+    """A pool of at most 1,000 pictures for each of the data that training did not see."""
+    pools = {}
     for name in names:
         if name != "seen pictures":
-            pool = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
-            figures |= {f"{name}: {measure.__name__}, {key}": value for key, value in measure(embedder, pool).items()}
-    return figures
+            examples = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
+            images = [each["image"] for each in examples]
+            pools[name] = Pool(examples, embedder.embed_images(images, progress=True))
+    return pools
 
 
 # ------------------------------------------------------------------------------------------ by another word
@@ -218,8 +214,10 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
     return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
 
-def run_part(part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
-    """The figures of one of `PARTS`."""
+def run_part(
+    part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace, pools: dict[str, Pool]
+) -> dict[str, float]:
+    """The figures of one of `PARTS`; `pools` is filled by the first part that needs them."""
     if part == "retrieval":
         return retrieval(embedder, options.data, names, options.half, options.template)
     if part == "words":
@@ -227,7 +225,11 @@ def run_part(part: str, embedder: Embedder, names: Sequence[str], options: argpa
         return {f"by another word, {key}": value for key, value in found.items()}
     if part == "speed":
         return speed(embedder, options.data, options.checkpoint)
-    return by_other_texts(getattr(icon_measures, part), embedder, options.data, names, options.half)
+    if not pools:
+        pools |= pools_of(embedder, options.data, names, options.half)
+    measure = getattr(icon_measures, part)
+    found = {name: measure(embedder, pool) for name, pool in pools.items()}
+    return {f"{name}: {part}, {key}": value for name, each in found.items() for key, value in each.items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -250,10 +252,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     except MomeError as error:
         raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
+    pools: dict[str, Pool] = {}
     for part in PARTS:
         if part not in options.only:
             continue
-        found = run_part(part, embedder, names, options)
+        found = run_part(part, embedder, names, options, pools)
         for name, value in found.items():
             print(f"{name:85s} {value:10.4g}", flush=True)
         if options.results:
