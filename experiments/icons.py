@@ -10,13 +10,14 @@ python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [-
 - `broader`, `templates`, `glosses`: find pictures by a broader word, by a sentence, by a definition;
 - `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
 
-A part's figures are printed, and written to FILE, when it ends. What is chosen by figures is chosen by those of the
+Figures are printed, and written to FILE, as they are found. What is chosen by figures is chosen by those of the
 other half, `--half validation`.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -86,15 +87,13 @@ def files_of(folder: Path, names: Sequence[str], half: str) -> list[Path]:
 
 
 def retrieval(
-    embedder: Embedder, folder: Path, names: Sequence[str] = tuple(DATA), half: str = "test", template: str = "{}"
-) -> dict[str, float]:
-    """All figures of the data of these names."""
-    figures = {}
+    embedder: Embedder, folder: Path, names: Sequence[str], half: str = "test", template: str = "{}"
+) -> Iterator[dict[str, float]]:
+    """All figures of each of the data of these names."""
     for name in names:
         samples = SEEN_SAMPLES if name == "seen pictures" else None
         found = evaluation_of(folder, name, samples, half, template).run(embedder)
-        figures |= {f"{name}: {metric}": value for metric, value in found.items()}
-    return figures
+        yield {f"{name}: {metric}": value for metric, value in found.items()}
 
 
 def pools_of(embedder: Embedder, folder: Path, names: Sequence[str], half: str) -> dict[str, Pool]:
@@ -216,20 +215,21 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
 
 def run_part(
     part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace, pools: dict[str, Pool]
-) -> dict[str, float]:
-    """The figures of one of `PARTS`; `pools` is filled by the first part that needs them."""
+) -> Iterator[dict[str, float]]:
+    """The figures of one of `PARTS`, as they are found; `pools` is filled by the first part that needs them."""
     if part == "retrieval":
-        return retrieval(embedder, options.data, names, options.half, options.template)
-    if part == "words":
+        yield from retrieval(embedder, options.data, names, options.half, options.template)
+    elif part == "words":
         found = words(embedder, options.data, options.half)
-        return {f"by another word, {key}": value for key, value in found.items()}
-    if part == "speed":
-        return speed(embedder, options.data, options.checkpoint)
-    if not pools:
-        pools |= pools_of(embedder, options.data, names, options.half)
-    measure = getattr(icon_measures, part)
-    found = {name: measure(embedder, pool) for name, pool in pools.items()}
-    return {f"{name}: {part}, {key}": value for name, each in found.items() for key, value in each.items()}
+        yield {f"by another word, {key}": value for key, value in found.items()}
+    elif part == "speed":
+        yield speed(embedder, options.data, options.checkpoint)
+    else:
+        if not pools:
+            pools |= pools_of(embedder, options.data, names, options.half)
+        measure = getattr(icon_measures, part)
+        for name, pool in pools.items():
+            yield {f"{name}: {part}, {key}": value for key, value in measure(embedder, pool).items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -253,10 +253,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
     pools: dict[str, Pool] = {}
-    for part in PARTS:
-        if part not in options.only:
-            continue
-        found = run_part(part, embedder, names, options, pools)
+    parts = [part for part in PARTS if part in options.only]
+    for found in chain.from_iterable(run_part(part, embedder, names, options, pools) for part in parts):
         for name, value in found.items():
             print(f"{name:85s} {value:10.4g}", flush=True)
         if options.results:
