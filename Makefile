@@ -11,7 +11,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3
 
 .PHONY: quickstart demo test test-oldest test-newest lint bench clean
 
-quickstart: $(VENV)/.installed
+quickstart: $(VENV)/.base
 	$(RUN) -m mome.quickstart $(IMAGES)
 
 demo: $(VENV)/.installed
@@ -49,9 +49,14 @@ bench: $(VENV)/.installed
 clean:
 	rm -rf .venv .venv-oldest .venv-newest .cache build *.egg-info
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What the quickstart and the command `mome` need.
+$(VENV)/.base: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[retrieval]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.base
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 

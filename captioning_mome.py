@@ -3,6 +3,7 @@
 - `MomeCache`: keys and values of an image and its caption, with room to grow;
 - `CaptionInputs`, `CaptionContext`: one call's tokens as the trunk wants them (image first, then text), and the way
   back;
+- `additive_mask`: a mask as numbers;
 - `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
 - `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
 
@@ -103,6 +104,7 @@ class CaptionInputs:
         logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
         image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can look,
             `None` is `False`, and image tokens must come first, before any padding.
+        image_tokens: of each image; fewer than `num_image_tokens` where patches were left out. `None`: all.
     """
 
     input_ids: torch.Tensor | None = None
@@ -113,6 +115,7 @@ class CaptionInputs:
     cache: Cache | None = None
     logits_to_keep: int | torch.Tensor = 0
     image_tokens_in_input: bool | None = None
+    image_tokens: int | None = None
 
 
 class CaptionContext:
@@ -158,7 +161,8 @@ class CaptionContext:
             self.num_mask_tokens = min(self._last_logits, self.text_tokens) or self.text_tokens
 
     def _find_image(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
-        self.image_tokens, self.images = self.config.num_image_tokens, inputs.pixel_values.shape[0]
+        whole = self.config.num_image_tokens
+        self.image_tokens, self.images = inputs.image_tokens or whole, inputs.pixel_values.shape[0]
         if not self.images or self.batch % self.images:
             raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
         if torch.compiler.is_compiling():  # a graph can't branch on ids
@@ -166,6 +170,11 @@ class CaptionContext:
         elif inputs.image_tokens_in_input is not False:
             is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
             self.placed, self.order = _locate_image(self.config, is_image, inputs.attention_mask)
+        if self.placed and self.image_tokens != whole:
+            raise ValueError(
+                f"input_ids holds the image tokens, but image_outputs has {self.image_tokens} of {whole}: leave them "
+                "out of input_ids"
+            )
 
     @property
     def _last_logits(self) -> int:
@@ -404,6 +413,11 @@ def _locate_image(
     if not first.any():
         return True, None
     return True, is_image.long().argsort(dim=1, descending=True, stable=True)
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what is added to scores: SDPA would make it in every layer, with a wait for the device each."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 def extend_mask(mask: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:

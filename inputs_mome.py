@@ -1,6 +1,7 @@
-"""What is refused before any heavy work, each in one line that names the value; and positions of a text's tokens."""
+"""What is refused before any heavy work, each in one line that names the value; and where tokens stand."""
 
 import torch
+from torch.nn import functional as F
 
 from .configuration_mome import MomeConfig
 
@@ -24,12 +25,19 @@ def check_masked_patches(config: MomeConfig, bool_masked_pos: torch.Tensor, pixe
         )
 
 
+def check_kept_patches(config: MomeConfig, kept_patches: torch.Tensor, pixel_values: torch.Tensor):
+    images, patches = pixel_values.shape[0], config.grid_size**2
+    shape = tuple(kept_patches.shape)
+    if len(shape) != 2 or shape[0] != images or not 1 <= shape[1] <= patches:
+        raise ValueError(f"kept_patches has shape {shape}, expected (images, kept) = ({images}, 1…{patches})")
+
+
 def check_joint_experts(config: MomeConfig, joint_experts: bool):
     if joint_experts and not config.joint_projection:
         raise ValueError("joint_experts=True needs their projections, got a config with joint_projection=False")
 
 
-def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int):
+def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int | None):
     """A text of its own: not empty, not longer than the position table, and within the vocabulary."""
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1")
@@ -41,9 +49,9 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     check_vocabulary(input_ids, vocabulary)
 
 
-def check_vocabulary(input_ids: torch.Tensor, vocabulary: int):
-    """`vocabulary`: rows of the word embedding."""
-    if torch.compiler.is_compiling() or input_ids.device.type == "meta":
+def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
+    """`vocabulary`: rows of the word embedding; `None`: don't look."""
+    if vocabulary is None or torch.compiler.is_compiling() or input_ids.device.type == "meta":
         return
     lowest, highest = (int(bound) for bound in input_ids.aminmax())
     if lowest < 0 or highest >= vocabulary:
@@ -67,6 +75,11 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
             f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: they must be equal"
         )
     check_pairs(pixel_values, input_ids)
+
+
+def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
+    """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
+    return F.pad(kept_patches + 1, (1, 0))
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -125,7 +125,8 @@ def router_sums(
     experts = logits.shape[-1]
     logits = logits.reshape(-1, experts)
     mask = logits.new_ones(logits.shape[0]) if token_mask is None else token_mask.reshape(-1).to(logits.dtype)
-    chosen = F.one_hot(logits.topk(experts_per_token, dim=-1).indices, experts).sum(dim=1)
+    # (batch · tokens, experts): 1 for those that are used. On a CPU, one_hot would look at the indices.
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(experts_per_token, dim=-1).indices, 1.0)
     assignments = (chosen * mask[:, None]).sum(dim=0)
     probabilities = (logits.softmax(dim=-1) * mask[:, None]).sum(dim=0)
     return assignments, probabilities, (logits.logsumexp(dim=-1).square() * mask).sum(), mask.sum()

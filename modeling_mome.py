@@ -40,7 +40,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .captioning_mome import CaptionContext, CaptionInputs, MomeCache, cached_image_tokens
+from .captioning_mome import CaptionContext, CaptionInputs, MomeCache, additive_mask, cached_image_tokens
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
@@ -49,11 +49,13 @@ from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPool
 from .inputs_mome import (
     check_input_ids,
     check_joint_experts,
+    check_kept_patches,
     check_labels,
     check_masked_patches,
     check_pairs,
     check_pixel_values,
     check_vocabulary,
+    image_places,
     text_positions,
 )
 from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
@@ -69,6 +71,9 @@ class MomeModel(MomePreTrainedModel):
 
     _auto_class = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
+    # nothing. A look waits for the device: a training loop over ids that it made itself may set it to False.
+    looks_at_values = True
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)
@@ -98,15 +103,28 @@ class MomeModel(MomePreTrainedModel):
     # The passes: embed → layers → norm, and from their states pool → project.
 
     def image_pass(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        kept_patches: torch.Tensor | None = None,
+        **kwargs,
     ) -> MomeEncoderOutput:
-        """pixel_values (images, channels, height, width) → states (images, image tokens, width)."""
+        """pixel_values (images, channels, height, width) → states (images, image tokens, width).
+
+        With `kept_patches` (images, kept) int64, different places in the grid of each image, its tokens are `[CLS]`
+        and those patches: training with patches left out (FLIP, 2212.00794). The places themselves are not checked.
+        """
         check_pixel_values(self.config, pixel_values)
         if bool_masked_pos is not None:
             check_masked_patches(self.config, bool_masked_pos, pixel_values)
-        hidden_states = self.image_embedding(pixel_values, bool_masked_pos)
+        if kept_patches is not None:
+            check_kept_patches(self.config, kept_patches, pixel_values)
+        hidden_states, places = self.image_embedding(pixel_values, bool_masked_pos), None
+        if kept_patches is not None:
+            places = image_places(kept_patches)
+            hidden_states = hidden_states.gather(1, places[..., None].expand(-1, -1, hidden_states.shape[-1]))
         biases = self.encoder.position_bias
-        position_bias = None if biases is None else biases.image(pixel_values.device)
+        position_bias = None if biases is None else biases.image(pixel_values.device, places)
         spans = (("image", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, None, position_bias, return_dict=True, **kwargs)  # layers, norm
 
@@ -126,7 +144,7 @@ class MomeModel(MomePreTrainedModel):
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
         biases = self.encoder.position_bias
         position_bias = None if biases is None else biases.text(position_ids, position_ids)
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        mask = self._text_mask(hidden_states, attention_mask)
         spans = (("text", hidden_states.shape[1]),)
         return self.encoder(hidden_states, spans, mask, position_bias, return_dict=True, **kwargs)  # layers, norm
 
@@ -166,6 +184,12 @@ class MomeModel(MomePreTrainedModel):
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
         return hidden_states
+
+    def _text_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if attention_mask is None or self.looks_at_values or self.config._attn_implementation != "sdpa":
+            return create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        # (texts, 1, 1, tokens): every token sees what is no padding
+        return additive_mask(attention_mask[:, None, None, :].bool(), hidden_states.dtype)
 
     # The public features.
 
@@ -343,9 +367,9 @@ class MomeModel(MomePreTrainedModel):
         return tuple(dict(zip(routed, layer)) for layer in zip(*routed.values()))
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the word embedding."""
-        return self.get_input_embeddings().weight.shape[0]
+    def vocabulary(self) -> int | None:
+        """Rows of the word embedding, which ids are checked against; `None` if values are not looked at."""
+        return self.get_input_embeddings().weight.shape[0] if self.looks_at_values else None
 
 
 class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
@@ -425,7 +449,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
                 predicted from the positions before it.
             use_cache: return what was seen, the image included, for the next call.
-            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one.
+            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one;
+                with fewer tokens than an image has if it was given `kept_patches`.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -440,7 +465,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         if cached_image_tokens(cache):
             pixel_values = None  # the cache has seen it
         given = input_ids, inputs_embeds, pixel_values, attention_mask, position_ids, cache
-        caption = self._caption_context(CaptionInputs(*given, logits_to_keep, image_tokens_in_input))
+        image_tokens = None if image_outputs is None else image_outputs.last_hidden_state.shape[1]
+        caption = self._caption_context(CaptionInputs(*given, logits_to_keep, image_tokens_in_input, image_tokens))
 
         image = image_embeds = None
         if pixel_values is not None:
@@ -479,6 +505,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         embeds, position_ids = caption.with_mask_tokens(embeds, words.weight)
         hidden_states = self.model.text_embedding(embeds, position_ids)
         mask, position_bias = caption.mask_and_bias(hidden_states, position_ids, self.model.encoder.position_bias)
+        if not self.model.looks_at_values and position_bias is None and mask is not None and mask.dtype == torch.bool:
+            mask = additive_mask(mask, hidden_states.dtype)
         outputs = self.model.encoder(
             hidden_states,
             (("text", hidden_states.shape[1]),),

@@ -165,8 +165,10 @@ class MomeRelativePositionBias(nn.Module):
         biases = F.embedding(index, self.table).unflatten(-1, (config.num_hidden_layers, config.num_attention_heads))
         return biases.permute(3, 0, 4, 1, 2)
 
-    def image(self, device) -> torch.Tensor:
-        return self._biases(self._image_index(device)[None])
+    def image(self, device, places: torch.Tensor | None = None) -> torch.Tensor:
+        """`places` (batch, tokens): those of the image's tokens that there are; `None`: all."""
+        index = self._image_index(device)
+        return self._biases(index[None] if places is None else index[places[:, :, None], places[:, None, :]])
 
     def text(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
         return self._biases(self._text_index(query_positions, key_positions))
@@ -520,8 +522,7 @@ class MomeEncoder(MomePreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(MomeLayer, index=0),
         "attentions": OutputRecorder(MomeAttention, index=1),
-        "router_logits": OutputRecorder(MomeLayer, index=3),
-    }
+    }  # router logits need no hook, which would break the graphs of layers that are compiled: `forward` returns them
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)

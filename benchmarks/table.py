@@ -17,7 +17,16 @@ RESULTS = ROOT / "evaluation" / "results.csv"
 CARD = CHECKPOINT / "README.md"
 TABLES = {
     Path("README.md"): ("icons",),
-    Path("docs", "results.md"): ("icons", "searches", "speed", "guidance", "ablation 128", "ablation 256"),
+    Path("docs", "results.md"): (
+        "icons",
+        "searches",
+        "speed",
+        "speed gpu",
+        "training gpu",
+        "guidance",
+        "ablation 128",
+        "ablation 256",
+    ),
 }
 
 # What else is searched by in `mome.experiments.icons` → heading.
@@ -32,6 +41,7 @@ ABLATIONS = {
     "ablation 128": "mome-icons validation, 76800 pairs",
     "ablation 256": "mome-icons validation, width 256, ",
 }
+DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
     "text_to_image_r10": "R@10 t→i",
@@ -72,6 +82,14 @@ def searches_table(rows: Iterable[dict]) -> str:
         if any(value is not None for value in values):
             lines.append([label, *("–" if value is None else f"{100 * value:.1f} %" for value in values)])
     return _table(["", *SEARCHES.values()], lines)
+
+
+def device_table(rows: Iterable[dict]) -> str:
+    """Pairs per second of `mome.training.device` after each measure, and the ratio to the first row."""
+    latest = {row["metric"].removeprefix(DEVICE): row for row in rows if row["metric"].startswith(DEVICE)}
+    lines = [[what, f"{float(row['value']):,.0f}", row["ratio"] or "1"] for what, row in latest.items()]
+    hardware = sorted({row["hardware"] for row in latest.values()})
+    return _table(["step", "pairs per second", "ratio"], lines) + "\n\nMeasured on " + "; ".join(hardware) + "."
 
 
 def guidance_table(rows: Iterable[dict]) -> str:
@@ -124,6 +142,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "searches": searches_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
+        "training gpu": device_table(rows),
         "guidance": guidance_table(rows),
         **{name: ablation_table(rows, data) for name, data in ABLATIONS.items()},
     }

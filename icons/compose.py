@@ -76,7 +76,7 @@ def compose_icons(
     _check_shares(shares | {"colour_share": colour_share, "redraw_share": redraw_share, "stretch": stretch})
     if not examples:
         return []
-    icons = _Icons([example["image"] for example in examples])
+    icons = Icons([example["image"] for example in examples])
     if plain:
         return [{**example, "image": picture} for example, picture in zip(examples, _plain(icons, side))]
     named = rng.random(len(examples)) < name_share
@@ -97,7 +97,7 @@ def _check_shares(shares: Mapping[str, float]):
             raise ValueError(f"{name}={share} must be between 0 and 1")
 
 
-class _Icons:
+class Icons:
     """Icons of a batch, float32: `alpha` (count, size, size), alpha * colour as `rgb` (coloured, 3, size, size)."""
 
     def __init__(self, images: Sequence[Any]):
@@ -209,7 +209,7 @@ def scene_name(example: dict[str, Any]) -> str:
 class _Colours:
     """Colours of a batch: `ink` (placements, 3) and `ground` (pictures, 3), each with its names (-1: none)."""
 
-    def __init__(self, icons: _Icons, scenes: _Scenes, colour_share: float, rng: np.random.Generator):
+    def __init__(self, icons: Icons, scenes: _Scenes, colour_share: float, rng: np.random.Generator):
         pictures = len(scenes.members)
         plain = rng.random(pictures) >= colour_share
         self.ground_name = _choose(rng, pictures, (0.52, 0.13, 0.12), (WHITE, -1, BLACK))
@@ -256,7 +256,7 @@ def _neighbours(planes: np.ndarray, choose: np.ufunc) -> np.ndarray:
 
 
 def _paint(
-    icons: _Icons, scenes: _Scenes, colours: _Colours, side: int, stretch: float, rng: np.random.Generator
+    icons: Icons, scenes: _Scenes, colours: _Colours, side: int, stretch: float, rng: np.random.Generator
 ) -> np.ndarray:
     """The pictures, uint8, (pictures, side, side, 3)."""
     drawn = np.empty((len(scenes.members), side, side, 3), np.uint8)
@@ -310,7 +310,7 @@ def _kernel(size: int, length: int) -> np.ndarray:
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _plain(icons: _Icons, side: int) -> np.ndarray:
+def _plain(icons: Icons, side: int) -> np.ndarray:
     """Dark icons on white, coloured ones in their colours on white, uint8, (count, side, side, 3)."""
     alpha, rgb = icons.alpha, icons.rgb
     if icons.size != side:
@@ -326,7 +326,7 @@ def _plain(icons: _Icons, side: int) -> np.ndarray:
 
 def _captions(
     examples: Sequence[dict[str, Any]],
-    icons: _Icons,
+    icons: Icons,
     scenes: _Scenes,
     colours: _Colours,
     share: float,
@@ -356,7 +356,7 @@ def _captions(
 
 
 def _sentence(
-    example: dict[str, Any], index: int, icons: _Icons, colours: _Colours, placement: int, draws: np.ndarray
+    example: dict[str, Any], index: int, icons: Icons, colours: _Colours, placement: int, draws: np.ndarray
 ) -> str:
     name = example["text"] if split_noun(example["text"]) else example.get("name") or example["text"]
     ink = colours.ink_name[placement] if colours.mono[placement] and icons.firm[index] else -1

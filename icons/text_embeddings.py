@@ -35,8 +35,14 @@ def embed(texts: list[str], folder: Path, batch_size: int = 256) -> torch.Tensor
 
 
 def texts_to_embed(rows: datasets.Dataset, tokens: Iterable[str]) -> list[str]:
-    """Every text of the rows and every piece of the tokenizer once, short ones first, so that batches are even."""
-    found = {text for texts in rows["texts"] for text in texts} | {token.removeprefix("##") for token in tokens}
+    """Every text of the rows and every piece of the tokenizer once, short ones first, so that batches are even.
+
+    Args:
+        rows: with the columns `texts`, `related` and `gloss` of the data set.
+        tokens: pieces of the tokenizer.
+    """
+    found = {text for column in ("texts", "related") for texts in rows[column] for text in texts}
+    found |= {gloss for gloss in rows["gloss"] if gloss} | {token.removeprefix("##") for token in tokens}
     return sorted(found, key=lambda text: (len(text), text))
 
 
@@ -47,7 +53,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, required=True, help="parquet file")
     options = parser.parse_args(arguments)
     data_files = {"train": str(options.data / "train-*.parquet")}
-    rows = datasets.load_dataset("parquet", data_files=data_files, split="train").select_columns("texts")
+    rows = datasets.load_dataset(
+        "parquet", data_files=data_files, split="train", columns=["texts", "related", "gloss"]
+    )
     texts = texts_to_embed(rows, AutoTokenizer.from_pretrained(options.processor).get_vocab())
     embeddings = embed(texts, teacher_folder()).half().numpy()
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])

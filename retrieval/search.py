@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..embedder import Embedder
-from ..errors import RetrievalError
+from ..errors import RetrievalError, missing_package
 from .exact import ExactIndex
 from .filters import Where
 from .index import Hit, Index
@@ -46,7 +46,7 @@ def _open_milvus(table: EmbeddingTable, uri: str | Path) -> Index:
     try:
         from .milvus import MilvusIndex
     except ModuleNotFoundError as error:
-        raise RetrievalError(f"index={str(uri)!r} needs {error.name}: pip install 'mome[milvus]'") from None
+        raise RetrievalError(f"index={str(uri)!r}: {missing_package(error, 'milvus')}") from None
     return MilvusIndex(table, uri)
 
 

@@ -62,6 +62,22 @@ def test_the_last_row_of_a_measurement_counts_and_seeds_are_put_together():
     assert line == "| dual | 2.27 M | 15.0 ± 5.0 | – | – | – | 25.0 | – |"
 
 
+def test_speed_on_a_device_has_a_row_for_each_step_and_the_last_measurement_counts():
+    first = {"ratio": "", "hardware": "a GPU"}
+    rows = [
+        result(f"{table.DEVICE}plain", 900) | first,
+        result(f"{table.DEVICE}plain", 1000) | first,
+        result(f"{table.DEVICE}+ compiled", 1500) | {"ratio": "1.500", "hardware": "a GPU"},
+        result("GPU, training step, per second: MoME", 3),
+    ]
+    assert table.device_table(rows).splitlines()[2:] == [
+        "| plain | 1,000 | 1 |",
+        "| + compiled | 1,500 | 1.500 |",
+        "",
+        "Measured on a GPU.",
+    ]
+
+
 def test_guidance_has_a_row_for_each_method():
     rows = [
         result("captions, R@1: unguided", 0.1234, table.GUIDANCE),

@@ -193,7 +193,7 @@ def test_generation_goes_on_from_a_cache(variant, placed, batch):
             )
         rest = captioner.generate(
             **inputs,
-            cache=first.cache,
+            cache=first[CACHE_NAME],
             max_new_tokens=4,
             min_new_tokens=4,
             do_sample=False,

@@ -18,13 +18,10 @@ from mome.icons.assemble import Named
 
 
 class Known:
-    """An embedder of pictures that are vectors, and of texts that have theirs."""
+    """An embedder of texts that have their vectors."""
 
     def __init__(self, **texts):
         self.texts = texts
-
-    def embed_images(self, images):
-        return torch.tensor(images, dtype=torch.float32)
 
     def embed_texts(self, texts, on_cut=None):
         if on_cut and "long" in texts:
@@ -34,6 +31,10 @@ class Known:
 
 def example(name, image, related=(), gloss="", references=()):
     return {"text": name, "image": image, "related": related, "gloss": gloss, "references": [name, *references]}
+
+
+def pool_of(*examples):
+    return icon_measures.Pool(examples, torch.tensor([each["image"] for each in examples]))
 
 
 def test_as_many_results_count_as_there_are_true_ones_and_at_most_ten():
@@ -47,22 +48,22 @@ def test_as_many_results_count_as_there_are_true_ones_and_at_most_ten():
 
 
 def test_a_broader_word_must_be_true_of_three_pictures_and_a_picture_called_so_is_left_out():
-    pool = [
+    pool = pool_of(
         example("bee", [1.0, 0.0], ["insect", "animal"]),
         example("dog", [0.8, 0.0], ["animal"]),
         example("cat", [0.1, 0.0], ["animal"]),
         example("van", [0.6, 0.0], ["car"]),
         example("beast", [0.9, 0.0], [], references=["animal"]),
-    ]
+    )
     figures = icon_measures.broader(Known(animal=[1, 0]), pool)
     # The first three of the four that count are bee, dog and van.
     assert figures == pytest.approx({"queries": 1, "R-precision": 2 / 3})
     with pytest.raises(DataError, match="no related word is true of 3 of the 2 pictures"):
-        icon_measures.broader(Known(), pool[:2])
+        icon_measures.broader(Known(), pool_of(*pool.examples[:2]))
 
 
 def test_a_sentence_that_hides_the_name_finds_less():
-    pool = [example("bee", [1.0, 0.0]), example("dog", [0.0, 1.0])]
+    pool = pool_of(example("bee", [1.0, 0.0]), example("dog", [0.0, 1.0]))
     texts = {"bee": [1, 0], "dog": [0, 1], "an icon of a bee": [1, 0], "an icon of a dog": [1, 0]}
     texts |= {"This is a photo of bee.": [0, 1], "This is a photo of dog.": [1, 0]}
     figures = icon_measures.templates(Known(**texts), pool)
@@ -73,19 +74,19 @@ def test_a_sentence_that_hides_the_name_finds_less():
 
 
 def test_a_definition_finds_any_picture_that_it_defines():
-    pool = [
+    pool = pool_of(
         example("bee", [1.0, 0.0], gloss="stings"),
         example("car", [0.0, 1.0], gloss="long"),
         example("automobile", [0.1, 0.9], gloss="long"),
         example("arrow left", [0.6, 0.6]),
-    ]
+    )
     figures = icon_measures.glosses(Known(stings=[0, 1], long=[0, 1]), pool)
     assert {key: figures[key] for key in ("queries", "queries of which the end is not read", "pictures")} == {
         "queries": 2, "queries of which the end is not read": 1, "pictures": 4,
     }  # fmt: skip
     assert figures["R@1"] == 0.5 and figures["R@10"] == 1.0
     with pytest.raises(DataError, match="none of the 1 pictures has a definition"):
-        icon_measures.glosses(Known(), pool[3:])
+        icon_measures.glosses(Known(), pool_of(*pool.examples[3:]))
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_a_missing_package_is_named_before_anything_is_computed(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rank_bm25" else find(name))
     monkeypatch.setattr(icon_measures, "EXTRAS", {"words": {"rank_bm25": "eval", "torch": "training"}})
-    with pytest.raises(MomeError, match=r"'words' needs rank_bm25: pip install 'mome\[eval\]'"):
+    with pytest.raises(MomeError, match=r"'words' needs rank_bm25: pip install -e \"\.\[eval\]\""):
         icon_measures.check_parts(["broader", "words"], [])
     icon_measures.check_parts(["broader"], [])
 

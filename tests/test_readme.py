@@ -99,7 +99,8 @@ def parse_module(module: str, arguments: list[str], monkeypatch):
     with monkeypatch.context() as changed, pytest.raises(Parsed):
         changed.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         changed.setattr(sys, "argv", [module, *arguments])
-        changed.delitem(sys.modules, module, raising=False)
+        for name in (module, f"{module}.__main__"):
+            changed.delitem(sys.modules, name, raising=False)
         runpy.run_module(module, run_name="__main__")
 
 
@@ -109,7 +110,7 @@ def check_python(arguments: list[str], monkeypatch):
     if (module, *rest[:1]) == ("mome.convert", "mome") or "--dry-run" in rest:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    elif module == "mome.training.finetune":
+    elif module in ("mome.training", "mome.training.finetune"):
         Recipe.from_command_line(rest)
     else:
         parse_module(module, rest, monkeypatch)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from builders import build_processor
+from mome.data.teacher import Teacher
 from mome.errors import RecipeError
 from mome.losses_mome import distillation_loss
 from mome.training.batches import Collator
-from mome.training.distillation import Teacher
 from test_training_data import as_dataset
 
 TEXTS = ["cat", "dog", "house", "tree", "car", "road", "sun", "moon"]

@@ -22,9 +22,9 @@ import torch
 from ..data.augment import Augmentation, Example
 from ..data.images import to_pixels
 from ..data.pairs import read_pair
+from ..data.teacher import Teacher
 from ..errors import RecipeError, first_line
 from ..processing_mome import MomeProcessor
-from .distillation import Teacher
 
 
 @dataclass

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,10 +63,11 @@ class Checkpoints:
         accelerator: holds everything that goes into a checkpoint.
         folder: where the checkpoints are.
         recipe: says how many to keep, and is compared when a run is resumed.
+        same_data: the fields that are compared.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, recipe: Recipe):
-        self.accelerator, self.folder, self.recipe = accelerator, folder, recipe
+    def __init__(self, accelerator: Accelerator, folder: Path, recipe: Recipe, same_data: Sequence[str] = SAME_DATA):
+        self.accelerator, self.folder, self.recipe, self.same_data = accelerator, folder, recipe, same_data
 
     def save(self, step: int) -> Path | None:
         """Writes a checkpoint and returns its folder; `None` if that failed, for instance on a full disk.
@@ -96,7 +98,8 @@ class Checkpoints:
 
     def _finish(self, partial: Path, final: Path, step: int):
         files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in _files(partial)}
-        manifest = {"step": step, "files": files, "recipe": {name: getattr(self.recipe, name) for name in SAME_DATA}}
+        recipe = {name: getattr(self.recipe, name) for name in self.same_data}
+        manifest = {"step": step, "files": files, "recipe": recipe}
         with (partial / MANIFEST).open("w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -148,7 +151,7 @@ class Checkpoints:
 
     def _compare(self, folder: Path):
         then = json.loads((folder / MANIFEST).read_text())["recipe"]
-        for name in SAME_DATA:
+        for name in self.same_data:
             now = getattr(self.recipe, name)
             if then[name] != now:
                 raise RecipeError(

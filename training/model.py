@@ -19,7 +19,7 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
     Raises:
         RecipeError: a folder that can't be loaded, an invalid config, LoRA keywords that peft refuses.
     """
-    processor = _load(AutoProcessor, recipe.processor or recipe.checkpoint)
+    processor = load_processor(recipe.processor or recipe.checkpoint)
     if recipe.checkpoint is not None:
         captioner = _load(MomeForConditionalGeneration, recipe.checkpoint, dtype=torch.float32)
     else:
@@ -37,6 +37,11 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
         except (TypeError, ValueError) as error:
             raise RecipeError(f"lora={recipe.lora}: {error}") from None
     return captioner, processor
+
+
+def load_processor(path: str) -> MomeProcessor:
+    """Raises `RecipeError` for a folder that can't be loaded."""
+    return _load(AutoProcessor, path)
 
 
 def _load(auto_class, path: str, **options):

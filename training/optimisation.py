@@ -121,11 +121,16 @@ class MovingAverage:
         self.decay, self.step = decay, 0
 
     @torch.no_grad()
+    def restart(self):
+        """Begin anew from the parameters as they are."""
+        self.step = 0
+        torch._foreach_copy_(self.averages, self.parameters)
+
+    @torch.no_grad()
     def update(self):
         self.step += 1
         weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
-        for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter.detach(), weight)
+        torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..data.augment import build_augmentations
 from ..data.images import pixel_scale
 from ..data.pairs import load_rows
+from ..data.teacher import Teacher
 from ..embedder import Embedder
 from ..errors import RecipeError
 from ..evaluation.evaluator import Evaluation
@@ -36,7 +37,6 @@ from ..evaluation.results import append_figures
 from . import report
 from .batches import Batch, Batches, Collator, Shard, epoch_of_batches
 from .checkpoint import Checkpoints, Progress
-from .distillation import Teacher
 from .model import build_model, captioner_name, give_scalars_a_dimension
 from .objective import LOSSES, PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates

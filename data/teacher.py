@@ -60,11 +60,20 @@ class Teacher:
             word_embeddings: (vocabulary, width); a row wider than `dimension` ends in zeros.
             tokens: the vocabulary in the order of its ids; WordPiece's `##` is stripped.
         """
-        known = self.embed([token.removeprefix("##") for token in tokens])
-        width = min(self.dimension, word_embeddings.embedding_dim)
-        with torch.no_grad():
-            weight = word_embeddings.weight[: len(known)]
-            known = F.normalize(known[:, :width], dim=1)
-            size = weight.norm(dim=1, keepdim=True)
-            found = (known.norm(dim=1) > 0) & (size[:, 0] > 0)
-            weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
+        turn_words(word_embeddings, self.embed([token.removeprefix("##") for token in tokens]))
+
+
+@torch.no_grad()
+def turn_words(word_embeddings: nn.Embedding, known: torch.Tensor):
+    """Points the rows of words in the directions that a teacher gives them; each row keeps its length.
+
+    Args:
+        word_embeddings: (vocabulary, width).
+        known: (words, dimension) of the first so many words; zeros for those that stay as they are.
+    """
+    weight = word_embeddings.weight[: len(known)]
+    width = min(known.shape[1], weight.shape[1])
+    known = F.normalize(known[:, :width].to(weight), dim=1)
+    size = weight.norm(dim=1, keepdim=True)
+    found = (known.norm(dim=1) > 0) & (size[:, 0] > 0)
+    weight[found] = F.pad(known * size, (0, weight.shape[1] - width))[found]
