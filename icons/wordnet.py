@@ -2,7 +2,7 @@
 
     bee          insect, invertebrate, animal         "any of numerous hairy-bodied insects including ..."
     fire engine  fire truck, truck, motortruck, ...   "any of various large trucks that carry firemen and ..."
-    toy train    train, railroad train, ...           (no definition: WordNet knows the train only)
+    toy train    train, railroad train, ...           "public transport provided by a line of railway cars ..."
 
     name ─ whole, else what it is a kind of (`head_of`) ─ sense that can be drawn (`Nouns.sense`) ─ hypernyms ─ words
 
@@ -154,7 +154,7 @@ def head_of(name: str, nouns: Nouns) -> str | None:
 
 
 def relations(name: str, nouns: Nouns, unwanted: Callable[[str], bool]) -> tuple[list[str], str]:
-    """Other and broader words for a name, nearest first, and its definition; both may be empty.
+    """Other and broader words for a name, nearest first, and its definition, or that of its head; both may be empty.
 
     Args:
         name: lower-case words.
@@ -172,4 +172,4 @@ def relations(name: str, nouns: Nouns, unwanted: Callable[[str], bool]) -> tuple
     words = dict.fromkeys(to_name(word.split("_")) for group in groups for word in group)
     own = concept_key(name)
     kept = [w for w in words if w and w not in ABSTRACT and concept_key(w) != own and not unwanted(w)]
-    return kept[:MAX_RELATED], "" if compound else synset.definition
+    return kept[:MAX_RELATED], "" if compound and unwanted(to_name(lemma.split("_"))) else synset.definition

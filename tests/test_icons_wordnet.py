@@ -128,8 +128,10 @@ def test_a_compound_is_what_its_head_is(nouns, name, lemma):
     assert head_of(name, nouns) == lemma
 
 
-def test_a_compound_has_its_head_first_and_no_definition(nouns):
-    assert relations("toy truck", nouns, nothing) == (["truck", "motortruck", "vehicle", "transport"], "")
+def test_a_compound_has_its_head_first_and_the_definition_of_it(nouns):
+    definition = "an automotive vehicle suitable for hauling"
+    assert relations("toy truck", nouns, nothing) == (["truck", "motortruck", "vehicle", "transport"], definition)
+    assert relations("toy truck", nouns, lambda word: word == "truck") == (["motortruck", "vehicle", "transport"], "")
 
 
 def test_examples_and_remarks_are_no_part_of_a_definition():
