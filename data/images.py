@@ -60,15 +60,10 @@ class PixelScale:
         return (pixels.float() * self.rescale_factor - mean) / std
 
     def for_shares(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same for pixels in 0…1 that are on a device; `mean` and `std` are copied there once.
-
-        Raises:
-            ValueError: a processor whose pixels do not end up in 0…1 before it normalises them.
-        """
-        if abs(255 * self.rescale_factor - 1) > 1e-6:
-            raise ValueError(f"rescale_factor={self.rescale_factor} must be 1/255 for pixels in 0…1")
+        """The same for pixels as shares of 255, in 0…1, of any floating type; `mean` and `std` are copied once."""
         mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (self.mean, self.std))
-        return lambda pixels: (pixels - mean.to(pixels.dtype)) / std.to(pixels.dtype)
+        weight, bias = 255 * self.rescale_factor / std, -mean / std
+        return lambda pixels: torch.addcmul(bias.to(pixels.dtype), pixels, weight.to(pixels.dtype))
 
 
 def pixel_scale(image_processor: Any) -> PixelScale | None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from builders import build_processor
 from mome.data.augment import build_augmentations
-from mome.data.images import to_pixel_values
+from mome.data.images import PixelScale, to_pixel_values
 from mome.data.pairs import load_rows
 from mome.errors import DataError, RecipeError
 from mome.training.batches import Batches, Collator, Shard, epoch_of_batches
@@ -235,6 +235,15 @@ def test_pixels_are_those_of_the_image_processor(side):
 
     expected = image_processor([load_rgb_image(each) for each in images], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(to_pixel_values(images, image_processor), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixels_as_shares_give_the_values_of_8_bit_pixels(dtype):
+    scale = PixelScale(1 / 200, (0.4, 0.5, 0.3), (0.2, 0.25, 0.5))
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    made = scale.for_shares("cpu")((pixels / 255).to(dtype))
+    assert made.dtype == dtype
+    torch.testing.assert_close(made.float(), scale(pixels), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
 
 
 def test_augmentations_are_what_the_recipe_lists():
