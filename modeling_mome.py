@@ -39,6 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder
 
 from .captioning_mome import CaptionContext, CaptionInputs, MomeCache, additive_mask, cached_image_tokens
 from .compatibility_mome import CACHE_NAME, accepts_cache
@@ -60,7 +61,7 @@ from .inputs_mome import (
 )
 from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
 from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
-from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomePreTrainedModel, MomeTextEmbedding
+from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomeLayer, MomePreTrainedModel, MomeTextEmbedding
 
 # transformers lets a model choose its experts' implementation if its file says `@use_experts_implementation`: the
 # decorated class is MomeExperts in trunk_mome.py.
@@ -71,6 +72,8 @@ class MomeModel(MomePreTrainedModel):
 
     _auto_class = "AutoModel"
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    # For whoever asks a model what it can record: the encoder returns its router logits itself, without hooks.
+    _can_record_outputs = {"router_logits": OutputRecorder(MomeLayer, index=3)}
     # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
     # nothing. A look waits for the device: a training loop over ids that it made itself may set it to False.
     looks_at_values = True

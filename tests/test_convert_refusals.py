@@ -113,7 +113,7 @@ def test_checkpoints_of_another_kind_are_named(folder, capsys):
     save_file({"encoder.weight": torch.zeros(3)}, folder / "other.safetensors")
     assert "first key is encoder.weight" in refused(folder, capsys, checkpoint="other.safetensors")
     torch.save([1, 2], folder / "list.pth")
-    assert "holds a list" in refused(folder, capsys, checkpoint="list.pth")
+    assert "contains a list" in refused(folder, capsys, checkpoint="list.pth")
     torch.save({"model": {"epoch": 3}}, folder / "number.pth")
     assert "'epoch' of type int" in refused(folder, capsys, checkpoint="number.pth")
 
