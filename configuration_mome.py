@@ -192,6 +192,7 @@ class MomeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_unknown_keys(kwargs)
         self.check()
+        self._check_token_ids()
         # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.pop("custom_pipelines", None)
@@ -213,11 +214,10 @@ class MomeConfig(PreTrainedConfig):
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     def check(self):
-        """Raises a ValueError with the value if the fields don't fit one another."""
+        """Raises a ValueError with the value if sizes, experts and heads don't fit one another."""
         self._check_dimensions()
         self._check_experts()
         self._check_heads()
-        self._check_token_ids()
 
     @property
     def grid_size(self) -> int:
