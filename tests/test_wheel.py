@@ -179,7 +179,10 @@ def test_make_refuses_an_older_python_in_one_line(tmp_path, target):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
-    done = subprocess.run(["make", target, f"PYTHON={older}"], cwd=tmp_path, capture_output=True, text=True)
+    # `make test` may have started this: its variables would make the inner one tell its folder.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", target, f"PYTHON={older}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=outside)
     line, of_make = done.stderr.splitlines()
     assert done.returncode == 2 and not done.stdout and of_make.startswith("make: ***")
     assert line == f"Python 3.11 or newer is needed, PYTHON={older} is 3.10.4"
