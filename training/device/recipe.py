@@ -54,6 +54,7 @@ class DeviceRecipe(RecipeFields):
         channels_last: memory format of the stem.
         half_states: bfloat16 states between the layers, on CUDA.
         compile: compile layers and stem before the clock starts, on CUDA.
+        cuda_graphs: record the step and replay it, on CUDA with one process; one that can't be recorded runs as it is.
         seed: of weights, order, drawing and dropout.
         resume: go on from the newest whole checkpoint of `output`, if there is one.
         checkpoint_every: steps between checkpoints; 0: only on a signal.
@@ -116,6 +117,7 @@ class DeviceRecipe(RecipeFields):
     channels_last: bool = True
     half_states: bool = True
     compile: bool = True
+    cuda_graphs: bool = True
     # The run.
     seed: int = 0
     resume: bool = False
