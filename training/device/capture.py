@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable, Hashable
 
 import torch
+from torch import cuda
 
 WARM_UPS = 3  # steps of a shape that run as they are: they make the optimiser's state, choose algorithms, fill caches
 
@@ -51,16 +52,16 @@ class Recorder:
         self.shape: Hashable = None
         self.graph, self.inputs, self.outputs, self.seen = None, (), None, 0
         if self.enabled:
-            self.stream = torch.cuda.Stream(device)
-            self.events = [torch.cuda.Event(blocking=True) for _ in range(2)]
+            self.stream = cuda.Stream(device)
+            self.events = [cuda.Event(blocking=True) for _ in range(2)]
 
     def forget(self):
         """Frees what was recorded; the next step runs as it is. To be called when something moves in memory."""
         recorded = self.graph is not None
         self.shape, self.graph, self.inputs, self.outputs, self.seen = None, None, (), None, 0
         if recorded:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            cuda.synchronize(self.device)
+            cuda.empty_cache()
 
     def __call__(self, shape: Hashable, step: Callable, *inputs: torch.Tensor):
         """What `step(*inputs)` gives; once it is recorded, in tensors that the next step overwrites.
@@ -75,9 +76,9 @@ class Recorder:
         if shape != self.shape:
             self.forget()
             self.shape = shape
-        caller = torch.cuda.current_stream(self.device)
+        caller = cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
-        with torch.cuda.stream(self.stream):
+        with cuda.stream(self.stream):
             outputs = self._run(step, inputs)
         caller.wait_stream(self.stream)
         return outputs
@@ -100,11 +101,11 @@ class Recorder:
 
     def _record(self, step: Callable, inputs: tuple[torch.Tensor, ...]):
         self.inputs = tuple(each.clone() for each in inputs)
-        graph = torch.cuda.CUDAGraph()
+        graph = cuda.CUDAGraph()
         gc.collect()
         gc.disable()  # what it frees meanwhile may be part of another graph
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = step(*self.inputs)
             self.graph = graph
         except Exception as error:  # whatever it is: the run is worth more than its speed
@@ -112,7 +113,7 @@ class Recorder:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.say(f"the step can't be recorded and runs kernel by kernel: {reason}")
             # The generator still waits for the end of the recording: a copy of it doesn't.
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator = cuda.default_generators[cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         finally:
             gc.enable()
