@@ -126,6 +126,10 @@ def test_both_stages_leave_weights_that_auto_classes_load(finished, fields):
         assert captioner.config.experts_per_group == 4 and not captioner.config.output_router_logits
         states.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     assert not torch.equal(*states)
+    cards = [(folder / "README.md").read_text() for folder in (research, final)]
+    for card, run, splits in zip(cards, runs, ("train", "train, validation, test")):
+        assert f"splits {splits}; {run['pairs']:,} pairs" in card
+        assert card.startswith("---\n") and "text_to_image_r10" in card and "15 steps of 32 texts" in card
     evaluations = records(finished, "evaluation")
     assert [each["when"] for each in evaluations] == ["before the held-out concepts", "after"]
     for each in evaluations:
@@ -243,7 +247,7 @@ def test_a_recorded_step_is_the_step(fields, tmp_path, monkeypatch):
             run.recorder = capture.Recorder(torch.device("cuda"), True, pytest.fail)
         losses = []
         for index, share in enumerate(shares):
-            run.progress.plateau_left = None if index < 9 else 0.45
+            run.progress.plateau_left = None if index < 11 else 0.45
             now = phases.moment(told, share)
             if now.stage != run.progress.stage:
                 run._enter(now.stage)

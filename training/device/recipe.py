@@ -62,6 +62,7 @@ class DeviceRecipe(RecipeFields):
         export_every: steps between exports of the averaged weights to `output/latest`; 0: none.
         log_every: steps between lines of the log, at which the host waits for the device.
         max_shard_size: of the saved weights, as `save_pretrained` takes it.
+        card: `language`, `license`, `datasets`, `limitations`, ... for the model card.
     """
 
     PROGRAM: ClassVar[str] = "mome.training.device"
@@ -126,6 +127,7 @@ class DeviceRecipe(RecipeFields):
     export_every: int = 0
     log_every: int = 50
     max_shard_size: str = "5GB"
+    card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if (self.seconds is None) == (self.steps is None):

@@ -38,6 +38,7 @@ from ..report import Log
 from ..stop import StopSignal
 from . import phases, speed
 from .capture import Dials, Recorder
+from .card import write_card
 from .evaluate import Evaluator
 from .objective import IconPairs, StepLosses, Weights, average_gradients, pair_losses, text_losses
 from .recipe import DeviceRecipe
@@ -425,17 +426,19 @@ class DeviceTrainer:
 
     def _history(self) -> dict:
         progress = self.progress
-        done = {"steps": progress.step, "pairs": progress.pairs, "seconds": round(self.clock.seconds)}
-        return done | {"recipe": dict(vars(self.recipe))}
+        done = {"steps": progress.step, "text_steps": progress.text_steps, "pairs": progress.pairs}
+        return done | {"seconds": round(self.clock.seconds), "recipe": dict(vars(self.recipe))}
 
     def _finish(self, name: str, stage: str) -> Path:
-        """Saves to a folder of the run and evaluates."""
-        folder = self._save(name)
+        """Saves to a folder of the run, evaluates, and writes the card."""
+        folder, recipe = self._save(name), self.recipe
         if self.accelerator.is_main_process:
-            for label, splits in self.recipe.evaluations.items():
-                figures = self.evaluator.run(self.twin, splits)
-                shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
-                self.say(f"{label}, {stage}: {shown}", {"evaluation": label, "when": stage, **figures})
+            figures = {label: self.evaluator.run(self.twin, splits) for label, splits in recipe.evaluations.items()}
+            for label, values in figures.items():
+                shown = ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
+                self.say(f"{label}, {stage}: {shown}", {"evaluation": label, "when": stage, **values})
+            seen = recipe.splits + (recipe.second_splits if self.progress.stage != "first" else [])
+            write_card(folder, recipe, self.twin, figures, self._history(), seen)
         self.accelerator.wait_for_everyone()
         return folder
 
