@@ -8,8 +8,9 @@ A recorded step reads its inputs where they were when it was recorded, so that a
 stay in place: weights, the optimiser's state, learning rates, dials. Random numbers go on from replay to replay.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import cuda
@@ -76,12 +77,20 @@ class Recorder:
         if shape != self.shape:
             self.forget()
             self.shape = shape
+        with self.on_stream():
+            return self._run(step, inputs)
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Inside, work is queued where steps are recorded: gradients that were first made elsewhere can't be."""
+        if not self.enabled:
+            yield
+            return
         caller = cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with cuda.stream(self.stream):
-            outputs = self._run(step, inputs)
+            yield
         caller.wait_stream(self.stream)
-        return outputs
 
     def _run(self, step: Callable, inputs: tuple[torch.Tensor, ...]):
         if self.graph is None and self.seen >= WARM_UPS:

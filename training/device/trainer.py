@@ -251,7 +251,7 @@ class DeviceTrainer:
     def _compile(self):
         """Makes steps of every size, without their updates, so that no time is lost when it counts."""
         kept = self.progress.state_dict()
-        with torch.random.fork_rng([self.device] if self.cuda else []):
+        with torch.random.fork_rng([self.device] if self.cuda else []), self.recorder.on_stream():
             for share in (0.0, self.recipe.text_share, (self.recipe.text_share + self.recipe.second_from) / 2):
                 shape, inputs = self._plan(phases.moment(self.recipe, share), strength=0.0)
                 self._losses(shape, *inputs).total.backward()
