@@ -41,7 +41,8 @@ class MomeCacheLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (batch, heads, tokens, head_dim) and return all keys and values so far."""
-        if key_states.requires_grad:  # a buffer that is written to again has no gradient
+        # A buffer that is written to again has no gradient, and a graph can't ask where in memory a tensor lies.
+        if key_states.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -80,6 +81,21 @@ class MomeCache(DynamicCache):
         super().__init__(config=config)
         self.layers = [MomeCacheLayer() for _ in range(config.num_hidden_layers)]
         self.num_image_tokens = 0
+
+    @classmethod
+    def holding(cls, config: MomeConfig, key_values: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> "MomeCache":
+        """A cache that has seen an image and what came after it.
+
+        Args:
+            key_values: per layer, keys and values (batch, heads, tokens, head_dim), those of the image first, as
+                `image_pass(…, return_key_values=True)` gives them.
+        """
+        cache = cls(config)
+        for layer, (keys, values) in zip(cache.layers, key_values, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        cache.num_image_tokens = config.num_image_tokens
+        return cache
 
 
 def cached_image_tokens(cache: Cache | None) -> int:
@@ -291,7 +307,9 @@ class CaptionContext:
         else:
             row = self.order[:, self.image_tokens :]
         # The last token that is no padding tells where in the cache position 0 of the text lies.
-        last = self.position_ids.argmax(dim=1, keepdim=True)
+        mask = self.text_mask()
+        counted = self.position_ids if mask is None else mask.long().cumsum(dim=1)
+        last = counted.argmax(dim=1, keepdim=True)
         start = self.past_length + row.gather(1, last) - self.position_ids.gather(1, last)
         return torch.arange(keys, device=start.device) - start
 
@@ -436,8 +454,9 @@ def extend_mask(mask: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:
         (batch, 1, rows + num_mask_tokens, keys + num_mask_tokens)
     """
     hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
-    itself = torch.full((num_mask_tokens, num_mask_tokens), hidden, dtype=mask.dtype, device=mask.device)
-    itself = itself.fill_diagonal_(seen).expand(*mask.shape[:2], -1, -1)
+    number = torch.arange(num_mask_tokens, device=mask.device)
+    itself = torch.full((), hidden, dtype=mask.dtype, device=mask.device)
+    itself = itself.masked_fill(number[:, None] == number, seen).expand(*mask.shape[:2], -1, -1)
     rows = F.pad(mask, (0, num_mask_tokens), value=hidden)
     return torch.cat([rows, torch.cat([mask[:, :, -num_mask_tokens:], itself], dim=3)], dim=2)
 

@@ -77,6 +77,16 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
     check_pairs(pixel_values, input_ids)
 
 
+def check_number_of_labels(num_items: int | torch.Tensor | None):
+    if num_items is None or torch.compiler.is_compiling():
+        return
+    if not (torch.as_tensor(num_items).device.type == "meta" or bool((torch.as_tensor(num_items) > 0).all())):
+        raise ValueError(
+            "num_items_in_batch=0: all labels are -100, so no caption is learnt; to learn embeddings alone train a "
+            "MomeModel with return_loss=True"
+        )
+
+
 def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
     """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
     return F.pad(kept_patches + 1, (1, 0))
