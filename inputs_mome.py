@@ -77,6 +77,17 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
     check_pairs(pixel_values, input_ids)
 
 
+def check_position_ids(position_ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """`position_ids` (batch or 1, tokens) for a prompt (batch, tokens, …), as they are."""
+    batch, tokens = prompt.shape[:2]
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected one for each token of the prompt: "
+            f"{(batch, tokens)}"
+        )
+    return position_ids
+
+
 def check_number_of_labels(num_items: int | torch.Tensor | None):
     if num_items is None or torch.compiler.is_compiling():
         return
