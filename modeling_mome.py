@@ -454,8 +454,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         Args: those of `CaptionInputs`, and
             labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
                 predicted from the positions before it.
-            num_items_in_batch: labels of the batch that this call is a part of, as transformers' `Trainer` passes it:
-                all losses are multiplied by this call's share of them, see `label_share`.
             use_cache: return what was seen, the image included, for the next call.
             image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one;
                 with fewer tokens than an image has if it was given `kept_patches`.
@@ -467,8 +465,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
         if labels is not None:
             check_labels(labels, input_ids, pixel_values)
-            if self.model.looks_at_values:
-                check_number_of_labels(loss_options.get("num_items_in_batch"))
             use_cache = False
         if use_cache and cache is None:
             cache = MomeCache(self.config)
@@ -541,11 +537,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     ) -> dict[str, torch.Tensor]:
         """The joint loss and its parts, by their names in the output; the captions also go through the text pass.
 
-        As a part of a batch with `num_items_in_batch` labels, all of them count by the labels of this call.
+        As a part of a batch with `num_items_in_batch` labels, as transformers' `Trainer` passes it, all of them count
+        by the share that this call holds: see `label_share`.
         """
         config, text_ids, text_mask = self.config, caption.text_ids, caption.text_mask()
         text_logits = logits[:, -caption.text_tokens :] if caption.placed else logits
         num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
+        if self.model.looks_at_values:
+            check_number_of_labels(num_items)
         share = 1.0 if num_items is None else label_share(labels, num_items, shift_labels)
         if shift_labels is not None:
             shift_labels = caption.text_only(shift_labels)
