@@ -49,6 +49,15 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     check_vocabulary(input_ids, vocabulary)
 
 
+def check_no_other_inputs(options: dict):
+    """Inputs that other models take and the text pass would leave out without a word."""
+    for name in ("position_ids", "inputs_embeds", "head_mask", "token_type_ids"):
+        given = options.get(name)
+        if given is None or name == "token_type_ids" and not bool(given.any()):  # zeros: one kind of text, as here
+            continue
+        raise ValueError(f"{name} changes nothing in the text pass: leave it out, a row of input_ids is one text")
+
+
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
     """`vocabulary`: rows of the word embedding; `None`: don't look."""
     if vocabulary is None or torch.compiler.is_compiling() or input_ids.device.type == "meta":

@@ -53,6 +53,7 @@ from .inputs_mome import (
     check_kept_patches,
     check_labels,
     check_masked_patches,
+    check_no_other_inputs,
     check_number_of_labels,
     check_pairs,
     check_pixel_values,
@@ -145,6 +146,7 @@ class MomeModel(MomePreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
@@ -171,6 +173,7 @@ class MomeModel(MomePreTrainedModel):
         **kwargs,
     ) -> MomeEncoderOutput:
         """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
+        check_no_other_inputs(kwargs)
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)

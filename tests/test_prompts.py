@@ -173,3 +173,15 @@ def test_a_compiled_captioner_that_is_not_told_of_image_tokens_says_so(fullgraph
         with pytest.raises(RuntimeError, match="hold image tokens: pass image_tokens_in_input=True"):
             compiled(**placed)
         close(compiled(**placed, image_tokens_in_input=True).logits, captioner(**placed).logits)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "head_mask", "token_type_ids"])
+def test_inputs_that_the_text_pass_would_leave_out_are_refused(name, prompts):
+    model, mask = tiny_captioner().model, prompts["attention_mask"]
+    text = {"input_ids": prompts["input_ids"], "attention_mask": mask}
+    with pytest.raises(ValueError, match=f"{name} changes nothing in the text pass"):
+        model.get_text_features(**text, **{name: torch.ones_like(mask)})
+    with pytest.raises(ValueError, match=f"{name} changes nothing in the text pass"):
+        model.get_multimodal_features(prompts["pixel_values"], **text, **{name: torch.ones_like(mask)})
+    features = model.get_text_features(**text, token_type_ids=torch.zeros_like(mask)).pooler_output
+    close(features, model.get_text_features(**text).pooler_output)
