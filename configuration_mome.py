@@ -130,7 +130,7 @@ class MomeConfig(PreTrainedConfig):
         contrastive_loss_weight: weight of the image–text contrastive loss in the captioner's joint loss.
         caption_loss_weight: weight of the caption loss in the joint loss (CoCa, 2205.01917: 1 and 2).
         use_cache: keep keys and values while generating.
-        pad_token_id, bos_token_id, eos_token_id: special tokens of the text.
+        pad_token_id, bos_token_id, eos_token_id: special tokens of the text; several may end it.
         mask_token_id: the `[MASK]` of the `masked` caption objective.
         image_token_id: stands for one image token in `input_ids`; an id below `vocab_size`, never embedded.
 
@@ -185,7 +185,7 @@ class MomeConfig(PreTrainedConfig):
     use_cache: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] | None = 2
     mask_token_id: int | None = None
     image_token_id: int = 3
 
@@ -297,9 +297,10 @@ class MomeConfig(PreTrainedConfig):
         if self.caption_objective == "masked" and self.mask_token_id is None:
             raise ValueError("caption_objective='masked' needs a mask_token_id, got mask_token_id=None")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "image_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
 
 
 __all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean"]

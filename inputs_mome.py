@@ -49,6 +49,15 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     check_vocabulary(input_ids, vocabulary)
 
 
+def check_no_other_inputs(options: dict):
+    """Inputs that other models take and the text pass would leave out without a word."""
+    for name in ("position_ids", "inputs_embeds", "head_mask", "token_type_ids"):
+        given = options.get(name)
+        if given is None or name == "token_type_ids" and not bool(given.any()):  # zeros: one kind of text, as here
+            continue
+        raise ValueError(f"{name} changes nothing in the text pass: leave it out, a row of input_ids is one text")
+
+
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
     """`vocabulary`: rows of the word embedding; `None`: don't look."""
     if vocabulary is None or torch.compiler.is_compiling() or input_ids.device.type == "meta":
@@ -75,6 +84,27 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
             f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: they must be equal"
         )
     check_pairs(pixel_values, input_ids)
+
+
+def check_position_ids(position_ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """`position_ids` (batch or 1, tokens) for a prompt (batch, tokens, …), as they are."""
+    batch, tokens = prompt.shape[:2]
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected one for each token of the prompt: "
+            f"{(batch, tokens)}"
+        )
+    return position_ids
+
+
+def check_number_of_labels(num_items: int | torch.Tensor | None):
+    if num_items is None or torch.compiler.is_compiling():
+        return
+    if not (torch.as_tensor(num_items).device.type == "meta" or bool((torch.as_tensor(num_items) > 0).all())):
+        raise ValueError(
+            "num_items_in_batch=0: all labels are -100, so no caption is learnt; to learn embeddings alone train a "
+            "MomeModel with return_loss=True"
+        )
 
 
 def image_places(kept_patches: torch.Tensor) -> torch.Tensor:

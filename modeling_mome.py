@@ -53,13 +53,15 @@ from .inputs_mome import (
     check_kept_patches,
     check_labels,
     check_masked_patches,
+    check_no_other_inputs,
+    check_number_of_labels,
     check_pairs,
     check_pixel_values,
     check_vocabulary,
     image_places,
     text_positions,
 )
-from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
+from .losses_mome import caption_loss, contrastive_loss, label_share, router_loss_of_passes, same_caption
 from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
 from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomeLayer, MomePreTrainedModel, MomeTextEmbedding
 
@@ -77,6 +79,8 @@ class MomeModel(MomePreTrainedModel):
     # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
     # nothing. A look waits for the device: a training loop over ids that it made itself may set it to False.
     looks_at_values = True
+    # transformers' `Trainer` divides the mean over pairs by the steps it accumulates: labels don't count here.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)
@@ -142,6 +146,7 @@ class MomeModel(MomePreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
@@ -168,6 +173,7 @@ class MomeModel(MomePreTrainedModel):
         **kwargs,
     ) -> MomeEncoderOutput:
         """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
+        check_no_other_inputs(kwargs)
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)
@@ -532,20 +538,28 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _losses(
         self, caption, image, image_embeds, captioned, logits, labels, options, **kwargs
     ) -> dict[str, torch.Tensor]:
-        """The joint loss and its parts, by their names in the output; the captions also go through the text pass."""
+        """The joint loss and its parts, by their names in the output; the captions also go through the text pass.
+
+        As a part of a batch with `num_items_in_batch` labels, as transformers' `Trainer` passes it, all of them count
+        by the share that this call holds: see `label_share`.
+        """
         config, text_ids, text_mask = self.config, caption.text_ids, caption.text_mask()
         text_logits = logits[:, -caption.text_tokens :] if caption.placed else logits
         num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
+        if self.model.looks_at_values:
+            check_number_of_labels(num_items)
+        share = 1.0 if num_items is None else label_share(labels, num_items, shift_labels)
         if shift_labels is not None:
             shift_labels = caption.text_only(shift_labels)
-        captions = caption_loss(text_logits, caption.text_only(labels), num_items, shift_labels)
+        captions = caption_loss(text_logits, caption.text_only(labels), shift_labels=shift_labels)
         text = self.model.text_pass(text_ids, text_mask, **kwargs)
         text_embeds = self.model.project_text(text.last_hidden_state, text_mask)
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
         contrastive = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
         loss = config.caption_loss_weight * captions + self._router_loss(image, text, captioned, text_mask)
         loss = loss + config.contrastive_loss_weight * contrastive
-        return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        losses = {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        return {name: share * each for name, each in losses.items()}
 
     def _router_loss(self, image, text, captioned, text_mask) -> torch.Tensor | float:
         """Of all three passes. The text group serves two of them: its tokens are those of both."""

@@ -33,7 +33,7 @@ from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .kernels_mome import MomeLinear, is_faster_as_matmul, matmul_attention_forward, sorted_experts_forward
 from .outputs_mome import MomeEncoderOutput
-from .routing_mome import MomeRouter
+from .routing_mome import MomeRouter, run_experts
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
@@ -374,7 +374,7 @@ class MomeRoutedFeedForward(nn.Module):
         batch, tokens, width = hidden_states.shape
         flat = hidden_states.reshape(-1, width)
         logits, top_k_weights, top_k_index = self.router(flat)
-        outputs = self.experts(flat, top_k_index, top_k_weights)
+        outputs = run_experts(self.experts, flat, top_k_index, top_k_weights)
         if self.shared_expert is not None:
             outputs = outputs + self.shared_expert(flat)
         return outputs.view(batch, tokens, width), logits.view(batch, tokens, -1)
