@@ -57,6 +57,7 @@ from .inputs_mome import (
     check_pixel_values,
     check_vocabulary,
     image_places,
+    text_mask,
     text_positions,
 )
 from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
@@ -141,8 +142,9 @@ class MomeModel(MomePreTrainedModel):
     def text_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
-        """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        """input_ids (texts, tokens) → states (texts, tokens, width); what `attention_mask=None` means: `text_mask`."""
         check_input_ids(self.config, input_ids, self.vocabulary)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
         biases = self.encoder.position_bias
@@ -171,6 +173,7 @@ class MomeModel(MomePreTrainedModel):
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
         hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
@@ -235,7 +238,7 @@ class MomeModel(MomePreTrainedModel):
 
         Args:
             input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: where `pad_token_id` stands at either end.
             joint_experts: as in `get_image_features`.
 
         Returns:
@@ -246,6 +249,7 @@ class MomeModel(MomePreTrainedModel):
                 the config does not provide for.
         """
         check_joint_experts(self.config, joint_experts)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
         embeds = self.project_text(outputs.last_hidden_state, attention_mask, joint_experts)
         return self._features(outputs, embeds, kwargs)
@@ -265,6 +269,7 @@ class MomeModel(MomePreTrainedModel):
         `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
         Raises ValueError as the other two, and when there is not one text per image.
         """
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
         states = outputs.last_hidden_state
         if self.multimodal_pooler is None:
@@ -289,7 +294,7 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64.
             pixel_values: (images, channels, image_size, image_size) float.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: as in `get_text_features`.
             return_loss: contrastive loss with image i and text i a pair, plus the router losses.
 
         Raises:
@@ -302,6 +307,7 @@ class MomeModel(MomePreTrainedModel):
             check_pairs(pixel_values, input_ids)
         if input_ids is not None:
             check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
+            attention_mask = text_mask(self.config, input_ids, attention_mask)
         passes, embeds = {}, {}
         if pixel_values is not None:
             passes["image"] = self.image_pass(pixel_values, **kwargs)
@@ -463,6 +469,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         if labels is not None:
             check_labels(labels, input_ids, pixel_values)
             use_cache = False
+        if input_ids is not None and cache is None:
+            attention_mask = text_mask(self.config, input_ids, attention_mask)
         if use_cache and cache is None:
             cache = MomeCache(self.config)
         if cached_image_tokens(cache):
