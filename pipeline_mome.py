@@ -19,7 +19,12 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
-from .processing_mome import load_rgb_image, longest_text, tokenize_texts, warn_of_cut_texts
+from .processing_mome import load_rgb_image
+from .texts_mome import (
+    longest_text,
+    tokenize_texts,
+    warn_of_cut_texts,
+)
 
 logger = logging.get_logger(__name__)
 

@@ -4,8 +4,8 @@
 
     ＨＴＴＰServer, http_server, "HTTP server!"  -> http server
     Crème brûlée, t–shirt, wi-fi, ﬁsh           -> creme brulee, t-shirt, wifi, fish
-    🐝, 👋🏽, 🇫🇷, 🐝 on a hat                      -> honeybee, waving hand medium skin tone, flag france, honeybee on a hat
-    bee 🐝, my 🐝                               -> bee, my honeybee
+    🐝, 🇫🇷, 👋🏽                                  -> honeybee, flag france, waving hand medium skin tone
+    🐝 on a hat, bee 🐝, my 🐝                   -> honeybee on a hat, bee, my honeybee
     слон bike, слон                             -> bike, [UNK]
 
 An emoji is its CLDR short name. After the last word it is decoration, unless that word leads on to it (`LEADING`):
