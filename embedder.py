@@ -184,6 +184,12 @@ class Embedder:
                 parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
         return torch.cat(parts)
 
+    def wordless(self, texts: Sequence[str]) -> list[int]:
+        """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
+        batches = self.token_batches(texts, on_cut=lambda count: None)
+        rows = [ids for inputs in batches for ids in inputs["input_ids"].tolist()]
+        return wordless_texts(self.processor.tokenizer, rows)
+
     # ----------------------------------------------------------------------------------------------- captions
 
     def caption_images(
@@ -242,7 +248,7 @@ class Embedder:
         on_cut: Callable[[int], Any] | None = None,
         allow_blank: bool = True,
     ) -> Iterator[BatchEncoding]:
-        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device.
+        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device; blank ones, too.
 
         Args, Raises: as for `embed_texts`; the warning comes after the last batch.
         """

@@ -204,6 +204,7 @@ class MomeProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Texts as they are padded, cut and ended; see `__call__`."""
         options = {**kwargs, **text_kwargs}
+        text_kwargs.setdefault("verbose", False)  # of what is too long we speak ourselves
         truncation, own_limit = options.get("truncation"), options.get("max_length") is not None
         with TOKENIZING:
             inputs = super().__call__(text=texts, text_kwargs=text_kwargs, **kwargs)

@@ -202,7 +202,8 @@ def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
         ({"candidate_labels": ["dog", 3]}, "label 3 is no text"),
         ({"templates": ["a photo"]}, "template 'a photo' has no {}"),
         ({"top_k": 0}, "top_k=0"),
-        ({"hypothesis_template": "{}"}, "unknown option 'hypothesis_template'"),
+        ({"tokenizer_kwargs": {}}, "unknown option 'tokenizer_kwargs'"),
+        ({"hypothesis_template": "{}", "templates": "a {}"}, "are the same option"),
         ({"on_error": "x"}, "on_error='x'"),
     ):
         with pytest.raises(ValueError, match=message):
