@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it demands torchvision
+from transformers.utils import logging
 
 from builders import build_processor, build_tokenizer
 from mome import processing_mome
