@@ -77,7 +77,7 @@ def spelling(emoji: Mapping[str, str]) -> normalizers.Sequence:
         *(normalizers.Replace(letter, plain) for letter, plain in FOLDED.items()),
         _rule(_between_cases(), " "),
         normalizers.Lowercase(),
-        _rule("[\u2018\u2019\u02bc\u2032`\u00b4]", "'"),
+        _rule("[\u2018\u2019\u02bc\u2032]", "'"),
         _rule(r"'(?![a-z])|(?<![a-z])'", " "),  # of quotes, not of "o'clock"
         _rule(r"[\p{P}\p{S}\p{C}\p{Z}\p{M}\s](?<!['&])", " "),
         _rule(r"[^\sa-z0-9'&]+(?=[\s\S]*[a-z0-9])", " "),  # other letters, where words stand beside them
