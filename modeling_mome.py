@@ -469,8 +469,6 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         if labels is not None:
             check_labels(labels, input_ids, pixel_values)
             use_cache = False
-        if input_ids is not None and cache is None:
-            attention_mask = text_mask(self.config, input_ids, attention_mask)
         if use_cache and cache is None:
             cache = MomeCache(self.config)
         if cached_image_tokens(cache):
@@ -503,6 +501,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
+        if inputs.input_ids is not None and (inputs.cache is None or not inputs.cache.get_seq_length()):
+            inputs.attention_mask = text_mask(self.config, inputs.input_ids, inputs.attention_mask)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:

@@ -20,6 +20,7 @@ TABLES = {
     Path("docs", "results.md"): (
         "icons",
         "searches",
+        "query forms",
         "speed",
         "speed gpu",
         "training gpu",
@@ -41,6 +42,7 @@ ABLATIONS = {
     "ablation 128": "mome-icons validation, 76800 pairs",
     "ablation 256": "mome-icons validation, width 256, ",
 }
+FORMS = "query forms, R@1 of "  # begins the metrics of `mome.experiments.query_forms`
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
@@ -82,6 +84,14 @@ def searches_table(rows: Iterable[dict]) -> str:
         if any(value is not None for value in values):
             lines.append([label, *("–" if value is None else f"{100 * value:.1f} %" for value in values)])
     return _table(["", *SEARCHES.values()], lines)
+
+
+def forms_table(rows: Iterable[dict]) -> str:
+    """R@1 of names in each form, and its ratio to that of the plain name."""
+    found = {row["metric"].removeprefix(FORMS): float(row["value"]) for row in rows if row["metric"].startswith(FORMS)}
+    plain = found.get("name")
+    lines = [[f"`{form}`", f"{100 * value:.1f} %", f"{100 * value / plain:.0f} %"] for form, value in found.items()]
+    return _table(["query", "R@1", "of the name's"], lines)
 
 
 def device_table(rows: Iterable[dict]) -> str:
@@ -140,6 +150,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     return {
         "icons": figures_table(icons_figures(rows, [*HEADINGS])),
         "searches": searches_table(rows),
+        "query forms": forms_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
         "training gpu": device_table(rows),
