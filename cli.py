@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,12 +195,17 @@ def _read_all(task: str, files: list[str], model: str | None, **options) -> Iter
     """Each file with a pipeline's answer; unreadable files are named, and make the command fail."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a file that can't be read is reported below
+    logging.set_verbosity_error()
     try:
         run = _load(task, checkpoint(model))
-        answers = run(list(files), on_error="skip", **options)
     finally:
         logging.set_verbosity(verbosity)
+    warnings = getLogger(type(run).__module__)
+    warnings.addFilter(_is_not_told_below)
+    try:
+        answers = run(list(files), on_error="skip", **options)
+    finally:
+        warnings.removeFilter(_is_not_told_below)
     failed = False
     for file, answer in zip(files, answers):
         if reason := answer[0].get("error"):
@@ -209,6 +215,11 @@ def _read_all(task: str, files: list[str], model: str | None, **options) -> Iter
             yield file, answer
     if failed:
         raise typer.Exit(1)
+
+
+def _is_not_told_below(record: LogRecord) -> bool:
+    """All warnings but that a file can't be read, which `_read_all` reports."""
+    return not record.getMessage().startswith("skipped ")
 
 
 def _load(task: str, model: str) -> Pipeline:

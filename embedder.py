@@ -26,7 +26,8 @@ from .configuration_mome import MomeConfig
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
-from .processing_mome import MomeProcessor, longest_text, tokenize_texts, warn_of_cut_texts
+from .processing_mome import MomeProcessor
+from .texts_mome import longest_text, no_words, tokenize_texts, warn_of_cut_texts, wordless_texts
 
 BATCH_SIZE = 64
 CAPTION_TOKENS = 16
@@ -72,7 +73,6 @@ class Embedder:
     def __init__(self, model: torch.nn.Module, processor: MomeProcessor, name: str = ""):
         self.model, self.processor, self.name = model, processor, name
         self.dimension: int = model.config.projection_dim
-        self._tokenizing = threading.Lock()  # a fast tokenizer refuses to be told its padding by two threads at once
         self._switching, self._calls, self._in_training = threading.Lock(), 0, []
 
     @classmethod
@@ -169,20 +169,28 @@ class Embedder:
             texts, batch_size, progress: as for images.
             long_texts: what becomes of texts of more than `longest_text` tokens: `"cut"` takes their beginning and
                 warns once for all of them; `"refuse"` raises an error.
-            allow_blank: take texts without a word, as captions can be.
+            allow_blank: take texts without a word, as captions can be: all of them have the same embedding.
             on_cut: is called with the number of texts that were cut, in place of the warning.
 
         Raises:
-            MomeError: a text that is none, or blank; one that is too long and refused; another `long_texts`.
+            MomeError: a text that is none, blank, or without a word that the tokenizer knows; one that is too long and
+                refused; another `long_texts`.
         """
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not (allow_blank or text.strip()):
                 raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
         parts = [torch.zeros(0, self.dimension)]
-        for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, long_texts, on_cut):
+        options = long_texts, on_cut, allow_blank
+        for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, *options):
             with self.evaluating():
                 parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
         return torch.cat(parts)
+
+    def wordless(self, texts: Sequence[str]) -> list[int]:
+        """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
+        batches = self.token_batches(texts, on_cut=lambda count: None)
+        rows = [ids for inputs in batches for ids in inputs["input_ids"].tolist()]
+        return wordless_texts(self.processor.tokenizer, rows)
 
     # ----------------------------------------------------------------------------------------------- captions
 
@@ -213,8 +221,7 @@ class Embedder:
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
             with self.evaluating():
                 ids = self.model.generate(pixel_values=pixel_values, **options)
-            with self._tokenizing:
-                captions += self.processor.post_process_image_text_to_text(ids)
+            captions += self.processor.post_process_image_text_to_text(ids)
         return captions
 
     # ------------------------------------------------------------------------------------------------ batches
@@ -241,8 +248,9 @@ class Embedder:
         progress: bool = False,
         long_texts: str = "cut",
         on_cut: Callable[[int], Any] | None = None,
+        allow_blank: bool = True,
     ) -> Iterator[BatchEncoding]:
-        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device.
+        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device; blank ones, too.
 
         Args, Raises: as for `embed_texts`; the warning comes after the last batch.
         """
@@ -250,8 +258,9 @@ class Embedder:
             raise MomeError(f"long_texts={long_texts!r}: choose {' or '.join(map(repr, LONG_TEXTS))}")
         limit, cut, number = self.longest_text, 0, 0
         for some in batches_of(texts, batch_size, what, progress):
-            with self._tokenizing:
-                inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)
+            inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)
+            if not allow_blank and (empty := wordless_texts(self.processor.tokenizer, inputs["input_ids"].tolist())):
+                raise MomeError(no_words(some[empty[0]], f"text {number + empty[0]}"))
             if too_long and long_texts == "refuse":
                 text = some[too_long[0]]
                 place = f"text {number + too_long[0]} ({text[:40]!r}...)"

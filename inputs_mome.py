@@ -44,7 +44,7 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     if input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-            f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
+            f"{config.max_position_embeddings}: shorten the text, or let the checkpoint's processor cut it"
         )
     check_vocabulary(input_ids, vocabulary)
 
@@ -110,6 +110,35 @@ def check_number_of_labels(num_items: int | torch.Tensor | None):
 def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
     """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
     return F.pad(kept_patches + 1, (1, 0))
+
+
+def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Where a text has words: the caller's mask, or else all but the padding at its ends.
+
+        [PAD] [BOS] a cat [EOS] [PAD]  →  0 1 1 1 1 0
+
+    `pad_token_id` inside a text is a token like others. A tokenizer that pads with its `[EOS]` or `[BOS]` has one of
+    them at the end of each text that is none. A row of nothing but padding counts as a text.
+
+    Args:
+        input_ids: (texts, tokens) int64.
+        attention_mask: (texts, tokens), or `None`.
+
+    Returns:
+        (texts, tokens) int64, 0 where padding; `None` without any, unless the call is traced.
+    """
+    if attention_mask is not None:
+        return attention_mask
+    is_pad = input_ids == config.pad_token_id
+    traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
+    if not traced and not is_pad.any():
+        return None
+    before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
+    if config.pad_token_id == config.bos_token_id:
+        before = before * F.pad(before[:, 1:], (0, 1))
+    if config.pad_token_id == config.eos_token_id:
+        behind = behind * F.pad(behind[:, :-1], (1, 0))
+    return 1 - torch.maximum(before, behind) * (1 - is_pad.long().amin(dim=1, keepdim=True))
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,16 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
-from .processing_mome import load_rgb_image, longest_text, tokenize_texts, warn_of_cut_texts
+from .processing_mome import load_rgb_image
+from .texts_mome import (
+    ids_of_texts,
+    longest_text,
+    no_words,
+    tokenize_texts,
+    warn_of_cut_texts,
+    warn_of_equal_labels,
+    wordless_texts,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -147,7 +156,9 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
     def _check_prompt(self, prompt: Any):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
-        _, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
+        inputs, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
+        if prompt.strip() and wordless_texts(self.processor.tokenizer, inputs["input_ids"].tolist()):
+            raise ValueError(no_words(prompt, "prompt"))
         warn_of_cut_texts(len(cut), self.longest_text, "prompt")
 
     def preprocess(self, image: Any, prompt: str = "", on_error: str = "raise") -> dict[str, Any]:
@@ -235,8 +246,10 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         Args:
             images: as for captions.
             kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
-                candidate_labels: list of texts to choose from; those too long for the model are cut with a warning.
+                candidate_labels: list of texts to choose from; those too long for the model are cut with a warning,
+                    and a warning names those that are one to the model.
                 templates: a text with `{}` where the label goes, or several. Default: the label itself.
+                    `hypothesis_template` is another name for it.
                 top_k: the best so many of the labels. Default: 5.
                 on_error: as for captions.
 
@@ -245,8 +258,8 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
             for a data set or a generator an iterator.
 
         Raises:
-            ValueError: an image that can't be read; no labels, one that is given twice or is no text; a template
-                without `{}`.
+            ValueError: an image that can't be read; no labels, one that is given twice, is no text or has no word that
+                the tokenizer knows; a template without `{}`.
         """
         return super().__call__(images, **kwargs)
 
@@ -256,10 +269,18 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         templates: str | Iterable[str] | None = None,
         top_k: int | None = None,
         on_error: str | None = None,
+        hypothesis_template: str | Iterable[str] | None = None,
         **unknown,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            raise ValueError(f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification")
+            raise ValueError(
+                f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification: it takes "
+                "candidate_labels, templates, top_k and on_error; labels that are too long are cut without being asked"
+            )
+        if hypothesis_template is not None:
+            if templates is not None:
+                raise ValueError("templates and hypothesis_template are the same option: pass one of them")
+            templates = hypothesis_template
         _check_on_error(on_error)
         labels = None if candidate_labels is None else _checked_labels(candidate_labels)
         templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
@@ -294,25 +315,36 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
         key = labels, templates
         if key not in self.label_embeds:
-            total, cut = 0.0, 0
+            self._check_words(labels)
+            total, cut, ids = 0.0, 0, [()] * len(labels)
             for template in templates:
-                embeds, too_long = self._embed_texts([template.replace("{}", label) for label in labels])
+                embeds, too_long, more = self._embed_texts([template.replace("{}", label) for label in labels])
                 total, cut = total + embeds, cut + too_long
+                ids = [(*each, some) for each, some in zip(ids, more)]
             warn_of_cut_texts(cut, self.longest_text)
+            warn_of_equal_labels(labels, ids)
             while len(self.label_embeds) >= self.label_sets_kept:
                 del self.label_embeds[next(iter(self.label_embeds))]
             self.label_embeds[key] = torch.nn.functional.normalize(total, dim=-1)
         return self.label_embeds[key]
 
-    def _embed_texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        """(texts, projection_dim), and how many texts were cut."""
-        embeds, size, cut = [], self.label_batch_size, 0
+    def _check_words(self, labels: tuple[str, ...]):
+        """Refuses a label of which nothing would be left: a template around it would hide that."""
+        tokenizer = self.processor.tokenizer
+        inputs, _ = tokenize_texts(tokenizer, list(labels), self.longest_text)
+        for number in wordless_texts(tokenizer, inputs["input_ids"].tolist())[:1]:
+            raise ValueError(no_words(labels[number], f"label {number}"))
+
+    def _embed_texts(self, texts: list[str]) -> tuple[torch.Tensor, int, list[tuple[int, ...]]]:
+        """(texts, projection_dim), how many texts were cut, and the ids of each."""
+        embeds, ids, size, cut = [], [], self.label_batch_size, 0
         for start in logging.tqdm(range(0, len(texts), size), desc="labels", disable=len(texts) <= 4 * size):
             some = texts[start : start + size]
             inputs, too_long = tokenize_texts(self.processor.tokenizer, some, self.longest_text)
             embeds.append(self.model.get_text_features(**inputs.to(self.device)).pooler_output.float())
+            ids += ids_of_texts(inputs)
             cut += len(too_long)
-        return torch.cat(embeds), cut
+        return torch.cat(embeds), cut, ids
 
     def postprocess(
         self, outputs: dict[str, Any], candidate_labels: tuple[str, ...] = (), top_k: int = 5

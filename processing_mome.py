@@ -2,6 +2,8 @@
 
 - images of any kind (path, URL, PIL, numpy, torch) become upright 8-bit RGB before the image processor sees them;
 - texts become `[BOS] words [EOS]`, padded on the right; caption prompts `[BOS] words`, padded on the left;
+- texts that are too long are cut, with a warning;
+- several threads may use one processor;
 - what cannot be used is refused in one line that names the value.
 
     images ── load_rgb_image ── image_processor ── pixel_values
@@ -19,14 +21,15 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import logging
+
+from .texts_mome import TOKENIZING, UNLIMITED_LENGTH, no_words, warn_of_cut_texts, wordless_texts
 
 logger = logging.get_logger(__name__)
 
 URL_TIMEOUT_SECONDS = 30
-UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
 
 # How sentence-transformers calls the model. Left to guess, it averages the states of tokens, which `forward` has too.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -146,32 +149,6 @@ def load_rgb_image(image: Any, name: str = "image") -> Image.Image:
     raise ValueError(f"{name} ({os.fspath(source)!r}): {reason}" if source else f"{name} ({type(image)}): {reason}")
 
 
-def longest_text(tokenizer: Any, config: Any) -> int:
-    """The most tokens of a text, `[BOS]` and `[EOS]` counted, that both the tokenizer and the model take."""
-    return min(tokenizer.model_max_length, config.max_position_embeddings)
-
-
-def tokenize_texts(tokenizer: Any, texts: list[str], limit: int) -> tuple[BatchEncoding, list[int]]:
-    """Texts as model inputs, those of more than `limit` tokens cut to `limit`, `[EOS]` kept; and which were cut.
-
-    Returns:
-        `input_ids`, `attention_mask` (texts, tokens) int64, padded; the numbers of the texts that were cut.
-    """
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    inputs = tokenizer(texts, max_length=limit + 1, **options)  # one token more shows what is too long
-    if inputs["input_ids"].shape[1] <= limit:
-        return inputs, []
-    cut = (inputs["attention_mask"].sum(dim=1) > limit).nonzero().flatten().tolist()
-    return tokenizer(texts, max_length=limit, **options), cut
-
-
-def warn_of_cut_texts(count: int, limit: int, what: str = "text"):
-    """One warning for all texts that `tokenize_texts` has cut in a call."""
-    if count:
-        texts = f"1 {what} has" if count == 1 else f"{count} {what}s have"
-        logger.warning(f"{texts} more than {limit} tokens, the most that the model reads: the rest is cut off")
-
-
 class MomeProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
 
@@ -192,7 +169,7 @@ class MomeProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list of images as `load_rgb_image` takes them, or a batch as a 4-d array.
-            text: one text or a list of texts.
+            text: one text or a list of texts; what is longer than `tokenizer.model_max_length` is cut with a warning.
             kwargs: those of the image processor and the tokenizer (`return_tensors`, `truncation`, ...), and
                 `caption_prompt`: True makes each text, or none, the beginning of a caption: `[BOS] words`, padded on
                 the left; one text serves all images. By default only for images with nothing but empty texts, as the
@@ -202,8 +179,9 @@ class MomeProcessor(ProcessorMixin):
             `pixel_values` (images, 3, height, width) float32; `input_ids`, `attention_mask` (texts, tokens) int64.
 
         Raises:
-            ValueError: nothing to process, an image that cannot be read, a text that is no string, or one of more
-                than `tokenizer.model_max_length` tokens without `truncation=True`.
+            ValueError: nothing to process, an image that cannot be read, a text that is no string, one without a word
+                that the tokenizer knows, though not an empty one, or, with `truncation=False`, one of more than
+                `tokenizer.model_max_length` tokens.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given: pass images=..., text=... or both")
@@ -216,18 +194,45 @@ class MomeProcessor(ProcessorMixin):
         if caption_prompt:
             texts = _one_prompt_per_image(texts or [""], images)
             kwargs["padding_side"] = "left"
-        inputs = super().__call__(images=images, text=texts, text_kwargs=text_kwargs, **kwargs)
+        inputs = BatchFeature() if images is None else super().__call__(images=images, **kwargs)
+        if texts is not None:
+            inputs.update(self._tokenize(texts, caption_prompt, text_kwargs, kwargs))
+        return inputs
+
+    def _tokenize(
+        self, texts: list[str], caption_prompt: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> BatchFeature:
+        """Texts as they are padded, cut and ended; see `__call__`."""
+        options = {**kwargs, **text_kwargs}
+        text_kwargs.setdefault("verbose", False)  # of what is too long we speak ourselves
+        truncation, own_limit = options.get("truncation"), options.get("max_length") is not None
+        with TOKENIZING:
+            inputs = super().__call__(text=texts, text_kwargs=text_kwargs, **kwargs)
+            if not own_limit and (cut := self._longer_texts(inputs["input_ids"], texts, truncation)):
+                limit = self.tokenizer.model_max_length
+                if truncation is None:
+                    warn_of_cut_texts(len(cut), limit, "prompt" if caption_prompt else "text")
+                    text_kwargs = {**text_kwargs, "truncation": True}
+                    inputs = super().__call__(text=texts, text_kwargs=text_kwargs, **kwargs)
+                elif truncation in (False, "do_not_truncate"):
+                    text = texts[cut[0]]
+                    raise ValueError(
+                        f"text {cut[0]} ({text[:40]!r}...) has more than tokenizer.model_max_length = {limit} tokens: "
+                        "shorten it, or leave out truncation=False"
+                    )
+                else:
+                    logger.warning_once(f"texts of more than {limit} tokens, the most that the model reads, are cut")
+        self._check_words(inputs["input_ids"], texts, caption_prompt)
         if caption_prompt:
             self._drop_end_of_text(inputs)
-        if texts is not None:
-            self._check_lengths(inputs["input_ids"], texts)
         return inputs
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs
     ) -> list[str]:
         """Generated ids, (batch, tokens) or (tokens,), as stripped texts; `kwargs` go to the tokenizer's `decode`."""
-        texts = self.tokenizer.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        with TOKENIZING:
+            texts = self.tokenizer.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
@@ -267,17 +272,26 @@ class MomeProcessor(ProcessorMixin):
                     rows = inputs[key]
                     inputs[key] = [row[:-1] for row in rows] if isinstance(rows, list) else rows[:, :-1]
 
-    def _check_lengths(self, input_ids, texts):
-        limit = self.tokenizer.model_max_length
-        if limit >= UNLIMITED_LENGTH or max(len(row) for row in input_ids) <= limit:
-            return
-        for index, (row, text) in enumerate(zip(input_ids, texts, strict=False)):
-            count = sum(int(token) != self.tokenizer.pad_token_id for token in row)
-            if count > limit:
-                raise ValueError(
-                    f"text {index} ({text[:40]!r}...) has {count} tokens, tokenizer.model_max_length is {limit}: "
-                    "pass truncation=True or shorten it"
-                )
+    def _longer_texts(self, input_ids, texts: list[str], truncation: Any) -> list[int]:
+        """The numbers of the texts that have more tokens than the model takes, whether they are cut by now or not."""
+        limit, pad = self.tokenizer.model_max_length, self.tokenizer.pad_token_id
+        if limit >= UNLIMITED_LENGTH or len(input_ids) != len(texts):
+            return []
+        counts = [sum(int(token) != pad for token in row) if len(row) >= limit else 0 for row in input_ids]
+        full = [number for number, count in enumerate(counts) if count >= limit]
+        if not full or truncation in (None, False, "do_not_truncate"):
+            return [number for number in full if counts[number] > limit]
+        whole = self.tokenizer([texts[number] for number in full], verbose=False)["input_ids"]
+        return [number for number, ids in zip(full, whole) if len(ids) > limit]
+
+    def _check_words(self, input_ids, texts: list[str], caption_prompt: bool):
+        """Refuses a text of which nothing is left; an empty one says so itself, and a prompt may be one."""
+        for number in wordless_texts(self.tokenizer, input_ids):
+            if number < len(texts) and texts[number].strip():
+                message = no_words(texts[number], f"{'prompt' if caption_prompt else 'text'} {number}")
+                if not caption_prompt:
+                    raise ValueError(message)
+                logger.warning(message)
 
 
 def _load_images(images) -> list[Image.Image]:
@@ -309,11 +323,4 @@ def _one_prompt_per_image(prompts, images) -> list[str]:
 # `save_pretrained` then copies this module and writes its `auto_map`, whether it was imported or loaded from the Hub.
 MomeProcessor.register_for_auto_class()
 
-__all__ = [
-    "MomeProcessor",
-    "MomeProcessorKwargs",
-    "load_rgb_image",
-    "longest_text",
-    "tokenize_texts",
-    "warn_of_cut_texts",
-]
+__all__ = ["MomeProcessor", "MomeProcessorKwargs", "load_rgb_image"]

@@ -21,6 +21,7 @@ TABLES = {
         "icons",
         "searches",
         "experts a token",
+        "query forms",
         "speed",
         "speed gpu",
         "training gpu",
@@ -54,6 +55,7 @@ EXPERTS_A_TOKEN = {
     "greedy captions per second at batch 1": "captions/s, batch 1",
     "greedy captions per second at batch 32": "batch 32",
 }
+FORMS = "query forms, R@1 of "  # begins the metrics of `mome.experiments.query_forms`
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
@@ -114,6 +116,14 @@ def experts_table(rows: Iterable[dict]) -> str:
     return _table(["experts a token", *EXPERTS_A_TOKEN.values()], lines)
 
 
+def forms_table(rows: Iterable[dict]) -> str:
+    """R@1 of names in each form, and its ratio to that of the plain name."""
+    found = {row["metric"].removeprefix(FORMS): float(row["value"]) for row in rows if row["metric"].startswith(FORMS)}
+    plain = found.get("name")
+    lines = [[f"`{form}`", f"{100 * value:.1f} %", f"{100 * value / plain:.0f} %"] for form, value in found.items()]
+    return _table(["query", "R@1", "of the name's"], lines)
+
+
 def device_table(rows: Iterable[dict]) -> str:
     """Pairs per second of `mome.training.device` after each measure, and the ratio to the first row."""
     latest = {row["metric"].removeprefix(DEVICE): row for row in rows if row["metric"].startswith(DEVICE)}
@@ -171,6 +181,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "icons": figures_table(icons_figures(rows, [*HEADINGS])),
         "searches": searches_table(rows),
         "experts a token": experts_table(rows),
+        "query forms": forms_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
         "training gpu": device_table(rows),

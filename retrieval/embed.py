@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError
-from ..processing_mome import warn_of_cut_texts
+from ..texts_mome import warn_of_cut_texts
 from .corpus import Corpus, CorpusOptions, CorpusRow, Rows, digest_of, open_corpus, records_of
 from .items import embed_rows
 from .table import FORMAT_VERSION, TableInfo, read_info, read_tables, replacing, table_schema, write_table

@@ -73,6 +73,9 @@ def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int
     embeddings = torch.zeros(len(items), embedder.dimension)
     if images:
         embeddings[image_places] = embed_pixels(torch.cat(images), embedder)
+    for number in reversed(embedder.wordless(texts)):
+        items[text_places.pop(number)].error = "no word that the tokenizer knows"
+        del texts[number]
     if texts:
         embeddings[text_places] = embedder.embed_texts(texts, on_cut=on_cut)
     return embeddings

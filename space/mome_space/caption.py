@@ -65,6 +65,7 @@ class Captioning:
         for name, value in guidance.items():
             checked_number(value, name.replace("_", " "), SLIDERS[name].lowest, SLIDERS[name].highest)
         if prompt:
+            self.engine.check_words(prompt, "The beginning")
             self.engine.check_length(prompt, "The beginning")
         named = read_pictures(uploads)
         pictures = [self.engine.rgb(picture) for _, picture in named]

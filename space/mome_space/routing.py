@@ -64,6 +64,7 @@ class Routing:
     def routed(self, upload: Any, caption: Any) -> Routed:
         caption = checked_text(caption, "The caption")
         if caption:
+            self.engine.check_words(caption, "The caption")
             self.engine.check_length(caption, "The caption")
         picture = self.engine.rgb(read_picture(upload))
         caption = caption or self.generate([picture], candidates=1)[0][0][0]

@@ -54,6 +54,7 @@ class Search:
 
     def of_words(self, words: Any) -> Query:
         words = checked_text(words, "The search", required=True)
+        self.engine.check_words(words, "The search")
         if self.engine.count_tokens(words) > self.engine.max_tokens:
             gr.Warning("The text is longer than the model reads: only its beginning was searched for.")
         return Query(self.embed_texts([words])[0], quoted(words))
