@@ -15,9 +15,10 @@ from ..errors import RetrievalError
 from .corpus import CorpusOptions, open_image, open_source
 from .embed import EmbeddingReport, embed_corpus
 from .exact import ExactIndex
+from .format import TableInfo
 from .index import Hit, Index
 from .search import Searcher
-from .table import EmbeddingTable, TableInfo, load_table, push_table
+from .table import EmbeddingTable, load_table, push_table
 
 __all__ = [
     "CorpusOptions",

@@ -14,8 +14,9 @@ from ..embedder import Embedder
 from ..errors import RetrievalError, missing_package
 from .exact import ExactIndex
 from .filters import Where
+from .format import MODALITIES
 from .index import Hit, Index
-from .table import MODALITIES, EmbeddingTable, check_model, load_table
+from .table import EmbeddingTable, check_model, load_table
 
 
 def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:

@@ -17,12 +17,12 @@ from pymilvus.exceptions import MilvusException
 from mome.benchmarks.milvus import serving
 from mome.errors import RetrievalError
 from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table
+from mome.retrieval.format import table_schema, to_table, write_table
 from mome.retrieval.milvus import MilvusIndex, connection
 from mome.retrieval.milvus import index as milvus_module
 from mome.retrieval.milvus.columns import collection_schema
 from mome.retrieval.milvus.manifest import table_digest
 from mome.retrieval.search import open_index
-from mome.retrieval.table import table_schema, to_table, write_table
 from retrieval_corpora import make_table, random_vectors
 
 ROWS = 400
