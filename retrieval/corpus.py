@@ -396,9 +396,9 @@ def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[st
     if (path / "dataset_info.json").exists():
         return datasets.load_from_disk(str(path)), {}
     listing = list_folder(path)
-    tables = [file for file in listing.containers.get(".parquet", ()) if is_table(file)]
-    if tables:  # of embeddings, made from what is here
-        listing.left_out["tables of embeddings"] += len(tables)
+    tables = [file for file in listing.containers.get(".parquet", ()) if is_table(file) or _is_in_index(file, path)]
+    if tables:  # made from what is here
+        listing.left_out["files of tables and indexes"] += len(tables)
     shards = [file for file in listing.containers.get(".parquet", ()) if file not in set(tables)]
     if shards and tables:
         data_files = {split: shards}
@@ -411,6 +411,11 @@ def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[st
         raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files")
     rows = image_folder(path, listing)  # which counts more that is left out
     return rows, dict(listing.left_out)
+
+
+def _is_in_index(file: str, folder: Path) -> bool:
+    """Whether a file belongs to a Milvus Lite index, which is a folder."""
+    return any(above.suffix == ".db" for above in Path(file).relative_to(folder).parents)
 
 
 def _read_files(files: list[str], builder: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]:

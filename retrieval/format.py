@@ -262,7 +262,8 @@ def unreadable_file(output: Path) -> Path:
 def is_table(path: str | Path) -> bool:
     """Whether a parquet file is a table or part of one, not data to embed."""
     try:
-        return METADATA_KEY in (pq.read_schema(path).metadata or {})
+        schema = pq.read_schema(path)
+        return METADATA_KEY in (schema.metadata or {}) or {*LEADING_COLUMNS, "embedding"} <= set(schema.names)
     except (pa.ArrowException, OSError):
         return False
 

@@ -389,8 +389,10 @@ def _write_unreadable(path: Path, lines: list[dict[str, str | None]]):
     if not lines:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as partial:
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 __all__ = ["EmbeddingReport", "TableJob", "first_difference", "settings_of"]
