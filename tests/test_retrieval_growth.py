@@ -323,7 +323,7 @@ def test_what_differs_is_named_with_both_values(tmp_path, embedder, checkpoint):
         (folder, larger, options, r"image_processor.image_mean=\[.*\], now it is \[0.4, 0.4, 0.4\]"),
         (folder, shorter, options, f"longest_text={embedder.longest_text}, now it is 3"),
         (tmp_path / "elsewhere", embedder, options, f"source='{folder}', now it is '{tmp_path}/elsewhere'"),
-        (folder, embedder, {}, r"text_column='text', now it is None"),
+        (folder, embedder, {}, r"modalities=\['image', 'text'\], now it is \['image'\]"),
         (folder, embedder, options | {"text_column": "words"}, "text_column='text', now it is 'words'"),
     ):
         refused(f"made with {message}: choose another output, or overwrite it", source, output, model, **changed)

@@ -334,3 +334,29 @@ def test_the_digest_of_a_table_depends_on_its_contents_only(table, tmp_path):
         path = make_table(tmp_path / f"{number}.parquet", rows=ROWS, bad=BAD, **change)
         assert table_digest(load_table(path)) != digest
     assert table_digest(load_table(make_table(tmp_path / "bad.parquet", rows=ROWS, bad=(3,)))) != digest
+
+
+def test_an_index_of_a_table_that_grew_is_built_again_and_says_so(tmp_path, uri, caplog, monkeypatch):
+    monkeypatch.setattr(milvus_module.logger, "propagate", True)
+    info = TableInfo("a-model", "0123456789abcdef", 16, source="/pictures")
+    small = load_table(make_table(tmp_path / "table.parquet", rows=30, info=info))
+    with MilvusIndex(small, uri, collection="grows", progress=False) as index:
+        assert_same_hits(index, ExactIndex(small))
+    make_table(tmp_path / "table.parquet", rows=50, prefix="new", info=info)
+    large = load_table(tmp_path / "table.parquet")
+    with MilvusIndex(large, uri, collection="grows", progress=False) as index:
+        assert_same_hits(index, ExactIndex(large))
+    assert "holds an earlier state of" in caplog.text and "it is built again" in caplog.text
+    elsewhere = TableInfo("a-model", "0123456789abcdef", 16, source="/other")
+    other = load_table(make_table(tmp_path / "other.parquet", rows=9, info=elsewhere))
+    refused("holds another table", other, uri, collection="grows")
+
+
+def test_a_searcher_whose_collection_was_built_again_meanwhile_is_told(tmp_path, server):
+    info = TableInfo("a-model", "0123456789abcdef", 16, source="/pictures")
+    old = load_table(make_table(tmp_path / "old.parquet", rows=30, info=info))
+    new = load_table(make_table(tmp_path / "new.parquet", rows=50, prefix="new", info=info))
+    with MilvusIndex(old, server, collection="meanwhile", progress=False) as index:
+        with MilvusIndex(new, server, collection="meanwhile", progress=False):
+            with pytest.raises(RetrievalError, match="built again from another state of .*open the table"):
+                index.search(random_vectors(1))
