@@ -6,8 +6,8 @@
     metadata.py   job.py store.py
 
 - the table is the source of truth: plain parquet that `datasets` reads and from which any index can be rebuilt;
-- `embed_corpus` resumes after any interruption and brings a table up to date when its corpus has changed; what can't be
-  read is listed beside the table, each with its reason;
+- `embed_corpus` resumes after any interruption and brings a table up to date when its corpus has changed;
+- what can't be read is listed beside the table, each with its reason;
 - `embed_daft.py` makes the same table with Daft, on one machine or on Ray (extra `daft`);
 - `ExactIndex` compares with every row, without a server; `milvus/` is for more than one machine (extra `milvus`).
 """
