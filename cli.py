@@ -103,10 +103,10 @@ def embed(
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not copy the data set to the disk.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core, up to 8.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Embed everything anew.")] = False,
     daft: Annotated[str | None, typer.Option(help="native or ray: embed with the workers of Daft.")] = None,
 ):
-    """Embed a corpus into a table. Run the same command again to resume."""
+    """Embed a corpus into a table. Run the same command again to resume, or when the corpus has changed."""
     options = {
         "split": split,
         "modalities": modality or None,

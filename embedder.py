@@ -9,6 +9,7 @@ of the weights says which checkpoint made an embedding.
 """
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
@@ -25,6 +27,7 @@ from transformers.utils import logging
 from .configuration_mome import MomeConfig
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
+from .inputs_mome import pictures_of
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .processing_mome import MomeProcessor
 from .texts_mome import longest_text, no_words, tokenize_texts, warn_of_cut_texts, wordless_texts
@@ -53,7 +56,17 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def batches_of(items: Sequence[Item], size: int, what: str = "", progress: bool = False) -> Iterator[Sequence[Item]]:
-    """`size` items at a time, the last time what is left; with `progress` under a bar called `what`."""
+    """`size` items at a time, the last time what is left; with `progress` under a bar called `what`.
+
+    Items without a length, a stream or a generator, are taken as they come.
+    """
+    if not hasattr(items, "__len__"):
+        with tqdm(desc=what, unit="batch", leave=False, disable=not progress) as bar:
+            items = iter(items)
+            while some := list(itertools.islice(items, size)):
+                yield some
+                bar.update()
+        return
     for start in tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False, disable=not progress):
         yield items[start : start + size]
 
@@ -136,7 +149,8 @@ class Embedder:
         """Images → (images, dimension) float32 on the CPU, L2-normalised.
 
         Args:
-            images: as `read_image` takes them; they are read batch by batch.
+            images: several of what `read_image` takes: a list, a data set of `datasets` or a column of one, a stream,
+                a generator; they are read batch by batch.
             batch_size: images that go through the model together.
             progress: show a bar.
 
@@ -176,6 +190,9 @@ class Embedder:
             MomeError: a text that is none, blank, or without a word that the tokenizer knows; one that is too long and
                 refused; another `long_texts`.
         """
+        if isinstance(texts, str):
+            raise MomeError(f"texts={texts[:40]!r} is one text: pass a list of them")
+        texts = texts if isinstance(texts, (list, tuple)) else list(texts)  # a column, a generator
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not (allow_blank or text.strip()):
                 raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
@@ -234,9 +251,11 @@ class Embedder:
         Raises:
             ValueError: an image that can't be read, with its number.
         """
-        number = 0
-        for some in batches_of(images, batch_size, what, progress):
-            rgb = [read_image(image, f"image {place}") for place, image in enumerate(some, number)]
+        several, number = pictures_of(images), 0
+        if several is None:
+            raise MomeError(f"images are of type {type(images).__name__}: pass a list, a data set or a generator")
+        for some in batches_of(several, batch_size, what, progress):
+            rgb = [_read(image, f"image {place}") for place, image in enumerate(some, number)]
             number += len(rgb)
             yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.model.dtype)
 
@@ -290,6 +309,14 @@ class Embedder:
                 if not self._calls:
                     for module in self._in_training:
                         module.training = True
+
+
+def _read(image: Any, name: str) -> Image.Image:
+    if isinstance(image, Exception):  # a data set could not decode it
+        raise ValueError(f"{name}: {first_line(image)}")
+    if isinstance(image, dict) and "image" in image:  # a row
+        image = image["image"]
+    return read_image(image, name)
 
 
 def _load_quietly(model_class: type[torch.nn.Module], name: str, **options: Any) -> torch.nn.Module:

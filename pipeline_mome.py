@@ -8,6 +8,7 @@
                                └── cosine of image and caption, from the same image pass ── score
 """
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from transformers import Pipeline
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
+from .inputs_mome import Pictures, pictures_of
 from .processing_mome import load_rgb_image
 from .texts_mome import (
     ids_of_texts,
@@ -45,17 +48,24 @@ class MomeImagePipeline(Pipeline):
         images = kwargs.pop("inputs", images)
         if images is None:
             raise ValueError("images=None: pass an image, a list of images, a data set or a generator")
-        if isinstance(images, (list, tuple)):
-            if not images:
+        several = pictures_of(images)
+        if isinstance(several, list):
+            if not several:
                 return []
-            images = [_named(image, f"images[{index}]") for index, image in enumerate(images)]
+            images = [_named(image, f"images[{index}]") for index, image in enumerate(several)]
+        elif isinstance(several, Pictures):
+            images = _NamedPictures(several)
+        elif several is not None:
+            images = (_named(image, f"images[{index}]") for index, image in enumerate(several))
         return super().__call__(images, **kwargs)
 
     def _read(self, image: Any, on_error: str) -> tuple[Any, str | None]:
         """An image, or one in its place and the reason why it can't be read."""
         item = _named(image, "image")
         try:
-            return load_rgb_image(item["image"], item["name"]), None
+            if isinstance(item["image"], Exception):  # a data set could not decode it
+                raise ValueError(f"{item['name']}: {item['image']}".splitlines()[0])
+            return load_rgb_image(_decoded(item["image"], item["name"]), item["name"]), None
         except ValueError as error:
             if on_error == "raise":
                 raise
@@ -73,6 +83,25 @@ class MomeImagePipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         kwargs.pop("max_shard_size", None)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class _NamedPictures(Pictures):
+    """With what an error calls each picture."""
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return _named(self.values[place], f"images[{place}]")
+
+
+def _decoded(image: Any, name: str) -> Any:
+    """An image as `load_rgb_image` takes it, of one as `datasets` holds it, `{"bytes": ..., "path": ...}`."""
+    if not isinstance(image, dict) or not {"bytes", "path"} & set(image):
+        return image
+    if image.get("bytes") is None:
+        return image.get("path")
+    try:
+        return Image.open(io.BytesIO(image["bytes"]))
+    except UnidentifiedImageError:  # whose text names an object in memory
+        raise ValueError(f"{name}: not an image that Pillow can read") from None
 
 
 def _check_on_error(on_error: str | None):
@@ -103,8 +132,9 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
         """Captions one image or many.
 
         Args:
-            images: an image (path, http(s) URL, PIL image, array or tensor), a list of images, a data set or a
-                generator. An item of a data set may be a dict with the image under `image`.
+            images: an image (path, http(s) URL, PIL image, array or tensor), a list of images, a data set, a stream, a
+                column `data["image"]`, a `KeyDataset` or a generator. Of a data set the first column of type Image is
+                taken; an item of anything else may be a dict with the image under `image`.
             kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
                 num_captions: captions per image. Default: 1, or what the checkpoint's generation config says.
                 guidance: `"rerank"`, `"classifier-free"`, `"contrastive"`, several of them in a list, `"none"`, or
@@ -118,7 +148,7 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
 
         Returns:
             For an image a list of `{"generated_text": str, "score": float}`; for a list, a list of those; for a data
-            set or a generator an iterator.
+            set or a generator an iterator, which reads and computes as it goes (`tqdm(caption(data))` shows a bar).
 
         Raises:
             ValueError: an image that can't be read, with its name and the reason; an option that can't be.

@@ -1,31 +1,27 @@
 """A folder of images as a data set: every image in it and below, with what its metadata files say.
 
     folder/
-        metadata.jsonl or metadata.csv     rows with a `file_name`, relative to the metadata file; optional, also below
-        a.png  red/b.jpg ...               every file that Pillow may read, whatever its subfolder is called
+        metadata.jsonl, .csv or .tsv    rows with a `file_name`, relative to the metadata file; optional, also below
+        a.png  red/b.jpg ...            every file that Pillow may read, whatever its subfolder is called
 
 The images are listed here, not by `datasets`, which takes the names of subfolders for splits. Nothing is decoded.
 """
 
-import csv
 import functools
-import json
 import os
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
 from PIL import Image
 
-from ..errors import RetrievalError, first_line
+from .metadata import METADATA_FILES, read_metadata
 
 NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
 CONTAINERS = (".parquet", ".tar")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REPEATED = "links to what is listed already"
 CLOSED = "folders that can't be opened"
 
@@ -131,41 +127,14 @@ def image_folder(path: Path, listing: FolderListing) -> datasets.Dataset:
     Raises:
         RetrievalError: a metadata file that can't be read.
     """
-    described = _read_metadata(listing.metadata)
-    columns = {}
-    for name in {name: None for row in described.values() for name in row if name not in ("file_name", "image")}:
-        columns[name] = [described.get(image, {}).get(name) for image in listing.images]
-    try:
-        arrays = {name: pa.array(values) for name, values in columns.items()}
-    except pa.ArrowException as error:
-        raise RetrievalError(f"{path}: a metadata column mixes several types: {first_line(error)}") from None
+    arrays, left_out = read_metadata(listing.metadata, listing.images)
+    listing.left_out.update(left_out)
     metadata = datasets.Features.from_arrow_schema(pa.table(arrays).schema)
     kind = datasets.Image(decode=False)
     images = pa.array([{"bytes": None, "path": image} for image in listing.images], kind.pa_type)
     features = datasets.Features({"image": kind, **metadata})
     rows = pa.table({"image": images, **arrays}, schema=features.arrow_schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(rows))
-
-
-def _read_metadata(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Path of an image → its row in a metadata file."""
-    rows = {}
-    for file in files:
-        try:
-            with file.open(newline="") as lines:
-                for row in _metadata_rows(lines, file.suffix):
-                    rows[str(file.parent / row["file_name"])] = row
-        except OSError as error:
-            raise RetrievalError(f"{file} can't be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise RetrievalError(f"{file} can't be read, each row needs a file_name: {first_line(error)}") from None
-    return rows
-
-
-def _metadata_rows(lines: Iterator[str], suffix: str) -> Iterator[dict[str, Any]]:
-    if suffix == ".csv":
-        return csv.DictReader(lines)
-    return (json.loads(line) for line in lines if line.strip())
+    return datasets.Dataset(datasets.table.InMemoryTable(rows), fingerprint=uuid.uuid4().hex)
 
 
 __all__ = ["FolderListing", "image_folder", "list_folder"]

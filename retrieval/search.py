@@ -16,8 +16,9 @@ from ..errors import RetrievalError, missing_package
 from ..texts_mome import no_words
 from .exact import ExactIndex
 from .filters import Where
+from .format import MODALITIES
 from .index import Hit, Index
-from .table import MODALITIES, EmbeddingTable, check_model, load_table
+from .table import EmbeddingTable, check_model, load_table
 
 logger = logging.get_logger(__name__)
 
