@@ -26,6 +26,7 @@ from .configuration_mome import MomeConfig
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .pictures_mome import count_blank, warn_of_blank
 from .processing_mome import MomeProcessor, longest_text, tokenize_texts, warn_of_cut_texts
 
 BATCH_SIZE = 64
@@ -222,14 +223,19 @@ class Embedder:
     ) -> Iterator[torch.Tensor]:
         """Images → `pixel_values` (images, channels, height, width) in the model's dtype, on its device.
 
+        Those of one single colour are counted; one warning tells how many, after the last batch.
+
         Raises:
             ValueError: an image that can't be read, with its number.
         """
-        number = 0
+        number, blank = 0, 0
         for some in batches_of(images, batch_size, what, progress):
             rgb = [read_image(image, f"image {place}") for place, image in enumerate(some, number)]
             number += len(rgb)
-            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.model.dtype)
+            pixel_values = to_pixel_values(rgb, self.processor.image_processor)
+            blank += count_blank(pixel_values)
+            yield pixel_values.to(self.device, self.model.dtype)
+        warn_of_blank(blank)
 
     def token_batches(
         self,

@@ -92,9 +92,7 @@ def open_picture(source: Any, svg_side: int = SVG_SIDE) -> Image.Image:
         return _from_text(data, svg_side) if isinstance(data := _read(source), str) else _from_bytes(data, svg_side)
     if hasattr(source, "__array__"):
         return _image_from_array(np.asarray(source))
-    raise ValueError(
-        "pass a path, a URL, bytes, an open file, a data URI, a PIL image, a numpy array or a torch tensor"
-    )
+    raise ValueError("pass a path, URL, bytes, open file, data URI, PIL image, numpy array or torch tensor")
 
 
 def _of_dict(source: dict) -> Any:
@@ -358,12 +356,10 @@ def trim_margins(image: Image.Image, margin: float) -> Image.Image:
 
 def count_blank(pictures: Iterable[Any]) -> int:
     """How many pictures, arrays or tensors (channels, height, width), have one single colour."""
-    count = 0
-    for each in pictures:
-        values = each if isinstance(each, torch.Tensor) else torch.from_numpy(np.asarray(each))
-        values = values.flatten(1)
-        count += bool((values.amax(dim=1) == values.amin(dim=1)).all())
-    return count
+    if not isinstance(pictures, torch.Tensor):
+        return sum(count_blank(torch.from_numpy(np.asarray(each))[None]) for each in pictures)
+    values = pictures.flatten(2)
+    return int((values.amax(dim=2) == values.amin(dim=2)).all(dim=1).sum())
 
 
 def warn_of_blank(count: int, name: str = "picture"):
@@ -446,15 +442,19 @@ class MomeImageProcessor(PilBackend):
         Raises:
             ValueError: an image that cannot be read; 8-bit values that would be normalised without being rescaled.
         """
+        inputs = self.process(images, *args, **kwargs)
+        warn_of_blank(count_blank(inputs["pixel_values"]))
+        return inputs
+
+    def process(self, images: Any, *args, **kwargs: Unpack[MomeImagesKwargs]) -> BatchFeature:
+        """As `preprocess`, without a warning: for those who count over many calls."""
         margin = kwargs.get("trim_to_margin", self.trim_to_margin)
         _check_margin(margin)
         kwargs |= rescaling(self, images, kwargs)
         pictures = load_images(images, self.svg_side)
         if margin is not None:
             pictures = [trim_margins(each, margin) for each in pictures]
-        inputs = super().preprocess(pictures, *args, **kwargs)
-        warn_of_blank(count_blank(inputs["pixel_values"]))
-        return inputs
+        return super().preprocess(pictures, *args, **kwargs)
 
 
 def _check_margin(margin: Any):

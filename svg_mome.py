@@ -5,8 +5,8 @@
 - `currentColor` is black; the larger side gets the number of pixels that is asked for;
 - scripts, foreign markup and everything that leads out of the file (other files, the network) are left out;
 - what would take too much is refused: by its bytes, elements, depth, entities and repetitions before it is rendered,
-  by time and memory while it is. Only a process of its own can be stopped, and survives that resvg is not: a drawing of
-  100 bytes can ask for more memory than there is.
+  by time and memory while it is. Only a process of its own can be stopped, and be lost: a drawing of 100 bytes can ask
+  for more memory than there is, and resvg then ends its process.
 
 resvg comes with `pip install resvg-py`; without it an error says so.
 """
