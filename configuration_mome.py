@@ -39,6 +39,13 @@ CUSTOM_PIPELINES: dict[str, dict] = {
         "impl": "pipeline_mome.MomeZeroShotImageClassificationPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     },
+    # transformers' tasks, whose own pipelines drop the transparency of pictures.
+    "image-feature-extraction": {"impl": "pipeline_mome.MomeFeatureStockPipeline", "pt": ["AutoModel"]},
+    "image-text-to-text": {"impl": "pipeline_mome.MomeTextStockPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "zero-shot-image-classification": {
+        "impl": "pipeline_mome.MomeZeroShotStockPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    },
 }
 
 # Keys that transformers itself passes to or writes into any config, beside the dataclass fields.

@@ -458,9 +458,8 @@ class MomeImageProcessor(PilBackend):
 
 
 def _check_margin(margin: Any):
-    if margin is not None and (
-        isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1
-    ):
+    number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if margin is not None and not (number and 0 <= margin < 1):
         raise ValueError(f"trim_to_margin={quoted(margin)} must be a number from 0 to below 1, or None")
 
 
@@ -506,6 +505,10 @@ def _is_of_shares(image: Any) -> bool:
 MomeImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "AVIF_SUFFIXES",
+    "HEIF_SUFFIXES",
+    "INSTALL_AVIF",
+    "INSTALL_HEIF",
     "MomeImageProcessor",
     "background_of",
     "can_open_avif",

@@ -115,8 +115,8 @@ class MomeProcessor(ProcessorMixin):
             `pixel_values` (images, 3, height, width) float32; `input_ids`, `attention_mask` (texts, tokens) int64.
 
         Raises:
-            ValueError: nothing to process, an image that cannot be read or rescaled as it is asked for, a text that is no
-                string, or one of more than `tokenizer.model_max_length` tokens without `truncation=True`.
+            ValueError: nothing to process, an image that cannot be read or rescaled as it is asked for, a text that is
+                no string, or one of more than `tokenizer.model_max_length` tokens without `truncation=True`.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given: pass images=..., text=... or both")

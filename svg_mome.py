@@ -48,6 +48,11 @@ EMBEDDED = re.compile(r"\s*data:image/(png|jpeg|jpg|gif|webp)[;,]", re.IGNORECAS
 REFERENCE = re.compile(r"url\(\s*[\"']?#([^\"')\s]+)")
 
 
+def can_render_svg() -> bool:
+    """Whether resvg is installed."""
+    return importlib.util.find_spec("resvg_py") is not None
+
+
 def looks_like_svg(head: bytes) -> bool:
     """Whether a file that begins so is an SVG drawing, packed (svgz) or not."""
     if head[:2] == b"\x1f\x8b":
@@ -70,7 +75,7 @@ def render_svg(source: bytes | str, side: int = SVG_SIDE) -> Image.Image:
     Raises:
         ValueError: resvg is not installed; the drawing is broken, or refused.
     """
-    if importlib.util.find_spec("resvg_py") is None:
+    if not can_render_svg():
         raise ValueError(INSTALL_RESVG)
     drawing = _Drawing(source)
     image = Image.open(io.BytesIO(_render(drawing.text, side, drawing.has_text)))
@@ -345,4 +350,4 @@ def _render(text: str, side: int, fonts: bool) -> bytes:
     return content
 
 
-__all__ = ["INSTALL_RESVG", "SVG_SIDE", "SVG_SUFFIXES", "looks_like_svg", "render_svg"]
+__all__ = ["INSTALL_RESVG", "SVG_SIDE", "SVG_SUFFIXES", "can_render_svg", "looks_like_svg", "render_svg"]

@@ -66,7 +66,7 @@ class Captioning:
             checked_number(value, name.replace("_", " "), SLIDERS[name].lowest, SLIDERS[name].highest)
         if prompt:
             self.engine.check_length(prompt, "The beginning")
-        named = read_pictures(uploads)
+        named = read_pictures(uploads, self.engine.rgb)
         pictures = [self.engine.rgb(picture) for _, picture in named]
         plain = self.generate(pictures, prompt, candidates)
         guided = [None] * len(pictures)

@@ -106,8 +106,8 @@ class Engine:
 
     # Embeddings.
 
-    def rgb(self, picture: Image.Image) -> Image.Image:
-        """Upright 8-bit RGB over white: what the model sees, before it is resized."""
+    def rgb(self, picture: Image.Image | str) -> Image.Image:
+        """A picture, or the file of one, as upright 8-bit RGB: what the model sees, before it is resized."""
         return self._to_rgb(picture)
 
     def prepare(self, **inputs: Any) -> dict[str, torch.Tensor]:

@@ -55,7 +55,7 @@ class Routing:
         caption = checked_text(caption, "The caption")
         if caption:
             self.engine.check_length(caption, "The caption")
-        picture = self.engine.rgb(read_picture(upload))
+        picture = self.engine.rgb(read_picture(upload, self.engine.rgb))
         caption = caption or self.generate([picture], candidates=1)[0][0][0]
         shown = markup.thumbnail(picture, (PICTURE_SIDE, PICTURE_SIDE))  # squeezed to a square, as the model sees it
         return Routed(shown, caption, *self.route(picture, caption))
