@@ -39,7 +39,7 @@ HEAD_BYTES, LONGEST_HEAD = 1024, 2**20  # of a file that is looked at before it 
 LEAST_CONTRAST = 3.0  # of graphics with their background: WCAG 2.2, success criterion 1.4.11
 INK_SIDE = 256  # pixels at which ink is looked at
 SAME_COLOUR = 16  # two 8-bit values that differ by no more are the same margin: JPEG is not exact
-FILLED = 0.8  # a picture fills its canvas if it takes this share of its side: nothing is trimmed
+FILLED = 0.75  # a picture fills its canvas if it takes this share of its side: to resample it would cost more
 
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")

@@ -2,8 +2,8 @@
 
 - `MomeImageCaptioningPipeline`: captions with their fit to the image, guided if wanted, one image or thousands;
 - `MomeZeroShotImageClassificationPipeline`: any labels, thousands of them, embedded once;
-- `Mome...StockPipeline`: transformers' own, which drop transparency, with our way of opening pictures; a checkpoint that
-  is loaded with `trust_remote_code=True` brings them for the stock tasks;
+- `Mome...StockPipeline`: transformers' own, which drop transparency, with our way of opening pictures; a checkpoint
+  that is loaded with `trust_remote_code=True` brings them for the stock tasks;
 - they are named in the config of every checkpoint, and registered by `import mome` for those who have the package.
 
     image ── processor ── generate(), guided ── ids ── text
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
-from .pictures_mome import count_blank, load_rgb_image, warn_of_blank
+from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
 from .processing_mome import longest_text, tokenize_texts, warn_of_cut_texts
 
 logger = logging.get_logger(__name__)
@@ -412,12 +412,8 @@ class MomeTextStockPipeline(ImageTextToTextPipeline):
 
     def preprocess(self, inputs: Any = None, *args, **kwargs) -> dict[str, Any]:
         if isinstance(inputs, dict) and inputs.get("images") is not None:
-            images = inputs["images"]
-            several = isinstance(images, (list, tuple))
-            inputs = {
-                **inputs,
-                "images": [load_rgb_image(each) for each in images] if several else load_rgb_image(images),
-            }
+            images = load_images(inputs["images"])
+            inputs = {**inputs, "images": images if isinstance(inputs["images"], (list, tuple)) else images[0]}
         return super().preprocess(inputs, *args, **kwargs)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import datasets
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
 from .captions import STYLE_ADJECTIVES
 from .palette import NAMES
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, max_tokens: int) -> P
 
 
 def build_processor(texts: Iterable[str], vocabulary: int, max_tokens: int, side: int = 64) -> MomeProcessor:
-    image_processor = CLIPImageProcessor(
+    image_processor = MomeImageProcessor(
         size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
     )
     return MomeProcessor(image_processor, train_tokenizer(texts, vocabulary, max_tokens))
