@@ -301,8 +301,7 @@ BOMBS = {
         + '<mask id="m9"/><path mask="url(#m0)"/>',
     ),
     "time": SVG.format(
-        "",
-        '<filter id="f"><feTurbulence numOctaves="1000000000"/></filter><g filter="url(#f)"><path d="M2 2h20v20z"/></g>',
+        "", '<filter id="f"><feTurbulence numOctaves="1000000"/></filter><path filter="url(#f)" d="M2 2h20v20z"/>'
     ),
     "cut": SVG.format("", "<path d='M2")[:90],
     "html": "<html><body>no picture</body></html>",

@@ -257,7 +257,8 @@ class Engine:
             for part in _byte_parts(tensor):
                 digest.update(part)
         settings = self.processor.image_processor.to_dict()
-        kept = {key: settings.get(key) for key in ("size", "image_mean", "image_std", "resample", "do_center_crop")}
+        names = ("size", "image_mean", "image_std", "resample", "do_center_crop", "trim_to_margin")
+        kept = {key: settings.get(key) for key in names}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
