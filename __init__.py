@@ -11,11 +11,13 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it demands torchvision
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_mome import MOME_SIZES, MomeConfig
 from .guidance_mome import MomeGenerationConfig
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .pictures_mome import MomeImageProcessor
 from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassificationPipeline
 from .processing_mome import MomeProcessor
 
@@ -24,6 +26,7 @@ if __name__ == "mome":  # and not the name of the checkout's folder, by which py
     AutoModel.register(MomeConfig, MomeModel, exist_ok=True)
     AutoModelForZeroShotImageClassification.register(MomeConfig, MomeModel, exist_ok=True)
     AutoModelForImageTextToText.register(MomeConfig, MomeForConditionalGeneration, exist_ok=True)
+    AutoImageProcessor.register(MomeConfig, slow_image_processor_class=MomeImageProcessor, exist_ok=True)
     AutoProcessor.register(MomeConfig, MomeProcessor, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
@@ -41,6 +44,7 @@ __all__ = [
     "MomeForConditionalGeneration",
     "MomeGenerationConfig",
     "MomeImageCaptioningPipeline",
+    "MomeImageProcessor",
     "MomeModel",
     "MomeProcessor",
     "MomeZeroShotImageClassificationPipeline",

@@ -2,7 +2,7 @@
 
     folder/
         metadata.jsonl, .csv or .tsv    rows with a `file_name`, relative to the metadata file; optional, also below
-        a.png  red/b.jpg ...            every file that Pillow may read, whatever its subfolder is called
+        a.png  red/b.svg ...            every file that Pillow or resvg may read, whatever its subfolder is called
 
 The images are listed here, not by `datasets`, which takes the names of subfolders for splits. Nothing is decoded.
 """
@@ -18,10 +18,13 @@ import datasets
 import pyarrow as pa
 from PIL import Image
 
+from ..pictures_mome import AVIF_SUFFIXES, HEIF_SUFFIXES, INSTALL_AVIF, INSTALL_HEIF, can_open_avif, can_open_heif
+from ..svg_mome import INSTALL_RESVG, SVG_SUFFIXES, can_render_svg
 from .metadata import METADATA_FILES, read_metadata
 
 NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
 CONTAINERS = (".parquet", ".tar")
+OUR_FILES = ("metadata.parquet",)
 REPEATED = "links to what is listed already"
 CLOSED = "folders that can't be opened"
 
@@ -44,7 +47,7 @@ class FolderListing:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, path: str):
-        """Adds a file to those of its kind; files of other kinds are skipped."""
+        """Adds a file to those of its kind; files of other kinds are counted by their suffix."""
         kind = _kind_of(path)
         if kind == "metadata":
             self.metadata.append(Path(path))
@@ -52,6 +55,8 @@ class FolderListing:
             self.images.append(path)
         elif kind is not None:
             self.containers.setdefault(kind, []).append(path)
+        elif os.path.basename(path) not in OUR_FILES:
+            self.left_out[_reason_of(path)] += 1
 
 
 def _kind_of(path: str) -> str | None:
@@ -59,7 +64,7 @@ def _kind_of(path: str) -> str | None:
     name = os.path.basename(path)
     if name in METADATA_FILES:
         return "metadata"
-    if name.startswith(".") or name == "metadata.parquet":
+    if name.startswith(".") or name in OUR_FILES:
         return None
     suffix = os.path.splitext(path)[1].lower()
     return "image" if suffix in _image_suffixes() else suffix if suffix in CONTAINERS else None
@@ -68,7 +73,28 @@ def _kind_of(path: str) -> str | None:
 @functools.cache
 def _image_suffixes() -> frozenset[str]:
     Image.init()
-    return frozenset(Image.registered_extensions()) - NOT_PICTURES
+    suffixes = set(Image.registered_extensions()) - NOT_PICTURES
+    for kinds, usable, _ in _optional_kinds():
+        suffixes = suffixes | set(kinds) if usable else suffixes - set(kinds)
+    return frozenset(suffixes)
+
+
+def _optional_kinds() -> list[tuple[tuple[str, ...], bool, str]]:
+    """Kinds of pictures that need more than Pillow: suffixes, whether they can be read, and what would read them."""
+    return [
+        (SVG_SUFFIXES, can_render_svg(), INSTALL_RESVG),
+        (HEIF_SUFFIXES, can_open_heif(), INSTALL_HEIF),
+        (AVIF_SUFFIXES, can_open_avif(), INSTALL_AVIF),
+    ]
+
+
+def _reason_of(path: str) -> str:
+    """Why a file is left out: what its kind needs, or its suffix."""
+    suffix = os.path.splitext(path)[1].lower()
+    needs = next((hint for kinds, usable, hint in _optional_kinds() if suffix in kinds and not usable), None)
+    if needs is not None:
+        return f"{suffix} files ({needs})"
+    return f"{suffix} files" if suffix else "files without a suffix"
 
 
 def list_folder(path: Path) -> FolderListing:
@@ -116,7 +142,7 @@ def _add_links(links: list[str], opened: set[str], listing: FolderListing):
             listing.add(link) if os.path.splitext(link)[1] else listing.images.append(link)
         elif target in targets or (kind and os.path.dirname(target) in opened and _kind_of(target) == kind):
             listing.left_out[REPEATED] += 1
-        elif kind is not None:
+        else:
             targets.add(target)
             listing.add(link)
 

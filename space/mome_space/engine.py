@@ -107,8 +107,8 @@ class Engine:
 
     # Embeddings.
 
-    def rgb(self, picture: Image.Image) -> Image.Image:
-        """Upright 8-bit RGB over white: what the model sees, before it is resized."""
+    def rgb(self, picture: Image.Image | str) -> Image.Image:
+        """A picture, or the file of one, as upright 8-bit RGB: what the model sees, before it is resized."""
         return self._to_rgb(picture)
 
     def prepare(self, **inputs: Any) -> dict[str, torch.Tensor]:
@@ -268,7 +268,8 @@ class Engine:
             for part in _byte_parts(tensor):
                 digest.update(part)
         settings = self.processor.image_processor.to_dict()
-        kept = {key: settings.get(key) for key in ("size", "image_mean", "image_std", "resample", "do_center_crop")}
+        names = ("size", "image_mean", "image_std", "resample", "do_center_crop", "trim_to_margin")
+        kept = {key: settings.get(key) for key in names}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 

@@ -60,7 +60,7 @@ class Search:
         return Query(self.embed_texts([words])[0], quoted(words))
 
     def of_picture(self, upload: Any) -> Query:
-        picture = read_picture(upload)
+        picture = read_picture(upload, self.engine.rgb)
         return Query(self.embed_images([picture])[0], "your picture")
 
     def of_hit(self, number: Any) -> Query:
