@@ -60,9 +60,9 @@ $(VENV)/.installed: $(VENV)/.base
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
 
-.venv-oldest/.installed: pyproject.toml constraints.txt
+.venv-oldest/.installed: pyproject.toml
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLDEST) -e ".[test]"
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct -e ".[test]"
 	touch $@

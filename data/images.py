@@ -1,8 +1,11 @@
 """Images to pixels: decoded, resized to what the model takes, and kept as 8-bit integers until it takes them."""
 
+import functools
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,24 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import first_line
 from ..processing_mome import load_rgb_image
+
+NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that may be read as pictures, in lower case, each with its dot."""
+    Image.init()
+    return frozenset(Image.registered_extensions()) - NOT_PICTURES
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of all images in a folder and below, sorted, without what is hidden."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if os.path.splitext(path)[1].lower() in image_suffixes())
 
 
 def decode_image(value: Any) -> Image.Image:

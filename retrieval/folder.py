@@ -8,7 +8,6 @@ The images are listed here, not by `datasets`, which takes the names of subfolde
 """
 
 import csv
-import functools
 import json
 import os
 from collections import Counter, deque
@@ -19,11 +18,10 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from PIL import Image
 
+from ..data.images import image_suffixes
 from ..errors import RetrievalError, first_line
 
-NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
 CONTAINERS = (".parquet", ".tar")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REPEATED = "links to what is listed already"
@@ -66,13 +64,7 @@ def _kind_of(path: str) -> str | None:
     if name.startswith(".") or name == "metadata.parquet":
         return None
     suffix = os.path.splitext(path)[1].lower()
-    return "image" if suffix in _image_suffixes() else suffix if suffix in CONTAINERS else None
-
-
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    Image.init()
-    return frozenset(Image.registered_extensions()) - NOT_PICTURES
+    return "image" if suffix in image_suffixes() else suffix if suffix in CONTAINERS else None
 
 
 def list_folder(path: Path) -> FolderListing:
