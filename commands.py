@@ -1,6 +1,6 @@
 """How the package behaves where it is a command: as `mome`, and as `python -m mome.anything`.
 
-- A package that is not installed is one line, which names its extra.
+- A package that is not installed is one line, which names its extra; so is what can't be used or is not there.
 - Ctrl-C is one line, and status 130.
 - When nobody reads on, as in `mome search … | head`, the command ends quietly, with status 141 like the shell's own.
 - What the terminal's encoding lacks is printed as an escape.
@@ -18,13 +18,13 @@ FAILED, INTERRUPTED, UNREAD = 1, 130, 141
 # Room of the package → the extra to name first if several install what is missing.
 EXTRA_OF_ROOM = {
     "convert": "convert",
-    "device": "training",
     "experiments": "eval",
     "icons": "icons",
     "quickstart": "retrieval",
     "training": "training",
 }
-OF_BENCHMARKS = "pip install --no-deps -r benchmarks/requirements.txt"
+# What benchmarks/requirements.txt installs, by the name under which it is imported.
+PEERS = ("faiss", "fairscale", "ftfy", "open_clip", "torchscale", "wcwidth")
 
 
 def running() -> str | None:
@@ -77,9 +77,23 @@ def explain(command: str, error: BaseException, advice: str = "") -> int | None:
         print(f"{command}: interrupted{advice}", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, ModuleNotFoundError) and (error.name or "mome").split(".")[0] != "mome":
-        print(f"{command}: {_missing(command, error)}", file=sys.stderr)
-        return FAILED
-    return None
+        line = _missing(command, error)
+    else:
+        line = _about_what_was_given(error)
+    if line is not None:
+        print(f"{command}: {line}", file=sys.stderr)
+    return None if line is None else FAILED
+
+
+def _about_what_was_given(error: BaseException) -> str | None:
+    """The line of an error about something that was given; `None` for all others, whose traceback is wanted.
+
+    An OSError without a number is one that transformers puts into words: no such checkpoint.
+    """
+    from .errors import MomeError, first_line
+
+    in_words = isinstance(error, OSError) and error.errno is None
+    return first_line(error) if in_words or isinstance(error, (MomeError, FileNotFoundError)) else None
 
 
 def _unread() -> bool:
@@ -98,11 +112,11 @@ def _unread() -> bool:
 def _missing(command: str, error: ModuleNotFoundError) -> str:
     name, room = error.name.split(".")[0], [*command.split("."), ""][1]
     try:
-        from .errors import EXTRAS, missing_package
+        from .errors import missing_package
     except ModuleNotFoundError:  # torch or transformers
         return f"{name} is not installed: pip install {name}"
-    if room == "benchmarks" and not any(name in modules for modules in EXTRAS.values()):
-        return f"{name} is not installed: {OF_BENCHMARKS}"
+    if name in PEERS:
+        return f"{name} is not installed: pip install --no-deps -r benchmarks/requirements.txt"
     return missing_package(error, EXTRA_OF_ROOM.get(room, "retrieval"))
 
 
