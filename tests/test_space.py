@@ -17,6 +17,7 @@ from PIL import Image
 
 from mome.benchmarks import space as load_test
 from mome_space import limits, uploads
+from mome_space.search import API_HITS
 from space_server import SPACE, served, tiny_engine, write_picture
 
 EVERYTHING = {"sets": [], "styles": []}
@@ -68,6 +69,18 @@ def test_filters_leave_only_their_sets_and_styles(client, space):
     of_style = client.predict(**asked, sets=[], styles=[entry.style], api_name="/search")
     assert {hit["style"] for hit in of_style} == {entry.style}
     assert len(client.predict(**asked, **EVERYTHING, api_name="/search")) == len(space.index.gallery)
+
+
+def test_search_takes_words_or_a_picture_alone(client, space, tmp_path):
+    words = {"query": "a red circle", "image": None, "count": API_HITS}
+    everything = client.predict(**words, **EVERYTHING, api_name="/search")
+    assert client.predict("a red circle", api_name="/search") == everything
+    assert client.predict(query="a red circle", api_name="/search") == everything
+    (tmp_path / "icon.png").write_bytes(space.index.gallery.entries[7].png)
+    picture = {"image": handle_file(tmp_path / "icon.png")}
+    found = client.predict(**picture, api_name="/search")
+    assert found == client.predict(query="", count=API_HITS, **picture, **EVERYTHING, api_name="/search")
+    assert found != everything
 
 
 def test_captions_come_with_their_cosine_guided_and_not(client, space, picture):
