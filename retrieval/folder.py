@@ -26,6 +26,7 @@ CONTAINERS = (".parquet", ".tar")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 REPEATED = "links to what is listed already"
 CLOSED = "folders that can't be opened"
+UNSPELLABLE = "files whose names are not UTF-8"  # a table's texts are
 
 
 @dataclass
@@ -45,10 +46,12 @@ class FolderListing:
     metadata: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, path: str):
+    def add(self, path: str, kind: str | None = None):
         """Adds a file to those of its kind; files of other kinds are skipped."""
-        kind = _kind_of(path)
-        if kind == "metadata":
+        kind = kind or _kind_of(path)
+        if kind is not None and any("\ud800" <= letter <= "\udfff" for letter in path):
+            self.left_out[UNSPELLABLE] += 1
+        elif kind == "metadata":
             self.metadata.append(Path(path))
         elif kind == "image":
             self.images.append(path)
@@ -109,7 +112,7 @@ def _add_links(links: list[str], opened: set[str], listing: FolderListing):
     for link in links:
         kind, target = _kind_of(link), os.path.realpath(link)
         if not os.path.exists(link):
-            listing.add(link) if os.path.splitext(link)[1] else listing.images.append(link)
+            listing.add(link, None if os.path.splitext(link)[1] else "image")
         elif target in targets or (kind and os.path.dirname(target) in opened and _kind_of(target) == kind):
             listing.left_out[REPEATED] += 1
         elif kind is not None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import typer.main
 from transformers.utils import logging
@@ -194,6 +195,15 @@ def test_odd_names_are_printed_in_any_encoding(folder, encoding):
             assert [json.loads(line)["file"] for line in lines] == names
         else:
             assert [line.split(": ")[0] for line in lines] == [shown[name] for name in names]
+
+
+def test_files_whose_names_no_table_can_hold_are_counted(folder, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+    done = invoke("embed", folder / "odd", "-o", tmp_path / "table.parquet", "--model", folder / "model")
+    assert done.stdout.startswith("3 images embedded") and "1 files whose names are not UTF-8" in done.stdout
+    found = invoke("search", tmp_path / "table.parquet", "red").stdout.splitlines()
+    assert sorted(line.split("  ")[2] for line in found) == ["-x.png", "two\\nlines.png", "é\\u2028.png"]
+    assert done.stdout.count("\n") == 1
 
 
 def test_bytes_of_a_name_come_back_where_the_terminal_takes_them(folder):
