@@ -126,7 +126,6 @@ def test_what_a_base_install_lacks_is_one_line(base_install, tmp_path, arguments
     ("module", "extra"),
     [
         ("mome.training", "training"),
-        ("mome.training.device", "training|icons"),
         ("mome.experiments.guidance", "eval"),
         ("mome.icons.build", "icons"),
     ],
@@ -137,7 +136,7 @@ def test_a_module_that_a_base_install_can_not_run_is_one_line(base_install, tmp_
     assert re.fullmatch(rf'{module}: \w+ is not installed: pip install -e "\.\[({extra})\]"\n', refused.stderr)
 
 
-@pytest.mark.parametrize("module", ["mome.convert", "mome.publish", "mome.quickstart", "mome.training.average"])
+@pytest.mark.parametrize("module", ["mome.convert", "mome.quickstart", "mome.training.average"])
 def test_a_base_install_runs_the_modules_that_need_no_extra(base_install, tmp_path, module):
     shown = answer(base_install, tmp_path, "python", "-m", module, "-h")
     assert shown.returncode == 0 and shown.stdout.startswith("usage: ") and not shown.stderr
