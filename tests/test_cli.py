@@ -77,7 +77,7 @@ def test_a_wrong_command_line_has_status_2_and_a_hint(invoke):
     hinted = invoke("caption", "a.png", "--numcaptions", 2, status=2)
     assert "--num-captions" in hinted.stderr and not hinted.stdout
     assert "labels" in invoke("classify", "a.png", status=2).stderr
-    assert "0" in invoke("caption", "a.png", "-n", 0, status=2).stderr
+    assert "--num-captions" in invoke("caption", "a.png", "-n", 0, status=2).stderr
 
 
 @pytest.mark.parametrize(
