@@ -4,6 +4,13 @@
 needs no `trust_remote_code`.
 """
 
+import logging
+import os
+
+from .commands import settle
+
+settle()  # before the imports below, which take seconds
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it demands torchvision
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.logging import get_verbosity
 
 from .configuration_mome import MOME_SIZES, MomeConfig
 from .guidance_mome import MomeGenerationConfig
@@ -21,6 +29,8 @@ from .pictures_mome import MomeImageProcessor
 from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassificationPipeline
 from .processing_mome import MomeProcessor
 
+if os.environ.get("TRANSFORMERS_VERBOSITY"):  # holds for what this package logs, too
+    logging.getLogger(__name__).setLevel(get_verbosity())
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
     AutoConfig.register(MomeConfig.model_type, MomeConfig, exist_ok=True)
     AutoModel.register(MomeConfig, MomeModel, exist_ok=True)

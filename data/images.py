@@ -1,14 +1,58 @@
 """Images to pixels: decoded, resized to what the model takes, and kept as 8-bit integers until it takes them."""
 
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..pictures_mome import load_rgb_image, open_picture, trim_margins
+from ..pictures_mome import (
+    AVIF_SUFFIXES,
+    HEIF_SUFFIXES,
+    INSTALL_AVIF,
+    INSTALL_HEIF,
+    can_open_avif,
+    can_open_heif,
+    load_rgb_image,
+    open_picture,
+    trim_margins,
+)
+from ..svg_mome import INSTALL_RESVG, SVG_SUFFIXES, can_render_svg
+
+NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that may be read as pictures, in lower case, each with its dot."""
+    Image.init()
+    suffixes = set(Image.registered_extensions()) - NOT_PICTURES
+    for kinds, usable, _ in optional_kinds():
+        suffixes = suffixes | set(kinds) if usable else suffixes - set(kinds)
+    return frozenset(suffixes)
+
+
+def optional_kinds() -> list[tuple[tuple[str, ...], bool, str]]:
+    """Kinds of pictures that need more than Pillow: suffixes, whether they can be read, and what would read them."""
+    return [
+        (SVG_SUFFIXES, can_render_svg(), INSTALL_RESVG),
+        (HEIF_SUFFIXES, can_open_heif(), INSTALL_HEIF),
+        (AVIF_SUFFIXES, can_open_avif(), INSTALL_AVIF),
+    ]
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of all images in a folder and below, sorted, without what is hidden."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if os.path.splitext(path)[1].lower() in image_suffixes())
 
 
 def is_empty(value: Any) -> bool:

@@ -7,7 +7,6 @@
 The images are listed here, not by `datasets`, which takes the names of subfolders for splits. Nothing is decoded.
 """
 
-import functools
 import os
 import uuid
 from collections import Counter, deque
@@ -16,17 +15,15 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from PIL import Image
 
-from ..pictures_mome import AVIF_SUFFIXES, HEIF_SUFFIXES, INSTALL_AVIF, INSTALL_HEIF, can_open_avif, can_open_heif
-from ..svg_mome import INSTALL_RESVG, SVG_SUFFIXES, can_render_svg
+from ..data.images import image_suffixes, optional_kinds
 from .metadata import METADATA_FILES, read_metadata
 
-NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
 CONTAINERS = (".parquet", ".tar")
 OUR_FILES = ("metadata.parquet",)
 REPEATED = "links to what is listed already"
 CLOSED = "folders that can't be opened"
+UNSPELLABLE = "files whose names are not UTF-8"  # a table's texts are
 
 
 @dataclass
@@ -46,10 +43,12 @@ class FolderListing:
     metadata: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, path: str):
+    def add(self, path: str, kind: str | None = None):
         """Adds a file to those of its kind; files of other kinds are counted by their suffix."""
-        kind = _kind_of(path)
-        if kind == "metadata":
+        kind = kind or _kind_of(path)
+        if kind is not None and any("\ud800" <= letter <= "\udfff" for letter in path):
+            self.left_out[UNSPELLABLE] += 1
+        elif kind == "metadata":
             self.metadata.append(Path(path))
         elif kind == "image":
             self.images.append(path)
@@ -67,31 +66,13 @@ def _kind_of(path: str) -> str | None:
     if name.startswith(".") or name in OUR_FILES:
         return None
     suffix = os.path.splitext(path)[1].lower()
-    return "image" if suffix in _image_suffixes() else suffix if suffix in CONTAINERS else None
-
-
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    Image.init()
-    suffixes = set(Image.registered_extensions()) - NOT_PICTURES
-    for kinds, usable, _ in _optional_kinds():
-        suffixes = suffixes | set(kinds) if usable else suffixes - set(kinds)
-    return frozenset(suffixes)
-
-
-def _optional_kinds() -> list[tuple[tuple[str, ...], bool, str]]:
-    """Kinds of pictures that need more than Pillow: suffixes, whether they can be read, and what would read them."""
-    return [
-        (SVG_SUFFIXES, can_render_svg(), INSTALL_RESVG),
-        (HEIF_SUFFIXES, can_open_heif(), INSTALL_HEIF),
-        (AVIF_SUFFIXES, can_open_avif(), INSTALL_AVIF),
-    ]
+    return "image" if suffix in image_suffixes() else suffix if suffix in CONTAINERS else None
 
 
 def _reason_of(path: str) -> str:
     """Why a file is left out: what its kind needs, or its suffix."""
     suffix = os.path.splitext(path)[1].lower()
-    needs = next((hint for kinds, usable, hint in _optional_kinds() if suffix in kinds and not usable), None)
+    needs = next((hint for kinds, usable, hint in optional_kinds() if suffix in kinds and not usable), None)
     if needs is not None:
         return f"{suffix} files ({needs})"
     return f"{suffix} files" if suffix else "files without a suffix"
@@ -139,7 +120,7 @@ def _add_links(links: list[str], opened: set[str], listing: FolderListing):
     for link in links:
         kind, target = _kind_of(link), os.path.realpath(link)
         if not os.path.exists(link):
-            listing.add(link) if os.path.splitext(link)[1] else listing.images.append(link)
+            listing.add(link, None if os.path.splitext(link)[1] else "image")
         elif target in targets or (kind and os.path.dirname(target) in opened and _kind_of(target) == kind):
             listing.left_out[REPEATED] += 1
         else:
