@@ -10,7 +10,6 @@
                                └── cosine of image and caption, from the same image pass ── score
 """
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import (
     ImageFeatureExtractionPipeline,
     ImageTextToTextPipeline,
@@ -92,7 +90,7 @@ class MomeImagePipeline(Pipeline):
         try:
             if isinstance(item["image"], Exception):  # a data set could not decode it
                 raise ValueError(f"{item['name']}: {item['image']}".splitlines()[0])
-            return load_rgb_image(_decoded(item["image"], item["name"]), item["name"]), None
+            return load_rgb_image(item["image"], item["name"]), None
         except ValueError as error:
             if on_error == "raise":
                 raise
@@ -117,18 +115,6 @@ class _NamedPictures(Pictures):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return _named(self.values[place], f"images[{place}]")
-
-
-def _decoded(image: Any, name: str) -> Any:
-    """An image as `load_rgb_image` takes it, of one as `datasets` holds it, `{"bytes": ..., "path": ...}`."""
-    if not isinstance(image, dict) or not {"bytes", "path"} & set(image):
-        return image
-    if image.get("bytes") is None:
-        return image.get("path")
-    try:
-        return Image.open(io.BytesIO(image["bytes"]))
-    except UnidentifiedImageError:  # whose text names an object in memory
-        raise ValueError(f"{name}: not an image that Pillow can read") from None
 
 
 def _check_on_error(on_error: str | None):
