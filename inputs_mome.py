@@ -41,12 +41,17 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     """A text of its own: not empty, not longer than the position table, and within the vocabulary."""
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1")
-    if input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-            f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
-        )
+    if not config.fixed_text_length:  # else `text_tokens` counts, which leaves out padding
+        _check_length(input_ids.shape[1], config.max_position_embeddings)
     check_vocabulary(input_ids, vocabulary)
+
+
+def _check_length(tokens: int, longest: int):
+    if tokens > longest:
+        raise ValueError(
+            f"input_ids has {tokens} tokens, max_position_embeddings is {longest}: shorten the text or tokenize it "
+            "with truncation=True"
+        )
 
 
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
@@ -77,9 +82,43 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
     check_pairs(pixel_values, input_ids)
 
 
-def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
-    """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
-    return F.pad(kept_patches + 1, (1, 0))
+def image_places(config: MomeConfig, kept_patches: torch.Tensor) -> torch.Tensor:
+    """Places of patches in the grid (images, kept) → of tokens in the image, `[CLS]` first if there is one."""
+    return F.pad(kept_patches + 1, (1, 0)) if config.image_cls_token else kept_patches
+
+
+def text_tokens(
+    config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A text as the text pass sees it: the same whatever padding, mask and `[BOS]` the caller has.
+
+        text_start_token=False      [BOS] a cat [EOS]  →  a cat [EOS]
+        fixed_text_length=True      a cat [EOS]        →  a cat [EOS] [PAD] … [PAD], `max_position_embeddings` tokens
+
+    Args:
+        input_ids: (texts, tokens).
+        attention_mask: (texts, tokens), 0 where padding; `None`: where a text of fixed length begins and ends with
+            `pad_token_id`.
+
+    Returns:
+        Ids (texts, tokens) and their mask, `None` for all.
+    """
+    is_text = None if config.text_start_token else input_ids != config.bos_token_id
+    if config.fixed_text_length and attention_mask is None:
+        is_word = input_ids != config.pad_token_id
+        is_word = is_word if is_text is None else is_word & is_text
+        attention_mask = (is_word.cumsum(dim=1) > 0) & (is_word.flip(1).cumsum(dim=1).flip(1) > 0)
+    if is_text is not None:
+        attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
+    if not config.fixed_text_length:
+        return input_ids, attention_mask
+    # Words to the left in their order, padding behind them.
+    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+    ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id).gather(1, order)
+    length = config.max_position_embeddings
+    if ids.shape[1] > length:
+        _check_length(int(attention_mask.sum(dim=1).max()), length)
+    return F.pad(ids[:, :length], (0, max(length - ids.shape[1], 0)), value=config.pad_token_id), None
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
