@@ -229,6 +229,10 @@ class MomeConfig(PreTrainedConfig):
             # trust_remote_code because a config names some.
             kwargs["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
+        if self.contrastive_objective == "sigmoid":
+            # In memory only: transformers' zero-shot pipeline takes the sigmoid of logits, not the softmax, for models
+            # with this word in their type. Files say `mome`.
+            self.model_type = "mome_siglip"
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "MomeConfig":

@@ -1,8 +1,8 @@
 """SigLIP (2303.15343) and SigLIP 2 (2502.14786) of fixed resolution, as transformers' `SiglipModel` stores them.
 
 Two towers of equal width are the image and the text side of the trunk, each with its own attention and feed-forward.
-Images have no `[CLS]` and are pooled by attention; texts are always 64 tokens long, padding seen like words, and pooled
-at the last one.
+Images have no `[CLS]` and are pooled by attention; texts are always 64 tokens long, padding seen like words, and
+pooled at the last one.
 """
 
 from dataclasses import replace
