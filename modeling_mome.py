@@ -494,8 +494,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
         if labels is not None:
             check_labels(labels, input_ids, pixel_values)
-            use_cache = False
-            tokens_given = input_ids.shape[1]
+            use_cache, tokens = False, input_ids.shape[1]
             input_ids, attention_mask, labels = start_captions(self.config, input_ids, attention_mask, labels)
         if use_cache and cache is None:
             cache = MomeCache(self.config)
@@ -507,16 +506,14 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
         image = image_embeds = None
         if pixel_values is not None:
-            image = image_outputs
-            if image is None:
-                image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            image = image_outputs or self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
             image_embeds = self.model.project_image(image.last_hidden_state)
         text = self.caption_pass(caption, image, **kwargs)
         logits = self.lm_head(caption.states_to_predict_from(image, text))
         losses = {}
         if labels is not None:
             losses = self._losses(caption, image, image_embeds, text, logits, labels, loss_options, **kwargs)
-            logits = logits[:, -tokens_given:]  # without what `start_captions` has put before them
+            logits = logits[:, -tokens:]  # without what `start_captions` has put before them
         return MomeCaptionOutput(
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},

@@ -24,6 +24,18 @@ VARIANTS = {
     "relative": {"position_embedding_type": "relative", "layer_scale_init_value": 0.5},
     "masked": {"caption_objective": "masked", "mask_token_id": 5},
     "masked_relative": {"caption_objective": "masked", "mask_token_id": 5, "position_embedding_type": "relative"},
+    "siglip": {
+        "share_attention": False,
+        "image_cls_token": False,
+        "image_pooling": "attention",
+        "text_pooling": "last",
+        "text_start_token": False,
+        "fixed_text_length": True,
+        "projection_dim": 32,
+        "image_projection": False,
+        "projection_bias": True,
+        "contrastive_objective": "sigmoid",
+    },
     "vlmo": {
         "fusion_start_layer": 1,
         "text_embedding_norm": True,

@@ -5,29 +5,13 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from models import random_batch, tiny_captioner, tiny_config
+from models import VARIANTS, random_batch, tiny_captioner, tiny_config
 from mome import MomeConfig, MomeModel
 from mome.inputs_mome import text_tokens
 from mome.losses_mome import contrastive_loss, pair_loss, pair_scores, sigmoid_loss
 
 PAIRED = {"image_cls_token": False, "image_pooling": "attention"}
-SIGLIP = PAIRED | {
-    "share_attention": False,
-    "text_pooling": "last",
-    "text_start_token": False,
-    "fixed_text_length": True,
-    "projection_dim": 32,
-    "image_projection": False,
-    "projection_bias": True,
-    "contrastive_objective": "sigmoid",
-}
-
-
-@torch.no_grad()
-def embeds(**options) -> tuple[torch.Tensor, torch.Tensor]:
-    model = tiny_captioner(**options)
-    outputs = model.model(**random_batch(model.config))
-    return outputs.image_embeds, outputs.text_embeds
+SIGLIP = VARIANTS["siglip"]
 
 
 def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
