@@ -25,6 +25,7 @@ VARIANTS = {
     "masked": {"caption_objective": "masked", "mask_token_id": 5},
     "masked_relative": {"caption_objective": "masked", "mask_token_id": 5, "position_embedding_type": "relative"},
     "siglip": {
+        "lm_head_transform": True,
         "share_attention": False,
         "image_cls_token": False,
         "image_pooling": "attention",
