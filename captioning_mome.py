@@ -462,6 +462,12 @@ def start_captions(
     """
     if config.text_start_token:
         return input_ids, attention_mask, labels
+    if not input_ids.shape[1]:
+        return (
+            input_ids.new_full((len(input_ids), 1), config.bos_token_id),
+            input_ids.new_ones(len(input_ids), 1),
+            labels,
+        )
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     first = attention_mask.argmax(dim=1, keepdim=True)
     token = input_ids.gather(1, first)

@@ -177,7 +177,7 @@ class MomeProcessor(ProcessorMixin):
 
     Args:
         image_processor: CLIP's, or another that gives `pixel_values`.
-        tokenizer: one that writes `[BOS] words [EOS]` and pads on the right.
+        tokenizer: one that writes `[BOS] words [EOS]`, or `words [EOS]`, and pads on the right.
     """
 
     valid_processor_kwargs = MomeProcessorKwargs
@@ -219,6 +219,7 @@ class MomeProcessor(ProcessorMixin):
         inputs = super().__call__(images=images, text=texts, text_kwargs=text_kwargs, **kwargs)
         if caption_prompt:
             self._drop_end_of_text(inputs)
+            self._put_start_of_text(inputs)
         if texts is not None:
             self._check_lengths(inputs["input_ids"], texts)
         return inputs
@@ -266,6 +267,26 @@ class MomeProcessor(ProcessorMixin):
                 if key in inputs:
                     rows = inputs[key]
                     inputs[key] = [row[:-1] for row in rows] if isinstance(rows, list) else rows[:, :-1]
+
+    def _put_start_of_text(self, inputs):
+        """`[BOS]` before every prompt, if the tokenizer has one that it doesn't write (SigLIP's)."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        if bos is None or self.tokenizer("").input_ids[:1] == [bos]:
+            return
+        given = inputs["input_ids"]
+        rows = [[int(token) for token in row] for row in given]
+        masks = inputs.get("attention_mask") if hasattr(inputs, "get") else None
+        masks = [[token != pad for token in row] for row in rows] if masks is None else masks
+        counts = [int(sum(mask)) for mask in masks]  # of words, which are on the right
+        starts = [len(row) - count for row, count in zip(rows, counts)]
+        made = {
+            "input_ids": [[pad] * start + [bos] + row[start:] for row, start in zip(rows, starts)],
+            "attention_mask": [[0] * start + [1] * (count + 1) for start, count in zip(starts, counts)],
+        }
+        for key in made:
+            if key in inputs:
+                as_given = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(given), list)
+                inputs[key] = as_given(made[key])
 
     def _check_lengths(self, input_ids, texts):
         limit = self.tokenizer.model_max_length

@@ -365,3 +365,26 @@ def test_captions_start_from_copies_of_the_texts_experts(small):
     words = state["model.text_embedding.word_embeddings.weight"]
     assert torch.equal(state["lm_head.decoder.weight"], words) and captioner.config.tie_word_embeddings
     assert_close(words[-1], words[:-2].mean(dim=0))
+
+
+def test_a_prompt_begins_with_bos_in_whatever_form_it_is_asked_for(small):
+    processor = AutoProcessor.from_pretrained(small[2])
+    bos, words = processor.tokenizer.bos_token_id, processor.tokenizer("a red", add_special_tokens=False).input_ids
+    images = pictures(2)
+    empty = processor(images=images, text="", return_tensors="pt")
+    assert empty["input_ids"].tolist() == [[bos], [bos]] and empty["attention_mask"].tolist() == [[1], [1]]
+    for kind in (None, "np", "pt"):
+        inputs = processor(images=images, text=["a red", ""], caption_prompt=True, return_tensors=kind)
+        ids, mask = ([list(map(int, row)) for row in inputs[key]] for key in ("input_ids", "attention_mask"))
+        padding = [processor.tokenizer.pad_token_id] * len(words)
+        assert ids == [[bos, *words], [*padding, bos]] and mask == [[1] * (len(words) + 1), [0] * len(words) + [1]]
+    assert processor(text="a red", return_tensors="pt")["input_ids"][0].tolist() == [*words, 1]  # of texts, none does
+    captioner = AutoModelForImageTextToText.from_pretrained(small[2])
+    inputs = processor(images=images, text=["a red", ""], caption_prompt=True, return_tensors="pt")
+    both = captioner.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    for row, prompt in enumerate(["a red", ""]):
+        alone = processor(images=images[row], text=prompt, caption_prompt=True, return_tensors="pt")
+        width = alone["input_ids"].shape[1] + 4
+        assert torch.equal(captioner.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0], both[row, -width:])
+    plain = processor(text=["a red"], images=images[:1], return_tensors="pt")  # with [EOS], without [BOS]
+    assert torch.equal(captioner.generate(**plain, max_new_tokens=4, min_new_tokens=4)[0], both[0])
