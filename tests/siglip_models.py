@@ -31,12 +31,12 @@ IMAGES = {
 
 
 @functools.cache
-def unigram_model() -> bytes:
+def unigram_model(words: str = WORDS) -> bytes:
     """A SentencePiece model like SigLIP's: Unigram, nmt_nfkc, `<pad>`, `</s>` and `<unk>` first."""
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.txt"
-        corpus.write_text("\n".join(" ".join(draw.choices(WORDS.split(), k=draw.randint(2, 9))) for _ in range(2000)))
+        corpus.write_text("\n".join(" ".join(draw.choices(words.split(), k=draw.randint(2, 9))) for _ in range(2000)))
         sentencepiece.SentencePieceTrainer.train(
             input=str(corpus),
             model_prefix=f"{folder}/spiece",
@@ -66,11 +66,11 @@ def gemma_tokenizer() -> str:
     return tokenizer.to_str()
 
 
-def write_tokenizer(folder: Path, version: int = 1) -> int:
+def write_tokenizer(folder: Path, version: int = 1, words: str = WORDS) -> int:
     """Writes the tokenizer's files; returns the number of words."""
     if version == 1:
-        (folder / "spiece.model").write_bytes(unigram_model())
-        return sentencepiece.SentencePieceProcessor(model_proto=unigram_model()).get_piece_size()
+        (folder / "spiece.model").write_bytes(unigram_model(words))
+        return sentencepiece.SentencePieceProcessor(model_proto=unigram_model(words)).get_piece_size()
     (folder / "tokenizer.json").write_text(gemma_tokenizer())
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -92,10 +92,10 @@ def random_siglip(shape: str = "base-like", words: int = 300, positions: int = 6
     return model
 
 
-def save_siglip(folder: Path, shape: str = "base-like", version: int = 1, **options) -> SiglipModel:
+def save_siglip(folder: Path, shape: str = "base-like", version: int = 1, words: str = WORDS) -> SiglipModel:
     """A folder as published: weights, config, tokenizer, preprocessor."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = random_siglip(shape, write_tokenizer(folder, version), **options)
+    model = random_siglip(shape, write_tokenizer(folder, version, words))
     model.save_pretrained(folder)
     side = IMAGES[shape]["image_size"]
     preprocessor = {
