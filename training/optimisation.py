@@ -137,11 +137,24 @@ class MovingAverage:
         self.step = 0
         torch._foreach_copy_(self.averages, self.parameters)
 
-    @torch.no_grad()
     def update(self):
+        self.take_in(self.advance())
+
+    def advance(self) -> float:
+        """Counts a step; returns what its weights count."""
         self.step += 1
-        weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], weight)
+        return 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+
+    @torch.no_grad()
+    def take_in(self, weight: float | torch.Tensor):
+        """Adds the weights of a step, which count `weight`: a number, or a tensor () on their device."""
+        parameters = [parameter.detach() for parameter in self.parameters]
+        if isinstance(weight, torch.Tensor):
+            differences = torch._foreach_sub(parameters, self.averages)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(self.averages, differences)
+        else:
+            torch._foreach_lerp_(self.averages, parameters, weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
