@@ -64,7 +64,7 @@ class MomeAttentionPooling(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = states.shape
         # (1, 1, width) → (batch, heads, 1, head_dim); (batch, tokens, 2 width) → 2 × (batch, heads, tokens, head_dim)
-        query = self.query(self.probe.expand(-1, 2, -1))[:, :1]  # of a single row, the last bit depends on its address
+        query = self.query(self.probe.repeat(1, 2, 1))[:, :1]  # of a single row, the last bit depends on its address
         query = query.view(1, 1, self.heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
         key, value = self.key_value(states).view(batch, tokens, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         pooled = F.scaled_dot_product_attention(query, key, value)
