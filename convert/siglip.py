@@ -143,7 +143,7 @@ def _check_towers(what: str, config: SiglipConfig):
         raise ConversionError(
             f"{what} projects texts to {text.projection_size} dimensions, its images have {vision.hidden_size}"
         )
-    if not vision.vision_use_head:
+    if getattr(vision, "vision_use_head", True) is False:
         raise ConversionError(f"{what} has no attention pooling (vision_use_head=False): it embeds no images")
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(vision, name), int):
