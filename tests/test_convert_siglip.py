@@ -388,3 +388,12 @@ def test_a_prompt_begins_with_bos_in_whatever_form_it_is_asked_for(small):
         assert torch.equal(captioner.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0], both[row, -width:])
     plain = processor(text=["a red"], images=images[:1], return_tensors="pt")  # with [EOS], without [BOS]
     assert torch.equal(captioner.generate(**plain, max_new_tokens=4, min_new_tokens=4)[0], both[0])
+
+
+def test_the_space_scores_labels_alone(small, monkeypatch):
+    from mome_space.engine import Engine, load_checkpoint
+
+    monkeypatch.setenv("MOME_CHECKPOINT", small[2])
+    found = Engine(*load_checkpoint()).classify(pictures(1)[0], LABELS, ["{}"])
+    wanted = expected(small[0], small[2], pictures(1), LABELS).logits_per_image.sigmoid()[0]
+    assert_close(torch.from_numpy(found).float(), wanted, atol=1e-5, rtol=0)

@@ -114,7 +114,7 @@ class Recipe(RecipeFields):
     max_grad_norm: float = 1.0
     layer_decay: float = 1.0
     freeze: list[str] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float | int] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     ema_decay: float | None = None
     compile: bool = False
