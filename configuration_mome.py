@@ -3,7 +3,7 @@
 - the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
 - unknown keys and impossible combinations are refused with the offending value in the message;
-- `did_you_mean`, the hint that all errors about unknown names give.
+- `did_you_mean`, the hint that all errors about unknown names give, and `quoted`, how they show a value.
 """
 
 import copy
@@ -37,6 +37,13 @@ CUSTOM_PIPELINES: dict[str, dict] = {
     "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
     "open-vocabulary-image-classification": {
         "impl": "pipeline_mome.MomeZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    },
+    # transformers' tasks, whose own pipelines drop the transparency of pictures.
+    "image-feature-extraction": {"impl": "pipeline_mome.MomeFeatureStockPipeline", "pt": ["AutoModel"]},
+    "image-text-to-text": {"impl": "pipeline_mome.MomeTextStockPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "zero-shot-image-classification": {
+        "impl": "pipeline_mome.MomeZeroShotStockPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     },
 }
@@ -74,6 +81,13 @@ def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
     """What to say to an unknown name: the closest of the choices as a question, or `otherwise` if none is close."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise
+
+
+def quoted(value: Any, limit: int = 80) -> str:
+    """A value as an error message shows it: its `repr`, cut where it is longer than `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return repr(text) if isinstance(value, str) else text
 
 
 @strict
@@ -147,7 +161,7 @@ class MomeConfig(PreTrainedConfig):
         contrastive_loss_weight: weight of the image–text contrastive loss in the captioner's joint loss.
         caption_loss_weight: weight of the caption loss in the joint loss (CoCa, 2205.01917: 1 and 2).
         use_cache: keep keys and values while generating.
-        pad_token_id, bos_token_id, eos_token_id: special tokens of the text.
+        pad_token_id, bos_token_id, eos_token_id: special tokens of the text; several may end it.
         mask_token_id: the `[MASK]` of the `masked` caption objective.
         image_token_id: stands for one image token in `input_ids`; an id below `vocab_size`, never embedded.
 
@@ -213,7 +227,7 @@ class MomeConfig(PreTrainedConfig):
     use_cache: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] | None = 2
     mask_token_id: int | None = None
     image_token_id: int = 3
 
@@ -353,9 +367,10 @@ class MomeConfig(PreTrainedConfig):
         if self.caption_objective == "masked" and self.mask_token_id is None:
             raise ValueError("caption_objective='masked' needs a mask_token_id, got mask_token_id=None")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "image_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean", "quoted"]

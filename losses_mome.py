@@ -3,6 +3,7 @@
 - `contrastive_loss`: multi-positive InfoNCE of a batch; `info_nce` is one direction of it, row by row;
 - `sigmoid_loss`: each pair for itself, match or no match; `sigmoid_terms` of it, row by row;
 - `caption_loss`: next-token cross-entropy, as a mean or as a sum over a number of tokens;
+- `label_share`: what a part of a batch counts for, where gradients of parts are added up;
 - `router_loss`: balance loss and z-loss of the experts of a group, from sums over its tokens (`router_sums`);
 - `distillation_loss`: distance to the embeddings of a teacher.
 
@@ -120,7 +121,8 @@ def caption_loss(
     Args:
         logits: (batch, tokens, vocabulary).
         labels: (batch, tokens) int64, in line with `logits`; -100 is ignored.
-        num_items: the sum over tokens is divided by it: 1 for the sum itself. `None`: the mean over the tokens.
+        num_items: the sum over tokens is divided by it: 1 for the sum itself. `None`: the mean over the tokens, 0 if
+            there is none to predict.
         shift_labels: (batch, tokens), what each position predicts, in place of the next label.
         label_smoothing: share of the target mass that all tokens of the vocabulary get.
 
@@ -129,13 +131,30 @@ def caption_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    shift_labels = shift_labels.flatten().to(logits.device)
     loss = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1),
-        shift_labels.flatten().to(logits.device),
-        reduction="mean" if num_items is None else "sum",
-        label_smoothing=label_smoothing,
+        at_least_float32(logits).flatten(0, 1), shift_labels, reduction="sum", label_smoothing=label_smoothing
     )
-    return loss if num_items is None else loss / num_items
+    return loss / ((shift_labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+
+def label_share(
+    labels: torch.Tensor, num_items: int | torch.Tensor, shift_labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The share of its labels that a part of a batch holds, (): those of all parts add up to 1.
+
+    Whoever adds up gradients of parts that each have a mean for a loss weights them so: however a batch is cut, the
+    sum is a mean over all of it. Labels are counted as transformers' `Trainer` does for models that predict the next
+    token: without the first one of each row.
+
+    Args:
+        labels, shift_labels: as in `caption_loss`.
+        num_items: labels of the whole batch, on all devices if losses are added up over them.
+    """
+    counted = labels[:, 1:] if shift_labels is None else shift_labels
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(counted.device).reshape(())
+    return (counted != -100).sum() / num_items
 
 
 # ------------------------------------------------------------------------------------------------------- routing
@@ -231,6 +250,7 @@ __all__ = [
     "distillation_loss",
     "info_nce",
     "joined_passes",
+    "label_share",
     "pair_loss",
     "pair_scores",
     "router_loss",

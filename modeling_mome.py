@@ -53,28 +53,24 @@ from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
-from .heads_mome import (
-    MomeAttentionPooling,
-    MomeCaptionHead,
-    MomeJointProjection,
-    MomeMultimodalPooler,
-    image_pooling,
-    text_pooling,
-)
+from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPooler, image_pooling, text_pooling
 from .inputs_mome import (
     check_input_ids,
     check_joint_experts,
     check_kept_patches,
     check_labels,
     check_masked_patches,
+    check_no_other_inputs,
+    check_number_of_labels,
     check_pairs,
     check_pixel_values,
     check_vocabulary,
     image_places,
+    text_mask,
     text_positions,
     text_tokens,
 )
-from .losses_mome import caption_loss, joined_passes, pair_loss, router_loss_of_passes, same_caption
+from .losses_mome import caption_loss, joined_passes, label_share, pair_loss, router_loss_of_passes, same_caption
 from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
 from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomeLayer, MomePreTrainedModel, MomeTextEmbedding
 
@@ -92,6 +88,8 @@ class MomeModel(MomePreTrainedModel):
     # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
     # nothing. A look waits for the device: a training loop over ids that it made itself may set it to False.
     looks_at_values = True
+    # transformers' `Trainer` divides the mean over pairs by the steps it accumulates: labels don't count here.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)
@@ -116,8 +114,6 @@ class MomeModel(MomePreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         if isinstance(module, MomeModel) and module.logit_bias is not None:
             init.constant_(module.logit_bias, self.config.logit_bias_init_value)
-        elif isinstance(module, MomeAttentionPooling):
-            init.normal_(module.probe, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_embedding.word_embeddings
@@ -164,6 +160,7 @@ class MomeModel(MomePreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """input_ids (texts, tokens) → states (texts, tokens, width), those that `text_tokens` makes of them."""
+        check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
         input_ids, attention_mask = text_tokens(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
@@ -194,9 +191,11 @@ class MomeModel(MomePreTrainedModel):
         **kwargs,
     ) -> MomeEncoderOutput:
         """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
+        check_no_other_inputs(kwargs)
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
         hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
@@ -261,7 +260,7 @@ class MomeModel(MomePreTrainedModel):
 
         Args:
             input_ids: (texts, tokens) int64, as the tokenizer writes them, padded on either side.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: where `pad_token_id` stands at either end.
             joint_experts: as in `get_image_features`.
 
         Returns:
@@ -294,6 +293,7 @@ class MomeModel(MomePreTrainedModel):
         `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
         Raises ValueError as the other two, and when there is not one text per image.
         """
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
         states = outputs.last_hidden_state
         if self.multimodal_pooler is None:
@@ -318,7 +318,7 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64.
             pixel_values: (images, channels, image_size, image_size) float.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: as in `get_text_features`.
             return_loss: contrastive loss with image i and text i a pair, plus the router losses.
 
         Raises:
@@ -527,6 +527,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
+        if inputs.input_ids is not None and (inputs.cache is None or not inputs.cache.get_seq_length()):
+            inputs.attention_mask = text_mask(self.config, inputs.input_ids, inputs.attention_mask)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:
@@ -564,15 +566,22 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _losses(
         self, caption, image, image_embeds, captioned, logits, labels, options, **kwargs
     ) -> dict[str, torch.Tensor]:
-        """The joint loss and its parts, by their names in the output; the captions also go through the text pass."""
+        """The joint loss and its parts, by their names in the output; the captions also go through the text pass.
+
+        As a part of a batch with `num_items_in_batch` labels, as transformers' `Trainer` passes it, all of them count
+        by the share that this call holds: see `label_share`.
+        """
         config, text_ids, text_mask = self.config, *text_tokens(self.config, caption.text_ids, caption.text_mask())
         text_logits = logits[:, -caption.text_tokens :] if caption.placed else logits
         num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
+        if self.model.looks_at_values:
+            check_number_of_labels(num_items)
+        counted = labels if config.text_start_token else labels[:, 1:]  # as the caller has counted them
+        share = 1.0 if num_items is None else label_share(counted, num_items, shift_labels)
         if shift_labels is not None:
-            shift_labels = caption.text_only(
-                F.pad(shift_labels, (labels.shape[1] - shift_labels.shape[1], 0), value=-100)
-            )
-        captions = caption_loss(text_logits, caption.text_only(labels), num_items, shift_labels)
+            added = labels.shape[1] - shift_labels.shape[1]
+            shift_labels = caption.text_only(F.pad(shift_labels, (added, 0), value=-100))
+        captions = caption_loss(text_logits, caption.text_only(labels), shift_labels=shift_labels)
         text = self.model.text_pass(text_ids, text_mask, **kwargs)
         text_embeds = self.model.project_text(text.last_hidden_state, text_mask)
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
@@ -583,7 +592,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             passes[1:] = [joined_passes(*passes[1:])]
         loss = config.caption_loss_weight * captions + router_loss_of_passes(config, *passes)
         loss = loss + config.contrastive_loss_weight * contrastive
-        return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        losses = {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        return {name: share * each for name, each in losses.items()}
 
 
 __all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]

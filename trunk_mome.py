@@ -30,9 +30,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .embeddings_mome import MomeImageEmbedding, MomeRelativePositionBias, MomeTextEmbedding
+from .heads_mome import MomeAttentionPooling
 from .kernels_mome import MomeLinear, is_faster_as_matmul, matmul_attention_forward, sorted_experts_forward
 from .outputs_mome import MomeEncoderOutput
-from .routing_mome import MomeRouter
+from .routing_mome import MomeRouter, run_experts
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
@@ -230,7 +231,7 @@ class MomeRoutedFeedForward(nn.Module):
         batch, tokens, width = hidden_states.shape
         flat = hidden_states.reshape(-1, width)
         logits, top_k_weights, top_k_index = self.router(flat)
-        outputs = self.experts(flat, top_k_index, top_k_weights)
+        outputs = run_experts(self.experts, flat, top_k_index, top_k_weights)
         if self.shared_expert is not None:
             outputs = outputs + self.shared_expert(flat)
         return outputs.view(batch, tokens, width), logits.view(batch, tokens, -1)
@@ -361,6 +362,8 @@ class MomePreTrainedModel(PreTrainedModel):
             for name in ("cls_token", "mask_token", "position_embedding", "modality_embedding"):
                 if isinstance(parameter := getattr(module, name, None), nn.Parameter):
                     init.normal_(parameter, std=std)
+        elif isinstance(module, MomeAttentionPooling):
+            init.normal_(module.probe, std=std)
         elif isinstance(module, MomeRelativePositionBias):
             init.zeros_(module.table)
         elif isinstance(module, MomeExperts):
