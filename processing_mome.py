@@ -195,7 +195,9 @@ class MomeProcessor(ProcessorMixin):
     def _put_start_of_text(self, inputs):
         """`[BOS]` before every prompt, if the tokenizer has one that it doesn't write (SigLIP's)."""
         bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
-        if bos is None or self.tokenizer("").input_ids[:1] == [bos]:
+        with TOKENIZING:
+            is_written = self.tokenizer("").input_ids[:1] == [bos]
+        if bos is None or is_written:
             return
         given = inputs["input_ids"]
         rows = [[int(token) for token in row] for row in given]
