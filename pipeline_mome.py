@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .guidance_mome import guidance_options
 from .inputs_mome import Pictures, pictures_of
+from .losses_mome import pair_scores
 from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
 from .texts_mome import (
     ids_of_texts,
@@ -299,8 +300,9 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
                 on_error: as for captions.
 
         Returns:
-            For an image a list of `{"label": str, "score": probability}`, best first; for a list, a list of those;
-            for a data set or a generator an iterator.
+            For an image a list of `{"label": str, "score": probability}`, best first, where the probability is that of
+            the label among all or, with the sigmoid objective (SigLIP), that of the label alone; for a list, a list of
+            those; for a data set or a generator an iterator.
 
         Raises:
             ValueError: an image that can't be read; no labels, one that is given twice, is no text or has no word that
@@ -355,7 +357,12 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         label_embeds = self._embed_labels(candidate_labels, templates)
         image_embeds = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.float()
         logits = image_embeds @ label_embeds.T * self.model.logit_scale.float().exp()
-        return {"probabilities": logits.softmax(dim=1), "failure": failure if isinstance(failure, list) else [failure]}
+        if self.model.logit_bias is not None:
+            logits = logits + self.model.logit_bias.float()
+        return {
+            "probabilities": pair_scores(self.model.config, logits),
+            "failure": failure if isinstance(failure, list) else [failure],
+        }
 
     def _embed_labels(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
