@@ -39,7 +39,10 @@ HEAD_BYTES, LONGEST_HEAD = 1024, 2**20  # of a file that is looked at before it 
 LEAST_CONTRAST = 3.0  # of graphics with their background: WCAG 2.2, success criterion 1.4.11
 INK_SIDE = 256  # pixels at which ink is looked at
 SAME_COLOUR = 16  # two 8-bit values that differ by no more are the same margin: JPEG is not exact
-FILLED = 0.75  # a picture fills its canvas if it takes this share of its side: to resample it would cost more
+# A picture fills its canvas if it takes this share of the side: half of the side and less is a margin. Size has a
+# meaning too ("star small" beside "star medium"): on a canvas that need not be scaled down, margins cost no pixel, and
+# only a picture of less than the second share is enlarged.
+FILLED, FILLED_SMALL = 0.55, 0.4
 
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -321,7 +324,7 @@ def load_images(images: Any, svg_side: int = SVG_SIDE) -> list[Image.Image]:
 # ----------------------------------------------------------------------------------------------------- margins
 
 
-def trim_margins(image: Image.Image, margin: float) -> Image.Image:
+def trim_margins(image: Image.Image, margin: float, side: int = 0) -> Image.Image:
     """Without its wide margins of one colour: what is left, centred on a square of that colour.
 
     A picture that fills its square canvas, or whose corners have different colours, is returned as it is: to resample
@@ -330,6 +333,7 @@ def trim_margins(image: Image.Image, margin: float) -> Image.Image:
     Args:
         image: of mode RGB.
         margin: width of the new margin, as a share of the larger side of what is in the picture.
+        side: pixels of a side that the model sees; 0: fewer than the canvas has.
     """
     width, height = image.size
     colour = image.getpixel((0, 0))
@@ -346,7 +350,8 @@ def trim_margins(image: Image.Image, margin: float) -> Image.Image:
     left, top = (min(box[side] for box in boxes) for side in (0, 1))
     right, bottom = (max(box[side] for box in boxes) for side in (2, 3))
     larger = max(right - left, bottom - top)
-    if (right - left, bottom - top) == image.size or (width == height and larger >= FILLED * width):
+    filled = (FILLED if width > side else FILLED_SMALL) * width
+    if (right - left, bottom - top) == image.size or (width == height and larger >= filled):
         return image
     side = larger + 2 * max(1, round(margin * larger))
     square = Image.new("RGB", (side, side), colour)
@@ -424,8 +429,12 @@ class MomeImageProcessor(PilBackend):
     @property
     def svg_side(self) -> int:
         """Pixels of the larger side at which SVG drawings are rendered: enough for the model's size."""
-        sides = [side for side in dict(self.size).values() if isinstance(side, int)]
-        return max(SVG_SIDE, 2 * max(sides, default=0))
+        return max(SVG_SIDE, 2 * self.seen_side())
+
+    def seen_side(self, size: Any = None) -> int:
+        """Pixels of the larger side that the model sees, by this or its own `size`."""
+        sizes = {"side": size} if isinstance(size, int) else dict(size or self.size)
+        return max((side for side in sizes.values() if isinstance(side, int)), default=0)
 
     def fetch_images(self, images: Any) -> Any:
         """Pictures are opened by `preprocess`."""
@@ -456,7 +465,7 @@ class MomeImageProcessor(PilBackend):
         kwargs |= rescaling(self, images, kwargs)
         pictures = load_images(images, self.svg_side)
         if margin is not None:
-            pictures = [trim_margins(each, margin) for each in pictures]
+            pictures = [trim_margins(each, margin, self.seen_side(kwargs.get("size"))) for each in pictures]
         return super().preprocess(pictures, *args, **kwargs)
 
 

@@ -146,7 +146,7 @@ def to_pixels(images: list[Any], image_processor: Any) -> torch.Tensor:
         if not ready or margin is not None:
             each = load_rgb_image(each)
             if margin is not None:
-                each = trim_margins(each, margin)
+                each = trim_margins(each, margin, image_processor.seen_side())
             if each.size != (width, height):
                 each = each.resize((width, height), resample=image_processor.resample)
         arrays.append(np.asarray(each))

@@ -212,6 +212,24 @@ def test_wide_margins_are_trimmed_and_filled_canvases_untouched():
     assert trim_margins(blank, 0.02) is blank
 
 
+@pytest.mark.parametrize(
+    "canvas, share, is_trimmed",
+    [(256, 0.25, True), (256, 0.5, True), (256, 0.6, False), (64, 0.25, True), (64, 0.5, False), (64, 0.9, False)],
+)
+def test_a_small_picture_on_a_canvas_that_is_not_scaled_down_stays_small(canvas, share, is_trimmed):
+    picture, ink = Image.new("RGB", (canvas, canvas), "white"), round(share * canvas)
+    ImageDraw.Draw(picture).ellipse((3, 5, 2 + ink, 4 + ink), fill="black")
+    processor = build_processor(image_size=64).image_processor
+    inked = [
+        (processor(picture, trim_to_margin=margin, return_tensors="pt").pixel_values < 0).float().mean().item()
+        for margin in (None, 0.02)
+    ]
+    assert (inked[1] > 0.6) == (is_trimmed or share == 0.9) and (inked[1] == inked[0]) == (not is_trimmed)
+    processor.trim_to_margin = 0.02
+    once = processor(picture, return_tensors="pt").pixel_values
+    assert torch.allclose(to_pixel_values([picture], processor), once, atol=1e-6)
+
+
 def test_the_margin_is_an_option_that_is_saved_and_changes_pixels_everywhere(tmp_path):
     icon = Image.new("RGB", (256, 256), "white")
     icon.paste("black", (100, 100, 150, 150))
