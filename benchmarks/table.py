@@ -21,6 +21,7 @@ TABLES = {
     Path("docs", "results.md"): (
         "icons",
         "searches",
+        "margins",
         "experts a token",
         "query forms",
         "speed",
@@ -56,6 +57,14 @@ EXPERTS_A_TOKEN = {
     "greedy captions per second at batch 1": "captions/s, batch 1",
     "greedy captions per second at batch 32": "batch 32",
 }
+# Canvases and ways of `mome.experiments.icons --only padded` → what the table calls them.
+MARGINS = {
+    "full size": "none",
+    "a quarter of the side": "a quarter of the side, white",
+    "a quarter on yellow": "a quarter of the side, yellow",
+    "twice as wide": "twice as wide, white",
+}
+WAYS = {"as it is": "as they are", "trimmed": "trimmed"}
 FORMS = "query forms, R@1 of "  # begins the metrics of `mome.experiments.query_forms`
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
@@ -115,6 +124,18 @@ def experts_table(rows: Iterable[dict]) -> str:
         ]
         lines.append([count, *cells])
     return _table(["experts a token", *EXPERTS_A_TOKEN.values()], lines)
+
+
+def margins_table(rows: Iterable[dict]) -> str:
+    """R@10 by names of pictures with wide margins, as they are and trimmed: a row for each canvas."""
+    begins = "icons, unseen set "
+    latest = {row["metric"].removeprefix(begins): float(row["value"]) for row in rows if row["data"] == SHIPPED}
+    sets = [name.split()[-1] for name in ROWS if name.startswith("unseen set")]
+    lines = []
+    for canvas, label in MARGINS.items():
+        values = [latest.get(f"{name}: padded, {canvas}, {way}, text_to_image_r10") for name in sets for way in WAYS]
+        lines.append([label, *("–" if value is None else f"{100 * value:.1f} %" for value in values)])
+    return _table(["margins", *(f"{name}, {way}" for name in sets for way in WAYS.values())], lines)
 
 
 def forms_table(rows: Iterable[dict]) -> str:
@@ -181,6 +202,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     return {
         "icons": figures_table(icons_figures(rows, [*HEADINGS])),
         "searches": searches_table(rows),
+        "margins": margins_table(rows),
         "experts a token": experts_table(rows),
         "query forms": forms_table(rows),
         "speed": speed_table(rows),

@@ -46,8 +46,8 @@ concepts.** What they can do is therefore measured on the unseen sets."""
 TRAINING = """\
 On one NVIDIA H200 in 381 seconds, from scratch, by `mome.training.device` with the recipe `icons-gpu.yaml`, the step
 recorded as one CUDA graph and nothing compiled: 5.3 million pairs, 15,650 a second while six patches of ten were
-computed and 13,170 with all of them. In bfloat16, with AdamW and the losses contrastive × 1 + caption × 1 + teacher × 1
-(of texts) and × 0.5 (of images):
+computed and 13,170 with all of them. In bfloat16, with AdamW and the losses contrastive × 1 + caption × 1 + teacher ×
+1 (of texts) and × 0.5 (of images):
 
 | part | seconds | trained on |
 | --- | --- | --- |

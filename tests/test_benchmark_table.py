@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from mome.benchmarks import table
 from mome.benchmarks.table import CARD, RESULTS, ROOT, TABLES
 from mome.cards import HEADINGS
+from mome.experiments.icon_measures import CANVASES
 from mome.experiments.icons_card import RESEARCH, ROWS, SHIPPED, icons_figures
 
 
@@ -76,6 +77,19 @@ def test_speed_on_a_device_has_a_row_for_each_step_and_the_last_measurement_coun
         "",
         "Measured on a GPU.",
     ]
+
+
+def test_margins_have_a_row_for_each_canvas_and_a_column_for_each_way():
+    begins = "icons, unseen set freehand: padded, a quarter of the side"
+    rows = [
+        result(f"{begins}, as it is, text_to_image_r10", 0.1, SHIPPED),
+        result(f"{begins}, trimmed, text_to_image_r10", 0.5, SHIPPED),
+        result(f"{begins}, trimmed, image_to_text_r10", 0.9, SHIPPED),
+        result(f"{begins}, trimmed, text_to_image_r10", 0.8, RESEARCH),
+    ]
+    lines = table.margins_table(rows).splitlines()[2:]
+    assert lines[1] == "| a quarter of the side, white | – | – | 10.0 % | 50.0 % |" and len(lines) == 4
+    assert list(table.MARGINS) == list(CANVASES)
 
 
 def test_guidance_has_a_row_for_each_method():
