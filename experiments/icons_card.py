@@ -29,8 +29,8 @@ any labels. It is not for photographs.
 
 ![Pictures of two unseen icon sets with captions, labels and search hits](quickstart.png)
 
-Which patches and words of an unseen set each expert takes first, in the layers 1 and 3. In layer 1 image expert 2 takes
-mostly empty ground, 3 strokes, and text expert 4 endings of words:
+Which patches and words of an unseen set each expert takes first, in the layers 1 and 3. In layer 1 image expert 2
+takes mostly empty ground, 3 strokes, and text expert 4 endings of words:
 
 ![Patches and words by expert](routing.png)"""
 
