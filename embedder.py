@@ -11,7 +11,7 @@ of the weights says which checkpoint made an embedding.
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +84,7 @@ class Embedder:
     """
 
     def __init__(self, model: torch.nn.Module, processor: MomeProcessor, name: str = ""):
-        self.model, self.processor, self.name = model, processor, name
+        self.model, self.processor, self.name, self.config = model, processor, name, model.config
         self.dimension: int = model.config.projection_dim
         self._switching, self._calls, self._in_training = threading.Lock(), 0, []
 
@@ -131,6 +131,10 @@ class Embedder:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     @cached_property
     def fingerprint(self) -> str:
         """See `model_fingerprint`; of the weights at the first look."""
@@ -139,7 +143,7 @@ class Embedder:
     @property
     def longest_text(self) -> int:
         """The most tokens of a text that the model reads, `[BOS]` and `[EOS]` counted."""
-        return longest_text(self.processor.tokenizer, self.model.config)
+        return longest_text(self.processor.tokenizer, self.config)
 
     # --------------------------------------------------------------------------------------------- embeddings
 
@@ -164,7 +168,7 @@ class Embedder:
 
     def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, channels, height, width) float32 → (images, dimension) float32 on the CPU, L2-normalised."""
-        pixel_values = pixel_values.to(self.device, self.model.dtype)
+        pixel_values = pixel_values.to(self.device, self.dtype)
         with self.evaluating():
             return _normalised(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
 
@@ -199,9 +203,13 @@ class Embedder:
         parts = [torch.zeros(0, self.dimension)]
         options = long_texts, on_cut, allow_blank
         for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, *options):
-            with self.evaluating():
-                parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
+            parts.append(self.embed_tokens(inputs))
         return torch.cat(parts)
+
+    def embed_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`input_ids` and `attention_mask`, (texts, tokens) int64 → (texts, dimension) float32 on the CPU."""
+        with self.evaluating():
+            return _normalised(self.model.get_text_features(**inputs).pooler_output)
 
     def wordless(self, texts: Sequence[str]) -> list[int]:
         """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
@@ -232,7 +240,7 @@ class Embedder:
         """
         if not hasattr(self.model, "generate"):
             raise MomeError(f"a {type(self.model).__name__} writes no captions: load one with captions=True")
-        room = self.model.config.max_position_embeddings - 1  # [BOS] has a place, too
+        room = self.config.max_position_embeddings - 1  # [BOS] has a place, too
         options = {"do_sample": False, "num_beams": 1, **generate, "max_new_tokens": min(max_new_tokens, room)}
         captions = []
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
@@ -257,7 +265,7 @@ class Embedder:
         for some in batches_of(several, batch_size, what, progress):
             rgb = [_read(image, f"image {place}") for place, image in enumerate(some, number)]
             number += len(rgb)
-            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.model.dtype)
+            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.dtype)
 
     def token_batches(
         self,

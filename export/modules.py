@@ -132,6 +132,37 @@ class TextTower(Exportable):
         return shape, dict(shape)
 
 
+class BothTowers(Exportable):
+    """Pixels, token ids and mask → what `MomeModel` gives: each image with each text; see the two towers.
+
+    Returns of `forward`: `logits_per_image` (images, texts), `logits_per_text` (texts, images), `text_embeds` and
+    `image_embeds`.
+
+    Args:
+        model: a `MomeModel`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.image, self.text = ImageTower(model), TextTower(model)
+        self.input_names = self.image.input_names + self.text.input_names
+        self.output_names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+    def forward(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_embeds, text_embeds = self.image(pixel_values), self.text(input_ids, attention_mask)
+        logits = self.image.model.logit_scale.exp() * image_embeds @ text_embeds.T
+        return logits, logits.T, text_embeds, image_embeds
+
+    def sample_inputs(self) -> tuple[torch.Tensor, ...]:
+        pixel_values, ids = self.image.sample_inputs()[0], self.text.sample_inputs()
+        return torch.cat([pixel_values] * 2)[:5], *ids  # five images, three texts
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        return self.image.dynamic_shapes(named) + self.text.dynamic_shapes(named)
+
+
 class CaptionStep(Exportable):
     """The next token of captions: the tokens of a prompt, or the one that was chosen last, behind a cache.
 
