@@ -98,7 +98,7 @@ class OnnxEmbedder(Embedder):
             part: open_session(folder / onnx_file(part, self.export_dtype))
             for part in (VISION, TEXT, *([DECODER] if captions else []))
         }
-        prints = {session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in self.sessions.values()}
+        prints = {fingerprint_of(session) for session in self.sessions.values()}
         if len(prints) != 1 or None in prints:
             raise MomeError(f"the files of type {self.export_dtype} in {folder / 'onnx'} are of different exports")
         (self._fingerprint,) = prints
@@ -216,6 +216,11 @@ def open_session(path: Path, threads: int | None = None) -> Any:
         raise MomeError(f"{path} is no whole ONNX file: {first_line(error)}; export it again") from None
 
 
+def fingerprint_of(session: Any) -> str | None:
+    """Of the weights that a file was made of; `None` for one that `mome.export` has not written."""
+    return session.get_modelmeta().custom_metadata_map.get(FINGERPRINT)
+
+
 def _dtype_of(folder: Path, dtype: str | None) -> str:
     if dtype is not None and dtype not in SUFFIXES:
         raise MomeError(f"dtype={dtype!r}: choose {', '.join(SUFFIXES)}")
@@ -247,6 +252,7 @@ __all__ = [
     "TEXT",
     "VISION",
     "OnnxEmbedder",
+    "fingerprint_of",
     "is_exported",
     "load_embedder",
     "onnx_file",

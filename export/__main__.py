@@ -17,9 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to make (default: ./NAME-onnx)")
-    parser.add_argument(
-        "--dtype", nargs="+", default=["fp32", "q8"], metavar="TYPE", help="fp32, q8, fp16 (default: fp32 q8)"
-    )
+    parser.add_argument("--dtype", nargs="+", metavar="TYPE", help="fp32, q8, fp16 (default: fp32 q8)")
     options = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(checkpoint: str, output: Path | None, dtypes: list[str]):
+def run(checkpoint: str, output: Path | None = None, dtypes: list[str] | None = None):
     """Exports and prints what was written."""
-    from .folder import export_checkpoint
+    from .folder import DTYPES, export_checkpoint
 
-    output = output or Path(f"{Path(checkpoint).name}-onnx")
-    done = export_checkpoint(checkpoint, output, dtypes, progress=lambda step: print(step, file=sys.stderr))
+    output = output or Path(f"{Path(checkpoint).resolve().name}-onnx")
+    done = export_checkpoint(checkpoint, output, dtypes or DTYPES, progress=lambda step: print(step, file=sys.stderr))
     for name, size in done.sizes.items():
         print(f"{size / 1e6:8.1f} MB  {name}")
     for dtype, found in done.agreement.items():
