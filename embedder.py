@@ -135,6 +135,11 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def precision(self) -> str:
+        """Of weights and computation, such as `"float32"`."""
+        return str(self.dtype).removeprefix("torch.")
+
     @cached_property
     def fingerprint(self) -> str:
         """See `model_fingerprint`; of the weights at the first look."""

@@ -30,6 +30,7 @@ from .processing_mome import MomeProcessor
 VISION, TEXT, JOINT, DECODER = "vision_model", "text_model", "model", "decoder_model_merged"
 # What files of a type are called, as transformers.js has it; in the order in which a type is chosen.
 SUFFIXES = {"fp32": "", "q8": "_quantized", "fp16": "_fp16"}
+PRECISIONS = {"fp32": "float32", "q8": "int8", "fp16": "float16"}
 BACKENDS = ("torch", "onnx", *(f"onnx-{dtype}" for dtype in SUFFIXES))
 FINGERPRINT = "mome_fingerprint"  # key of a file's metadata
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -94,10 +95,9 @@ class OnnxEmbedder(Embedder):
         self.config = MomeConfig.from_pretrained(folder)
         self.dimension = self.config.projection_dim
         self.export_dtype = _dtype_of(folder, dtype)
-        self.sessions = {
-            part: open_session(folder / onnx_file(part, self.export_dtype))
-            for part in (VISION, TEXT, *([DECODER] if captions else []))
-        }
+        parts = (VISION, TEXT, *([DECODER] if captions else []))
+        self.files = {part: folder / onnx_file(part, self.export_dtype) for part in parts}
+        self.sessions = {part: open_session(file) for part, file in self.files.items()}
         prints = {fingerprint_of(session) for session in self.sessions.values()}
         if len(prints) != 1 or None in prints:
             raise MomeError(f"the files of type {self.export_dtype} in {folder / 'onnx'} are of different exports")
@@ -127,12 +127,22 @@ class OnnxEmbedder(Embedder):
             raise MomeError(f"export {name!r} can't be loaded: {reason}") from None
 
     @property
+    def file_bytes(self) -> int:
+        """The size of the ONNX files that were loaded."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32  # of what goes in and comes out
+
+    @property
+    def precision(self) -> str:
+        """Of weights and computation: `"float32"`, `"float16"` or `"int8"`."""
+        return PRECISIONS[self.export_dtype]
 
     @property
     def fingerprint(self) -> str:
