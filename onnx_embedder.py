@@ -187,22 +187,34 @@ class OnnxEmbedder(Embedder):
     def caption_ids(self, pixel_values: torch.Tensor, max_new_tokens: int = CAPTION_TOKENS) -> torch.Tensor:
         """(images, channels, height, width) float32 → (images, tokens) int64: `[BOS]`, a caption, `[EOS]`, padding."""
         vision, decoder = self.sessions[VISION], self.sessions[DECODER]
-        names = [output.name for output in vision.get_outputs() if output.name.startswith("present.")]
-        states = vision.run(names, {"pixel_values": pixel_values.to("cpu", torch.float32).numpy()})
-        batch, image_tokens = len(pixel_values), states[0].shape[2]
-        ids = np.full((batch, 1), self.config.bos_token_id, dtype=np.int64)
-        mask = np.ones((batch, image_tokens + 1), dtype=np.int64)
-        written, ended = [ids], np.zeros((batch, 1), dtype=bool)
-        for _ in range(min(max_new_tokens, self.config.max_position_embeddings - 1)):  # [BOS] has a place, too
-            past = {name.replace("present", "past_key_values"): state for name, state in zip(names, states)}
-            logits, *states = decoder.run(["logits", *names], {"input_ids": ids, "attention_mask": mask, **past})
-            ids = np.where(ended, self.config.pad_token_id, logits.argmax(axis=-1))
-            ended = ended | np.isin(ids, self._end_tokens)
-            written.append(ids)
-            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-            if ended.all():
-                break
-        return torch.from_numpy(np.concatenate(written, axis=1))
+        return greedy_ids(vision, decoder, self.config, self._end_tokens, pixel_values, max_new_tokens)
+
+
+def greedy_ids(
+    vision: Any,
+    decoder: Any,
+    config: MomeConfig,
+    end_tokens: list[int],
+    pixel_values: torch.Tensor,
+    max_new_tokens: int = CAPTION_TOKENS,
+) -> torch.Tensor:
+    """Captions by the sessions of two files, the likeliest token each time; see `OnnxEmbedder.caption_ids`."""
+    names = [output.name for output in vision.get_outputs() if output.name.startswith("present.")]
+    states = vision.run(names, {"pixel_values": pixel_values.to("cpu", torch.float32).numpy()})
+    batch, image_tokens = len(pixel_values), states[0].shape[2]
+    ids = np.full((batch, 1), config.bos_token_id, dtype=np.int64)
+    mask = np.ones((batch, image_tokens + 1), dtype=np.int64)
+    written, ended = [ids], np.zeros((batch, 1), dtype=bool)
+    for _ in range(min(max_new_tokens, config.max_position_embeddings - 1)):  # [BOS] has a place, too
+        past = {name.replace("present", "past_key_values"): state for name, state in zip(names, states)}
+        logits, *states = decoder.run(["logits", *names], {"input_ids": ids, "attention_mask": mask, **past})
+        ids = np.where(ended, config.pad_token_id, logits.argmax(axis=-1))
+        ended = ended | np.isin(ids, end_tokens)
+        written.append(ids)
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        if ended.all():
+            break
+    return torch.from_numpy(np.concatenate(written, axis=1))
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -263,6 +275,7 @@ __all__ = [
     "VISION",
     "OnnxEmbedder",
     "fingerprint_of",
+    "greedy_ids",
     "is_exported",
     "load_embedder",
     "onnx_file",

@@ -32,13 +32,16 @@ from mome.export.check import draw_picture
 from mome.export.folder import export_checkpoint
 
 PARTS = ("vision_model", "text_model", "model", "decoder_model_merged")
-SUFFIXES = {"fp32": "", "q8": "_quantized", "fp16": "_fp16"}
+SUFFIXES = {"fp32": "", "q8": "_quantized"}
 TEXTS = ["a red circle", "the cat on a photo", "dog", "a blue square and a green line and the black triangle of a dot"]
 
 
 def saved(folder: Path, variant: str = "routed", seed: int = 0, model=None) -> Path:
     processor = build_processor(16)
-    captioner = tiny_captioner(variant, seed, vocab_size=len(processor.tokenizer)) if model is None else model
+    if model is None:  # wide enough for int8: narrower matrices stay as they are
+        captioner = tiny_captioner(variant, seed, vocab_size=len(processor.tokenizer), hidden_size=64)
+    else:
+        captioner = model
     captioner.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -51,7 +54,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
-    """A routed captioner in every type."""
+    """A routed captioner."""
     output = tmp_path_factory.mktemp("export") / "tiny-onnx"
     export_checkpoint(checkpoint, output, tuple(SUFFIXES))
     return output
@@ -68,7 +71,7 @@ def pictures() -> list[Image.Image]:
 # --------------------------------------------------------------------------------------------------- the same
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("fp32", 0.99999), ("fp16", 0.9995), ("q8", 0.999)])
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 0.99999), ("q8", 0.999)])
 def test_an_export_embeds_as_its_checkpoint(checkpoint, exported, pictures, dtype, least):
     torch_embedder, onnx_embedder = Embedder.load(checkpoint, "cpu"), OnnxEmbedder.load(exported, dtype)
     for batch_size in (1, 3, 32):
@@ -120,24 +123,27 @@ def test_the_folder_is_complete_and_its_weights_are_small(exported):
         assert (exported / name).is_file()
     for part in PARTS:
         quantised = onnx.load(exported / "onnx" / f"{part}_quantized.onnx")
-        large = [each for each in quantised.graph.initializer if len(each.dims) == 2 and min(each.dims) >= 33]
+        large = [each for each in quantised.graph.initializer if len(each.dims) == 2 and min(each.dims) > 32]
         assert large and all(each.data_type == onnx.TensorProto.INT8 for each in large), part
         assert "MatMulInteger" in {node.op_type for node in quantised.graph.node}
-        for suffix in SUFFIXES.values():
-            graph = onnx.load(exported / "onnx" / f"{part}{suffix}.onnx")
-            assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 20
-            ends = [each for each in (*graph.graph.input, *graph.graph.output) if ".value" not in each.name]
-            types = {each.type.tensor_type.elem_type for each in ends if ".key" not in each.name}
-            assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+        assert {entry.domain: entry.version for entry in quantised.opset_import}[""] == 20
 
 
-def test_a_model_without_captions_has_three_files(tmp_path, pictures):
+def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path, pictures):
     model = tiny_captioner("dense", vocab_size=len(build_processor(16).tokenizer)).model
     folder = saved(tmp_path / "embedder", model=model)
-    done = export_checkpoint(folder, tmp_path / "out", ["fp32"])
-    assert set(done.sizes) == {f"{part}.onnx" for part in PARTS[:3]} and done.agreement["fp32"].captions is None
-    expected = Embedder.load(folder, "cpu").embed_images(pictures[:3])
-    torch.testing.assert_close(OnnxEmbedder.load(done.output).embed_images(pictures[:3]), expected, atol=1e-5, rtol=0)
+    done = export_checkpoint(folder, tmp_path / "out", ["fp16"])
+    assert set(done.sizes) == {f"{part}_fp16.onnx" for part in PARTS[:3]} and done.agreement["fp16"].captions is None
+    actual, expected = OnnxEmbedder.load(done.output), Embedder.load(folder, "cpu")
+    assert actual.precision == "float16"
+    torch.testing.assert_close(
+        actual.embed_images(pictures[:3]), expected.embed_images(pictures[:3]), atol=5e-3, rtol=0
+    )
+    for path in (done.output / "onnx").iterdir():
+        graph = onnx.load(path).graph
+        ends = {each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
+        assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+        assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
 
 
 # -------------------------------------------------------------------------------------------------- in its place
@@ -167,7 +173,6 @@ def test_a_folder_with_both_takes_the_backend_that_is_asked_for(checkpoint, expo
     shutil.copytree(exported / "onnx", both / "onnx")
     assert type(load_embedder(both, device="cpu")) is Embedder
     assert load_embedder(both, "onnx").export_dtype == "fp32"
-    assert load_embedder(both, "onnx-fp16").export_dtype == "fp16"
     assert load_embedder(both, "torch", "cpu").fingerprint == load_embedder(both, "onnx-q8").fingerprint
     with pytest.raises(MomeError, match="backend='tensorrt': choose torch, onnx, onnx-fp32"):
         load_embedder(both, "tensorrt")
@@ -177,7 +182,7 @@ def test_a_folder_with_both_takes_the_backend_that_is_asked_for(checkpoint, expo
 
 def test_an_export_is_published_with_its_own_checkpoint_only(checkpoint, exported, tmp_path):
     folder = build_folder(checkpoint, tmp_path / "published", "me/mine", onnx=exported)
-    assert len(list((folder / "onnx").glob("*.onnx"))) == 12 and (folder / "preprocessor_config.json").is_file()
+    assert len(list((folder / "onnx").glob("*.onnx"))) == 8 and (folder / "preprocessor_config.json").is_file()
     assert type(load_embedder(folder, device="cpu")) is Embedder and load_embedder(folder, "onnx").dimension == 16
     with pytest.raises(ValueError, match="was made of other weights"):
         build_folder(saved(tmp_path / "other", seed=1), tmp_path / "no", "me/mine", onnx=exported)
@@ -255,7 +260,6 @@ def test_damaged_and_mixed_files_are_refused_by_name(exported, tmp_path):
     with pytest.raises(MomeError, match=r"text_model\.onnx is missing"):
         load_embedder(copy)
     assert load_embedder(copy, "onnx-q8").dimension == 16
-    (copy / "onnx" / "vision_model_fp16.onnx").unlink()
     with pytest.raises(MomeError, match=r"it has no onnx/vision_model_fp16\.onnx, only type fp32, q8"):
         load_embedder(copy, "onnx-fp16")
 
