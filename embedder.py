@@ -29,6 +29,7 @@ from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
 from .inputs_mome import pictures_of
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .pictures_mome import count_blank, warn_of_blank
 from .processing_mome import MomeProcessor
 from .texts_mome import longest_text, no_words, tokenize_texts, warn_of_cut_texts, wordless_texts
 
@@ -261,16 +262,21 @@ class Embedder:
     ) -> Iterator[torch.Tensor]:
         """Images → `pixel_values` (images, channels, height, width) in the model's dtype, on its device.
 
+        Those of one single colour are counted; one warning tells how many, after the last batch.
+
         Raises:
             ValueError: an image that can't be read, with its number.
         """
-        several, number = pictures_of(images), 0
+        several, number, blank = pictures_of(images), 0, 0
         if several is None:
             raise MomeError(f"images are of type {type(images).__name__}: pass a list, a data set or a generator")
         for some in batches_of(several, batch_size, what, progress):
             rgb = [_read(image, f"image {place}") for place, image in enumerate(some, number)]
             number += len(rgb)
-            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.dtype)
+            pixel_values = to_pixel_values(rgb, self.processor.image_processor)
+            blank += count_blank(pixel_values)
+            yield pixel_values.to(self.device, self.dtype)
+        warn_of_blank(blank)
 
     def token_batches(
         self,

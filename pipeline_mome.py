@@ -2,13 +2,14 @@
 
 - `MomeImageCaptioningPipeline`: captions with their fit to the image, guided if wanted, one image or thousands;
 - `MomeZeroShotImageClassificationPipeline`: any labels, thousands of them, embedded once;
+- `Mome...StockPipeline`: transformers' own, which drop transparency, with our way of opening pictures; a checkpoint
+  that is loaded with `trust_remote_code=True` brings them for the stock tasks;
 - they are named in the config of every checkpoint, and registered by `import mome` for those who have the package.
 
     image ── processor ── generate(), guided ── ids ── text
                                └── cosine of image and caption, from the same image pass ── score
 """
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -16,13 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import Pipeline
+from transformers import (
+    ImageFeatureExtractionPipeline,
+    ImageTextToTextPipeline,
+    Pipeline,
+    ZeroShotImageClassificationPipeline,
+)
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
 from .inputs_mome import Pictures, pictures_of
-from .processing_mome import load_rgb_image
+from .losses_mome import pair_scores
+from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
 from .texts_mome import (
     ids_of_texts,
     longest_text,
@@ -57,7 +63,27 @@ class MomeImagePipeline(Pipeline):
             images = _NamedPictures(several)
         elif several is not None:
             images = (_named(image, f"images[{index}]") for index, image in enumerate(several))
-        return super().__call__(images, **kwargs)
+        self.blank = 0
+        results = super().__call__(images, **kwargs)
+        if not isinstance(results, list):  # of a data set or a generator, not begun yet
+            return _WithReport(results, self._report_blank)
+        self._report_blank()
+        return results
+
+    def _report_blank(self):
+        """One warning for all pictures of one single colour in a call."""
+        warn_of_blank(self.blank)
+        self.blank = 0
+
+    def _count_blank(self, inputs: dict[str, Any]):
+        """Counts a batch, without the places of pictures that can't be read."""
+        failures = inputs["failure"] if isinstance(inputs["failure"], list) else [inputs["failure"]]
+        self.blank += count_blank(inputs["pixel_values"][[failure is None for failure in failures]])
+
+    def _pixel_values(self, image: Any) -> dict[str, torch.Tensor]:
+        """An image → `pixel_values` (1, channels, height, width), without a warning for each."""
+        image_processor = self.processor.image_processor
+        return getattr(image_processor, "process", image_processor)([image], return_tensors="pt")
 
     def _read(self, image: Any, on_error: str) -> tuple[Any, str | None]:
         """An image, or one in its place and the reason why it can't be read."""
@@ -65,7 +91,7 @@ class MomeImagePipeline(Pipeline):
         try:
             if isinstance(item["image"], Exception):  # a data set could not decode it
                 raise ValueError(f"{item['name']}: {item['image']}".splitlines()[0])
-            return load_rgb_image(_decoded(item["image"], item["name"]), item["name"]), None
+            return load_rgb_image(item["image"], item["name"]), None
         except ValueError as error:
             if on_error == "raise":
                 raise
@@ -90,18 +116,6 @@ class _NamedPictures(Pictures):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return _named(self.values[place], f"images[{place}]")
-
-
-def _decoded(image: Any, name: str) -> Any:
-    """An image as `load_rgb_image` takes it, of one as `datasets` holds it, `{"bytes": ..., "path": ...}`."""
-    if not isinstance(image, dict) or not {"bytes", "path"} & set(image):
-        return image
-    if image.get("bytes") is None:
-        return image.get("path")
-    try:
-        return Image.open(io.BytesIO(image["bytes"]))
-    except UnidentifiedImageError:  # whose text names an object in memory
-        raise ValueError(f"{name}: not an image that Pillow can read") from None
 
 
 def _check_on_error(on_error: str | None):
@@ -195,12 +209,14 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
         """An image → `pixel_values` (1, channels, height, width), `input_ids` (1, tokens); or why there are none."""
         image, failure = self._read(image, on_error)
         lengths = {"truncation": True, "max_length": self.longest_text}
-        inputs = self.processor(images=[image], text=prompt, caption_prompt=True, return_tensors="pt", **lengths)
+        inputs = self.processor(text=prompt, caption_prompt=True, return_tensors="pt", **lengths)
+        inputs = {**self._pixel_values(image), **inputs}
         inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
         return {**inputs, "failure": failure}
 
     def _forward(self, inputs: dict[str, Any], num_captions: int | None = None, **options) -> dict[str, Any]:
         """A batch → per image its captions, (ids, cosine) each, and why there are none."""
+        self._count_blank(inputs)
         failures = inputs["failure"] if isinstance(inputs["failure"], list) else [inputs["failure"]]
         readable = [row for row, failure in enumerate(failures) if failure is None]
         captions: list[list] = [[] for _ in failures]
@@ -284,8 +300,9 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
                 on_error: as for captions.
 
         Returns:
-            For an image a list of `{"label": str, "score": probability}`, best first; for a list, a list of those;
-            for a data set or a generator an iterator.
+            For an image a list of `{"label": str, "score": probability}`, best first, where the probability is that of
+            the label among all or, with the sigmoid objective (SigLIP), that of the label alone; for a list, a list of
+            those; for a data set or a generator an iterator.
 
         Raises:
             ValueError: an image that can't be read; no labels, one that is given twice, is no text or has no word that
@@ -324,7 +341,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
 
     def preprocess(self, image: Any, on_error: str = "raise") -> dict[str, Any]:
         image, failure = self._read(image, on_error)
-        return {**self.processor(images=[image], return_tensors="pt"), "failure": failure}
+        return {**self._pixel_values(image), "failure": failure}
 
     def _forward(
         self,
@@ -335,11 +352,17 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         """A batch → probabilities (images, labels)."""
         if candidate_labels is None:
             raise ValueError("candidate_labels=None: pass the labels to choose from")
+        self._count_blank(inputs)
         failure = inputs["failure"]
         label_embeds = self._embed_labels(candidate_labels, templates)
         image_embeds = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.float()
         logits = image_embeds @ label_embeds.T * self.model.logit_scale.float().exp()
-        return {"probabilities": logits.softmax(dim=1), "failure": failure if isinstance(failure, list) else [failure]}
+        if self.model.logit_bias is not None:
+            logits = logits + self.model.logit_bias.float()
+        return {
+            "probabilities": pair_scores(self.model.config, logits),
+            "failure": failure if isinstance(failure, list) else [failure],
+        }
 
     def _embed_labels(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
@@ -398,6 +421,54 @@ def _checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
     if twice is not None:
         raise ValueError(f"label {twice!r} is given twice: the probabilities would be shared between the two")
     return labels
+
+
+class _WithReport:
+    """Results of an iterator, as many as it has, with a report after the last."""
+
+    def __init__(self, results: Any, report: Any):
+        self.results, self.report = results, report
+        self.started = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self):
+        self.started = iter(self.results)
+        return self
+
+    def __next__(self):
+        if self.started is None:
+            iter(self)
+        try:
+            return next(self.started)
+        except StopIteration:
+            self.report()
+            raise
+
+
+class MomeZeroShotStockPipeline(ZeroShotImageClassificationPipeline):
+    """The task `zero-shot-image-classification`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, image: Any, *args, **kwargs) -> dict[str, Any]:
+        return super().preprocess(load_rgb_image(image), *args, **kwargs)
+
+
+class MomeFeatureStockPipeline(ImageFeatureExtractionPipeline):
+    """The task `image-feature-extraction`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, image: Any, *args, **kwargs) -> dict[str, Any]:
+        return super().preprocess(load_rgb_image(image), *args, **kwargs)
+
+
+class MomeTextStockPipeline(ImageTextToTextPipeline):
+    """The task `image-text-to-text`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, inputs: Any = None, *args, **kwargs) -> dict[str, Any]:
+        if isinstance(inputs, dict) and inputs.get("images") is not None:
+            images = load_images(inputs["images"])
+            inputs = {**inputs, "images": images if isinstance(inputs["images"], (list, tuple)) else images[0]}
+        return super().preprocess(inputs, *args, **kwargs)
 
 
 def _named(image: Any, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 Each stands between two comments, such as `<!-- speed -->` and `<!-- /speed -->`, in the files of `TABLES`.
 """
 
+import argparse
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -208,7 +209,8 @@ def filled(rows: list[dict], root: Path = ROOT) -> dict[Path, str]:
     return texts
 
 
-def main():
+def main(argv: list[str] | None = None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for path, text in filled(rows).items():

@@ -1,6 +1,7 @@
 """Whether exported files give what the checkpoint gives: on drawn pictures and drawn words, at several batch sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,25 +89,27 @@ class Checks:
         images, texts = self._images(exported), self._texts(exported)
         return Agreement(cosines(images, self.image_embeds), cosines(texts, self.text_embeds), captions)
 
-    def of_both(self, session, scale: float) -> Agreement:
+    def of_both(self, session: Any, embedder: Embedder) -> Agreement:
         """Compares the file of both towers with the checkpoint: its embeddings, and logits made of them.
 
         Args:
             session: of ONNX Runtime.
-            scale: of the logits.
+            embedder: the checkpoint's.
 
         Raises:
             ExportError: the logits are not the products of the embeddings.
         """
-        images, texts = [], []
+        images, texts, model = [], [], getattr(embedder.model, "model", embedder.model)
         for number, tokens in enumerate(self.tokens):
             given = {name: value.numpy() for name, value in tokens.items()}
             pixel_values = self.pixel_values.split(BATCHES)[number // len(LENGTHS)]
             per_image, per_text, text, image = map(
                 torch.from_numpy, session.run(None, {"pixel_values": pixel_values.numpy(), **given})
             )
-            expected = scale * image @ text.T
-            if not (per_image - expected).abs().max() < 1e-3 * scale or not torch.equal(per_text, per_image.T):
+            expected = model.similarity(image, text)
+            if not (per_image - expected).abs().max() < 1e-3 * model.logit_scale.exp() or not torch.equal(
+                per_text, per_image.T
+            ):
                 raise ExportError("the logits of both towers are not the products of their embeddings")
             images, texts = [*images, image], [*texts, text]
         wanted = [rows for rows in self.image_embeds.split(BATCHES) for _ in LENGTHS]

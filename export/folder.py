@@ -124,7 +124,13 @@ def _check(folder: Path) -> MomeConfig:
             f"{folder} holds a model of type {kind!r}: only {MomeConfig.model_type!r} can be exported; python -m "
             "mome.convert makes one of BEiT-3 and VLMo checkpoints"
         )
-    return MomeConfig.from_pretrained(folder)
+    config = MomeConfig.from_pretrained(folder)
+    if config.fixed_text_length:
+        raise ExportError(
+            f"{folder} fills its texts with padding (fixed_text_length, as SigLIP does): only models whose texts have "
+            "their own length can be exported"
+        )
+    return config
 
 
 def _copy_small_files(source: Path, folder: Path):
@@ -156,13 +162,12 @@ def _write_files(
             raise ExportError(f"{part} can't be exported: {first_line(error)}") from error
     progress("comparing with the checkpoint")
     checks, agreement = Checks(embedder), {}
-    scale = float(getattr(embedder.model, "model", embedder.model).logit_scale.detach().exp())
     with torch.inference_mode():
         for dtype in dtypes:
             exported = OnnxEmbedder(folder, dtype, captions=checks.captions is not None)
             agreement[dtype] = checks.of(exported)
             agreement[dtype].check(dtype)
-            checks.of_both(open_session(folder / onnx_file(JOINT, dtype)), scale).check(dtype)
+            checks.of_both(open_session(folder / onnx_file(JOINT, dtype)), embedder).check(dtype)
     return agreement
 
 

@@ -118,8 +118,7 @@ class TextTower(Exportable):
         self.input_names, self.output_names = ("input_ids", "attention_mask"), ("text_embeds",)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        text = self.model.text_pass(input_ids, attention_mask)
-        return self.model.project_text(text.last_hidden_state, attention_mask)
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
 
     def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = min(7, self.model.config.max_position_embeddings)
@@ -152,7 +151,7 @@ class BothTowers(Exportable):
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         image_embeds, text_embeds = self.image(pixel_values), self.text(input_ids, attention_mask)
-        logits = self.image.model.logit_scale.exp() * image_embeds @ text_embeds.T
+        logits = self.image.model.similarity(image_embeds, text_embeds)
         return logits, logits.T, text_embeds, image_embeds
 
     def sample_inputs(self) -> tuple[torch.Tensor, ...]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
 from .captions import STYLE_ADJECTIVES
 from .palette import NAMES
@@ -66,7 +67,7 @@ def build_processor(
     texts: Iterable[str], vocabulary: int, max_tokens: int, side: int = 64, emoji: Mapping[str, str] | None = None
 ) -> MomeProcessor:
     """The tokenizer, see `train_tokenizer`, beside an image processor for pictures of `side` pixels."""
-    image_processor = CLIPImageProcessor(
+    image_processor = MomeImageProcessor(
         size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
     )
     return MomeProcessor(image_processor, train_tokenizer(texts, vocabulary, max_tokens, emoji))

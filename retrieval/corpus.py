@@ -408,7 +408,9 @@ def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[st
     if listing.containers.get(".tar"):
         return _read_files(listing.containers[".tar"], "webdataset", split, True)
     if not listing.images:
-        raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files")
+        others = ", ".join(f"{count:,} {reason}" for reason, count in listing.left_out.items())
+        only = f", only {others}" if others else ""
+        raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files{only}")
     rows = image_folder(path, listing)  # which counts more that is left out
     return rows, dict(listing.left_out)
 

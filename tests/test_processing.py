@@ -13,8 +13,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import logging
 
 from builders import build_processor, build_tokenizer
-from mome import processing_mome
-from mome.processing_mome import MomeProcessor, load_rgb_image
+from mome import pictures_mome
+from mome.pictures_mome import load_rgb_image
+from mome.processing_mome import MomeProcessor
 from mome.texts_mome import tokenize_texts
 
 PAD, BOS, EOS = 0, 1, 2
@@ -122,7 +123,7 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
     picture().save(tmp_path / "image.png")
     response = SimpleNamespace(content=(tmp_path / "image.png").read_bytes(), raise_for_status=lambda: response)
     session = SimpleNamespace(get=lambda url, **kwargs: response)
-    monkeypatch.setattr(processing_mome, "get_session", lambda: session)
+    monkeypatch.setattr(pictures_mome, "get_session", lambda: session)
     assert np.allclose(mean_colour(load_rgb_image("https://example.org/image.png")), COLOUR)
 
 
@@ -289,6 +290,9 @@ def test_saved_loaded_and_saved_again_the_files_are_the_same(tmp_path):
             "texts_mome.py",
             "tokenizer.json",
             "tokenizer_config.json",
+            "pictures_mome.py",
+            "svg_mome.py",
+            "configuration_mome.py",
         }
         names |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
         assert {path.name for path in folder.iterdir()} == names

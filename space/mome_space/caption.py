@@ -67,7 +67,7 @@ class Captioning:
         if prompt:
             self.engine.check_words(prompt, "The beginning")
             self.engine.check_length(prompt, "The beginning")
-        named = read_pictures(uploads)
+        named = read_pictures(uploads, self.engine.rgb)
         pictures = [self.engine.rgb(picture) for _, picture in named]
         plain = self.generate(pictures, prompt, candidates)
         guided = [None] * len(pictures)

@@ -43,7 +43,7 @@ class Classification:
             longest = max(names, key=lambda name: self.engine.count_tokens(template.replace("{}", name)))
             self.engine.check_length(template.replace("{}", longest), "The text")
         self._warn_of_equal(names)
-        picture = read_picture(image)
+        picture = read_picture(image, self.engine.rgb)
         scored = zip(names, self.probabilities(picture, names, wording).tolist())
         return [{"label": name, "score": score} for name, score in sorted(scored, key=lambda pair: -pair[1])]
 

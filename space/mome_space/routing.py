@@ -66,7 +66,7 @@ class Routing:
         if caption:
             self.engine.check_words(caption, "The caption")
             self.engine.check_length(caption, "The caption")
-        picture = self.engine.rgb(read_picture(upload))
+        picture = self.engine.rgb(read_picture(upload, self.engine.rgb))
         caption = caption or self.generate([picture], candidates=1)[0][0][0]
         shown = markup.thumbnail(picture, (PICTURE_SIDE, PICTURE_SIDE))  # squeezed to a square, as the model sees it
         return Routed(shown, caption, patch_kinds(picture, self.grid), *self.route(picture, caption))
