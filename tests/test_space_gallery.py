@@ -33,6 +33,14 @@ EVERYTHING = {"sets": [], "styles": []}
 # ------------------------------------------------------------------------------------------ gallery and embeddings
 
 
+def test_names_without_a_known_word_are_embedded_but_not_counted():
+    engine, pictures = tiny_engine(), [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    embeds, of_image, of_text = engine.embed_pairs(pictures, ["a cat", "xyzzy"])
+    one, one_image, one_text = engine.embed_pairs(pictures[:1], ["a cat"])
+    assert len(embeds) == 2 and np.allclose(embeds[:1], one, atol=1e-5)
+    assert np.array_equal(of_text, one_text) and of_image.sum() == 2 * one_image.sum()
+
+
 def test_embeddings_of_the_same_weights_are_read_and_of_others_made_anew(tmp_path):
     engine = tiny_engine()
     gallery = small_gallery(tmp_path)

@@ -256,19 +256,32 @@ class Engine:
     def embed_pairs(
         self, pictures: list[Image.Image], names: list[str]
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Embeddings (pictures, projection_dim), and how often each expert was chosen, (layers, experts) per group."""
+        """Embeddings (pictures, projection_dim), and how often each expert was chosen, (layers, experts) per group.
+
+        Names of which the tokenizer knows no word are not counted.
+        """
+        known = self._known(names)
+        names = [name if is_known else "" for name, is_known in zip(names, known.tolist())]
         inputs = self.prepare(images=pictures, text=names, truncation=True)
         outputs = self._routed_pass(inputs)
         embeds = outputs.image_embeds.float().cpu().numpy()
         if not outputs.router_logits:
             return embeds, None, None
         counts, k = [], self.config.experts_per_token
-        for group, mask in (("image", None), (self._caption_group, inputs["attention_mask"].bool())):
+        words = inputs["attention_mask"].bool() & known[:, None].to(self.device)
+        for group, mask in (("image", None), (self._caption_group, words)):
             chosen = torch.stack([layer[group].topk(k, dim=-1).indices for layer in outputs.router_logits])
             one_hot = torch.nn.functional.one_hot(chosen, self.experts).sum(dim=3)
             one_hot = one_hot if mask is None else one_hot * mask[None, :, :, None]
             counts.append(one_hot.sum(dim=(1, 2)).cpu().numpy())
         return embeds, *counts
+
+    def _known(self, names: list[str]) -> torch.Tensor:
+        """(names,) bool: whether the tokenizer knows a word of each."""
+        tokenizer = self.processor.tokenizer
+        with self._tokenizing:
+            rows = tokenizer(names, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor([any(token != tokenizer.unk_token_id for token in row) for row in rows])
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the weights and of how pictures are prepared."""
