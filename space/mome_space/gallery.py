@@ -151,7 +151,9 @@ def embed_gallery(engine: Engine, gallery: Gallery, report: Callable[[int], None
             bar.update(len(entries))
             report(bar.n)
     shares = [
-        None if isinstance(counts, int) else (counts / counts.sum(axis=1, keepdims=True)).astype(np.float32)
+        None
+        if isinstance(counts, int)
+        else (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
         for counts in (image_counts, text_counts)
     ]
     return Embeddings(np.concatenate(images), *shares)
