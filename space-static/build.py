@@ -1,0 +1,244 @@
+"""Makes what the page searches with: the weights as int8 ONNX, and the gallery with its embeddings.
+
+    python space-static/build.py
+
+    checkpoint ── mome.export ── vision_model, text_model, int8 ─┐
+    space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, each file gzipped where that makes it smaller
+                  └── embeddings, int8 ──────────────────────────┘   └─ manifest.json: sizes and hashes
+                                                                        version.js: for the service worker
+
+The checkpoint is the one that the Space takes (`MOME_CHECKPOINT` names another folder). Exported weights are kept in
+`.cache/`, by what they were made of.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+sys.path.insert(0, str(ROOT / "space"))
+
+from mome_space.engine import Engine, checkpoint_source, load_checkpoint  # noqa: E402
+from mome_space.gallery import Gallery, Index  # noqa: E402
+from vendor import PACKAGES, is_vendored  # noqa: E402
+
+DATA = FOLDER / "data"
+CACHE = ROOT / ".cache" / "static-demo"
+TOWERS = ("vision_model", "text_model")
+# What a service worker keeps of the page itself; the rest is in the manifest.
+SHELL = ("*.js", "*.css", "*.svg", "*.webmanifest", "vendor/*.mjs")
+PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
+
+
+def quantized_towers(checkpoint: Path) -> dict[str, Path]:
+    """The two towers as int8 ONNX files, exported once for the same weights and code."""
+    sources = [checkpoint / "model.safetensors", checkpoint / "config.json"]
+    sources += sorted(ROOT.glob("*_mome.py")) + sorted((ROOT / "export").glob("*.py"))
+    kept = CACHE / digest_of(path.read_bytes() for path in sources)[:32]
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            export_towers(checkpoint, Path(folder))
+            shutil.copytree(folder, kept.with_suffix(".part"), dirs_exist_ok=True)
+        kept.with_suffix(".part").rename(kept)
+    return {tower: kept / f"{tower}_quantized.onnx" for tower in TOWERS}
+
+
+def export_towers(checkpoint: Path, folder: Path):
+    """Writes `vision_model_quantized.onnx` and `text_model_quantized.onnx`."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from mome import MomeModel
+    from mome.export.modules import ImageTower, TextTower
+
+    model = MomeModel.from_pretrained(checkpoint)
+    for tower, module in zip(TOWERS, (ImageTower, TextTower)):
+        path = folder / f"{tower}.onnx"
+        module(model).to_onnx().save(path)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(path)
+        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        quantize_dynamic(
+            path,
+            folder / f"{tower}_quantized.onnx",
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gather"],
+        )
+        path.unlink()
+
+
+def quantized(embeddings: np.ndarray) -> bytes:
+    """Embeddings (icons, dimension) → float32 scales (icons,), then int8 (icons, dimension)."""
+    scales = np.abs(embeddings).max(axis=1) / 127
+    values = np.round(embeddings / scales[:, None]).astype(np.int8)
+    return scales.astype("<f4").tobytes() + values.tobytes()
+
+
+def gallery_table(gallery: Gallery) -> dict[str, Any]:
+    """The gallery as columns, one value for each icon, without its pictures."""
+    sets: dict[tuple, int] = {}
+    for entry in gallery.entries:
+        sets.setdefault((entry.set, entry.author, entry.set_url, entry.license, entry.license_url), len(sets))
+    return {
+        "names": [entry.name for entry in gallery.entries],
+        "other_names": [list(entry.texts[1:]) for entry in gallery.entries],
+        "ids": [entry.id for entry in gallery.entries],
+        "sizes": [len(entry.png) for entry in gallery.entries],
+        "styles": gallery.styles,
+        "style_of": gallery.style_of.tolist(),
+        "sets": [dict(zip(("title", "author", "url", "license", "license_url"), key)) for key in sets],
+        "set_of": [
+            sets[entry.set, entry.author, entry.set_url, entry.license, entry.license_url]
+            for entry in gallery.entries
+        ],
+    }
+
+
+def image_settings(engine: Engine) -> dict[str, Any]:
+    """What pixels.js needs to know.
+
+    Raises:
+        ValueError: the image processor does something that pixels.js does not.
+    """
+    processor = engine.processor.image_processor
+    settings = processor.to_dict()
+    size = settings["size"]
+    unknown = [
+        name
+        for name, known in {
+            "resample": settings["resample"] == 3,
+            "size": set(size) == {"height", "width"},
+            "do_center_crop": not settings["do_center_crop"],
+            "do_resize": settings["do_resize"],
+            "do_rescale": settings["do_rescale"],
+            "do_normalize": settings["do_normalize"],
+        }.items()
+        if not known
+    ]
+    if unknown:
+        name = unknown[0]
+        raise ValueError(f"{name}={settings[name]!r} of the image processor is nothing that the page can do")
+    return {
+        "height": size["height"],
+        "width": size["width"],
+        "mean": list(settings["image_mean"]),
+        "std": list(settings["image_std"]),
+        "rescale_factor": settings["rescale_factor"],
+        "trim_to_margin": settings.get("trim_to_margin"),
+    }
+
+
+def text_settings(engine: Engine) -> dict[str, Any]:
+    """What texts.js needs to know."""
+    tokenizer = engine.processor.tokenizer
+    roles = ("bos", "eos", "cls", "sep", "pad", "unk")
+    wordless = {getattr(tokenizer, f"{role}_token_id") for role in roles} - {None}
+    limit = min(tokenizer.model_max_length, engine.config.max_position_embeddings)
+    return {"limit": limit, "wordless": sorted(wordless)}
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+class Writer:
+    """Writes files into a folder and notes what they are for the manifest."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files = folder, {}
+
+    def add(self, name: str, file_name: str, data: bytes):
+        packed = gzip.compress(data, 9, mtime=0)
+        if len(packed) < PACKED_SHARE * len(data):
+            data, file_name = packed, f"{file_name}.gz"
+        (self.folder / file_name).write_bytes(data)
+        self.note(name, self.folder / file_name)
+
+    def note(self, name: str, path: Path):
+        data = path.read_bytes()
+        self.files[name] = {
+            "path": path.relative_to(FOLDER).as_posix(),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+
+def build() -> dict[str, Any]:
+    """Fills data/, and returns what its manifest says.
+
+    Raises:
+        ValueError: weights that are not in a folder; an image processor that the page can't imitate.
+    """
+    source, revision = checkpoint_source()
+    if revision is not None:
+        raise ValueError(f"{source} is on the Hub: download it, and name the folder in MOME_CHECKPOINT")
+    checkpoint, gallery = Path(source), Gallery()
+    engine = Engine(*load_checkpoint())
+    index = Index(engine, gallery)
+    index.build()
+    towers = quantized_towers(checkpoint)
+    shutil.rmtree(DATA, ignore_errors=True)
+    DATA.mkdir()
+    writer = Writer(DATA)
+    writer.note("runtime", FOLDER / "vendor" / "ort-wasm-simd-threaded.wasm.gz")
+    for tower, path in towers.items():
+        writer.add(tower, path.name, path.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        writer.add(Path(name).stem, name, (checkpoint / name).read_bytes())
+    writer.add("gallery", "gallery.json", json.dumps(gallery_table(gallery), separators=(",", ":")).encode())
+    writer.add("embeddings", "embeddings.bin", quantized(index.embeddings.images))
+    writer.add("pictures", "pictures.bin", b"".join(entry.png for entry in gallery.entries))
+    shell = sorted(path.relative_to(FOLDER).as_posix() for glob in SHELL for path in FOLDER.glob(glob))
+    shell.remove("service-worker.js")
+    manifest = {
+        "checkpoint": checkpoint.name,
+        "icons": len(gallery),
+        "images": image_settings(engine),
+        "texts": text_settings(engine),
+        "files": writer.files,
+        "packages": [f"{package.name} {package.version}" for package in PACKAGES],
+    }
+    (DATA / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    pages = [FOLDER / "index.html", *(FOLDER / path for path in shell)]
+    version = digest_of([*(path.read_bytes() for path in pages), json.dumps(manifest).encode()])[:16]
+    build = {
+        "version": version,
+        "shell": ["./", *shell, "data/manifest.json"],
+        "files": [f"{file['path']}?v={file['sha256'][:16]}" for file in writer.files.values()],
+    }
+    (DATA / "version.js").write_text(f"self.BUILD = {json.dumps(build, indent=1)};\n")
+    return manifest
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not is_vendored():
+        sys.exit("the JavaScript packages are missing: python space-static/vendor.py")
+    try:
+        manifest = build()
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
+    sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+    total = sum(sizes.values())
+    print(f"{manifest['checkpoint']}, {manifest['icons']:,} icons: {total / 1e6:.1f} MB over the wire")
+    for name, size in sizes.items():
+        print(f"  {name} {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
