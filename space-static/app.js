@@ -79,7 +79,7 @@ async function load() {
   await loadImages(manifest);
   ready.images.resolve();
   showProgress(null);
-  find("#place").textContent = kept ? "Runs on your machine, also offline" : "Runs on your machine";
+  find("#place").textContent = kept ? "Works offline" : "Runs on your machine";
 }
 
 async function loadGallery(downloads) {

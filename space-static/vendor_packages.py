@@ -1,6 +1,6 @@
 """Fetches the two JavaScript packages that the page runs on, checks them, and keeps what the page needs.
 
-    python space-static/vendor.py
+    python space-static/vendor_packages.py
 
     npm package, of one version and hash ── vendor/: modules as they are, WebAssembly gzipped, licences
 

@@ -1,6 +1,6 @@
 """Makes what the page searches with: the weights as int8 ONNX, and the gallery with its embeddings.
 
-    python space-static/build.py
+    python space-static/build_page.py
 
     checkpoint ── mome.export ── vision_model, text_model, int8 ─┐
     space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, each file gzipped where that makes it smaller
@@ -29,8 +29,8 @@ ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT / "space"))
 
 from mome_space.engine import Engine, checkpoint_source, load_checkpoint  # noqa: E402
-from mome_space.gallery import Gallery, Index  # noqa: E402
-from vendor import PACKAGES, is_vendored  # noqa: E402
+from mome_space.gallery import GALLERY_FILE, Gallery, Index  # noqa: E402
+from vendor_packages import PACKAGES, STAMP, is_vendored  # noqa: E402
 
 DATA = FOLDER / "data"
 CACHE = ROOT / ".cache" / "static-demo"
@@ -42,16 +42,21 @@ PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
 
 def quantized_towers(checkpoint: Path) -> dict[str, Path]:
     """The two towers as int8 ONNX files, exported once for the same weights and code."""
-    sources = [checkpoint / "model.safetensors", checkpoint / "config.json"]
-    sources += sorted(ROOT.glob("*_mome.py")) + sorted((ROOT / "export").glob("*.py"))
-    kept = CACHE / digest_of(path.read_bytes() for path in sources)[:32]
+    kept = CACHE / digest_of(path.read_bytes() for path in weights_and_code(checkpoint))[:32]
     if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            export_towers(checkpoint, Path(folder))
-            shutil.copytree(folder, kept.with_suffix(".part"), dirs_exist_ok=True)
-        kept.with_suffix(".part").rename(kept)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            part = Path(folder) / "onnx"
+            part.mkdir()
+            export_towers(checkpoint, part)
+            part.rename(kept)
     return {tower: kept / f"{tower}_quantized.onnx" for tower in TOWERS}
+
+
+def weights_and_code(checkpoint: Path) -> list[Path]:
+    """What exported towers depend on."""
+    code = [*ROOT.glob("*_mome.py"), *(ROOT / "export").glob("*.py")]
+    return [checkpoint / "model.safetensors", checkpoint / "config.json", *sorted(code)]
 
 
 def export_towers(checkpoint: Path, folder: Path):
@@ -75,8 +80,18 @@ def export_towers(checkpoint: Path, folder: Path):
             folder / f"{tower}_quantized.onnx",
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gather"],
+            per_channel=True,
+            nodes_to_exclude=router_products(path),
         )
         path.unlink()
+
+
+def router_products(path: Path) -> list[str]:
+    """The products that choose experts, by the names that the quantizer gives them: an error there costs the most."""
+    import onnx
+
+    nodes = onnx.load(path).graph.node
+    return [f"{node.name}_MatMul" for node in nodes if node.op_type == "Gemm" and "router" in " ".join(node.input)]
 
 
 def quantized(embeddings: np.ndarray) -> bytes:
@@ -178,6 +193,18 @@ class Writer:
         }
 
 
+def sources_of_page(checkpoint: Path) -> str:
+    """Digest of everything that data/ is made of."""
+    named = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [*weights_and_code(checkpoint), *(checkpoint / name for name in named), GALLERY_FILE]
+    return digest_of([*(path.read_bytes() for path in [*files, *page_files(), STAMP, Path(__file__)])])
+
+
+def page_files() -> list[Path]:
+    """The page itself, without what is made for it."""
+    return [FOLDER / "index.html", *sorted(path for pattern in SHELL for path in FOLDER.glob(pattern))]
+
+
 def build() -> dict[str, Any]:
     """Fills data/, and returns what its manifest says.
 
@@ -187,7 +214,11 @@ def build() -> dict[str, Any]:
     source, revision = checkpoint_source()
     if revision is not None:
         raise ValueError(f"{source} is on the Hub: download it, and name the folder in MOME_CHECKPOINT")
-    checkpoint, gallery = Path(source), Gallery()
+    checkpoint = Path(source)
+    made_of, manifest_file = sources_of_page(checkpoint), DATA / "manifest.json"
+    if (DATA / "version.js").is_file() and json.loads(manifest_file.read_text())["made_of"] == made_of:
+        return json.loads(manifest_file.read_text())
+    gallery = Gallery()
     engine = Engine(*load_checkpoint())
     index = Index(engine, gallery)
     index.build()
@@ -203,8 +234,6 @@ def build() -> dict[str, Any]:
     writer.add("gallery", "gallery.json", json.dumps(gallery_table(gallery), separators=(",", ":")).encode())
     writer.add("embeddings", "embeddings.bin", quantized(index.embeddings.images))
     writer.add("pictures", "pictures.bin", b"".join(entry.png for entry in gallery.entries))
-    shell = sorted(path.relative_to(FOLDER).as_posix() for glob in SHELL for path in FOLDER.glob(glob))
-    shell.remove("service-worker.js")
     manifest = {
         "checkpoint": checkpoint.name,
         "icons": len(gallery),
@@ -212,23 +241,28 @@ def build() -> dict[str, Any]:
         "texts": text_settings(engine),
         "files": writer.files,
         "packages": [f"{package.name} {package.version}" for package in PACKAGES],
+        "made_of": made_of,
     }
-    (DATA / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    pages = [FOLDER / "index.html", *(FOLDER / path for path in shell)]
-    version = digest_of([*(path.read_bytes() for path in pages), json.dumps(manifest).encode()])[:16]
-    build = {
-        "version": version,
-        "shell": ["./", *shell, "data/manifest.json"],
-        "files": [f"{file['path']}?v={file['sha256'][:16]}" for file in writer.files.values()],
-    }
-    (DATA / "version.js").write_text(f"self.BUILD = {json.dumps(build, indent=1)};\n")
+    manifest_file.write_text(json.dumps(manifest, indent=1))
+    write_version(manifest)
     return manifest
+
+
+def write_version(manifest: dict[str, Any]):
+    """What the service worker keeps, under a version that changes with any file."""
+    pages = [path for path in page_files() if path.name not in ("index.html", "service-worker.js")]
+    version = {
+        "version": digest_of([*(path.read_bytes() for path in page_files()), json.dumps(manifest).encode()])[:16],
+        "shell": ["./", *(path.relative_to(FOLDER).as_posix() for path in pages), "data/manifest.json"],
+        "files": [f"{file['path']}?v={file['sha256'][:16]}" for file in manifest["files"].values()],
+    }
+    (DATA / "version.js").write_text(f"self.BUILD = {json.dumps(version, indent=1)};\n")
 
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not is_vendored():
-        sys.exit("the JavaScript packages are missing: python space-static/vendor.py")
+        sys.exit("the JavaScript packages are missing: python space-static/vendor_packages.py")
     try:
         manifest = build()
     except (ImportError, ValueError) as error:
