@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
+from .inputs_mome import text_mask
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -114,7 +115,8 @@ class CaptionInputs:
         input_ids: (batch, tokens) int64.
         inputs_embeds: (batch, tokens, width), in place of `input_ids`.
         pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
-        attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
+        attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out. `None`: padding is
+            where `pad_token_id` stands at either end, in a call without a cache.
         position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
         cache: what earlier calls have seen, the image included; callers may say `past_key_values`.
         logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
@@ -509,14 +511,16 @@ def prepare_prompt(
 
     Args:
         input_ids: (batch, tokens), without image tokens.
-        attention_mask: (batch, tokens), or `None`: padding is where `pad_token_id` is.
+        attention_mask: (batch, tokens), or `None`, see `text_mask`.
         position_ids: (batch, tokens), or `None`.
 
     Returns:
         (batch, tokens) ids, mask and positions, padded on the left.
     """
     if attention_mask is None:
-        attention_mask = (input_ids != config.pad_token_id).long()
+        attention_mask = text_mask(config, input_ids, None)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        attention_mask = attention_mask * (input_ids != config.pad_token_id).any(dim=1, keepdim=True)
     ends = torch.tensor(eos_token_ids, dtype=torch.long, device=input_ids.device)
     is_eos = torch.isin(input_ids, ends) & attention_mask.bool()
     # [EOS] ends a text where no token follows it.

@@ -3,7 +3,7 @@
 - the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
 - unknown keys and impossible combinations are refused with the offending value in the message;
-- `did_you_mean`, the hint that all errors about unknown names give.
+- `did_you_mean`, the hint that all errors about unknown names give, and `quoted`, how they show a value.
 """
 
 import copy
@@ -37,6 +37,13 @@ CUSTOM_PIPELINES: dict[str, dict] = {
     "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
     "open-vocabulary-image-classification": {
         "impl": "pipeline_mome.MomeZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    },
+    # transformers' tasks, whose own pipelines drop the transparency of pictures.
+    "image-feature-extraction": {"impl": "pipeline_mome.MomeFeatureStockPipeline", "pt": ["AutoModel"]},
+    "image-text-to-text": {"impl": "pipeline_mome.MomeTextStockPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "zero-shot-image-classification": {
+        "impl": "pipeline_mome.MomeZeroShotStockPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     },
 }
@@ -74,6 +81,13 @@ def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
     """What to say to an unknown name: the closest of the choices as a question, or `otherwise` if none is close."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise
+
+
+def quoted(value: Any, limit: int = 80) -> str:
+    """A value as an error message shows it: its `repr`, cut where it is longer than `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return repr(text) if isinstance(value, str) else text
 
 
 @strict
@@ -303,4 +317,4 @@ class MomeConfig(PreTrainedConfig):
                     raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean", "quoted"]

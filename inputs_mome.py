@@ -1,7 +1,16 @@
-"""What is refused before any heavy work, each in one line that names the value; and where tokens stand."""
+"""What is refused before any heavy work, each in one line that names the value; pictures in any collection; and where
+tokens stand.
+"""
 
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from .configuration_mome import MomeConfig
 
@@ -44,7 +53,7 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     if input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-            f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
+            f"{config.max_position_embeddings}: shorten the text, or let the checkpoint's processor cut it"
         )
     check_vocabulary(input_ids, vocabulary)
 
@@ -112,8 +121,107 @@ def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
     return F.pad(kept_patches + 1, (1, 0))
 
 
+def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Where a text has words: the caller's mask, or else all but the padding at its ends.
+
+        [PAD] [BOS] a cat [EOS] [PAD]  →  0 1 1 1 1 0
+
+    `pad_token_id` inside a text is a token like others. A tokenizer that pads with its `[EOS]` or `[BOS]` has one of
+    them at the end of each text that is none. A row of nothing but padding counts as a text.
+
+    Args:
+        input_ids: (texts, tokens) int64.
+        attention_mask: (texts, tokens), or `None`.
+
+    Returns:
+        (texts, tokens) int64, 0 where padding; `None` without any, unless the call is traced.
+    """
+    if attention_mask is not None:
+        return attention_mask
+    is_pad = input_ids == config.pad_token_id
+    traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
+    if not traced and not is_pad.any():
+        return None
+    before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
+    if config.pad_token_id == config.bos_token_id:
+        before = before * F.pad(before[:, 1:], (0, 1))
+    if config.pad_token_id == config.eos_token_id:
+        behind = behind * F.pad(behind[:, :-1], (1, 0))
+    return 1 - torch.maximum(before, behind) * (1 - is_pad.long().amin(dim=1, keepdim=True))
+
+
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """(texts, tokens) → position of each token in its text, padding on either side not counted."""
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Pictures(Dataset):
+    """Pictures of a data set, one by one; one that can't be decoded is the error, so that the others can be read.
+
+    Args:
+        values: anything that has a length and is indexed by numbers.
+    """
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        try:
+            return self.values[place]
+        except IndexError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            return error
+
+
+def pictures_of(images: Any) -> list | Pictures | Iterator | None:
+    """Several pictures in whatever form they come, or `None` if `images` is a single one.
+
+    Args:
+        images: a list or tuple; an array or tensor of four dimensions; a data set of `datasets`, with the first column
+            of type Image or else the one called `image`; a column of one; a data set of torch or of transformers'
+            pipelines; a stream, generator or other iterable. Nothing is decoded before its turn.
+
+    Raises:
+        ValueError: a dict of splits, or a data set without images.
+    """
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return list(images) if images.ndim == 4 else None
+    if hasattr(images, "column_names") and hasattr(images, "cast_column"):
+        return _pictures_of_data_set(images)
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, dict)) or hasattr(
+        images, "read"
+    ):
+        return None
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if isinstance(images, Dataset) or _is_column(images):
+        return Pictures(images) if hasattr(images, "__len__") else iter(images)
+    return iter(images) if hasattr(images, "__iter__") else None
+
+
+def _is_column(images: Any) -> bool:
+    """Whether this is a column of a data set, or a slice of one, which is indexed by row numbers."""
+    return type(images).__module__.partition(".")[0] == "datasets" and hasattr(images, "__getitem__")
+
+
+def _pictures_of_data_set(data: Any) -> Pictures | Iterator:
+    if isinstance(data, dict):
+        raise ValueError(f"this is a dict of splits, {', '.join(data)}: pass one of them")
+    features = data.features or {}
+    names = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    column = (names or ["image"])[0]
+    if features and column not in features:
+        raise ValueError(f"the data set has no column of images among {', '.join(features)}: pass one, data['...']")
+    if names:
+        data = data.cast_column(column, type(features[column])(decode=False))
+    if hasattr(data, "__len__"):
+        return Pictures(data[column])
+    return (row[column] for row in data)

@@ -59,6 +59,7 @@ from .inputs_mome import (
     check_pixel_values,
     check_vocabulary,
     image_places,
+    text_mask,
     text_positions,
 )
 from .losses_mome import caption_loss, contrastive_loss, label_share, router_loss_of_passes, same_caption
@@ -145,9 +146,10 @@ class MomeModel(MomePreTrainedModel):
     def text_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
-        """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        """input_ids (texts, tokens) → states (texts, tokens, width); what `attention_mask=None` means: `text_mask`."""
         check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
         biases = self.encoder.position_bias
@@ -177,6 +179,7 @@ class MomeModel(MomePreTrainedModel):
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
         hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
@@ -241,7 +244,7 @@ class MomeModel(MomePreTrainedModel):
 
         Args:
             input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: where `pad_token_id` stands at either end.
             joint_experts: as in `get_image_features`.
 
         Returns:
@@ -252,6 +255,7 @@ class MomeModel(MomePreTrainedModel):
                 the config does not provide for.
         """
         check_joint_experts(self.config, joint_experts)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
         embeds = self.project_text(outputs.last_hidden_state, attention_mask, joint_experts)
         return self._features(outputs, embeds, kwargs)
@@ -271,6 +275,7 @@ class MomeModel(MomePreTrainedModel):
         `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
         Raises ValueError as the other two, and when there is not one text per image.
         """
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
         states = outputs.last_hidden_state
         if self.multimodal_pooler is None:
@@ -295,7 +300,7 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64.
             pixel_values: (images, channels, image_size, image_size) float.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: as in `get_text_features`.
             return_loss: contrastive loss with image i and text i a pair, plus the router losses.
 
         Raises:
@@ -308,6 +313,7 @@ class MomeModel(MomePreTrainedModel):
             check_pairs(pixel_values, input_ids)
         if input_ids is not None:
             check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
+            attention_mask = text_mask(self.config, input_ids, attention_mask)
         passes, embeds = {}, {}
         if pixel_values is not None:
             passes["image"] = self.image_pass(pixel_values, **kwargs)
@@ -501,6 +507,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
+        if inputs.input_ids is not None and (inputs.cache is None or not inputs.cache.get_seq_length()):
+            inputs.attention_mask = text_mask(self.config, inputs.input_ids, inputs.attention_mask)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:

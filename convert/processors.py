@@ -18,6 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from ..errors import ConversionError, first_sentence, missing_package
+from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
 from .operations import Sizes, Source
 
@@ -145,13 +146,11 @@ def _spare_id(used: set[int], vocab_size: int) -> int:
 
 def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:
     """What turns images and texts into the model's inputs; without a tokenizer only what turns images."""
-    from transformers import CLIPImageProcessor  # not above: without torchvision its import comes with a remark
-
     side = sizes.config["image_size"]
     square = {"height": side, "width": side}
     if sizes.classifier:
         options = {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, **IMAGENET}
     else:
         options = {"size": square, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    images = CLIPImageProcessor(**options)
+    images = MomeImageProcessor(**options)
     return images if tokenizer is None else MomeProcessor(images, tokenizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import first_line
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 
@@ -62,11 +63,14 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     count = len(options.checkpoints)
     weights = options.weights or [1 / count] * count
-    models = [MomeForConditionalGeneration.from_pretrained(folder) for folder in options.checkpoints]
+    for folder in options.checkpoints:
+        if not (folder / "config.json").exists():
+            parser.error(f"{str(folder)!r} is no checkpoint: it has no config.json")
     try:
+        models = [MomeForConditionalGeneration.from_pretrained(folder) for folder in options.checkpoints]
         average(models, weights).save_pretrained(options.output)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(first_line(error))
     MomeProcessor.from_pretrained(options.checkpoints[-1]).save_pretrained(options.output)
     shares = ", ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, options.checkpoints))
     print(f"{options.output}: {shares}")

@@ -97,7 +97,8 @@ class Engine:
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.config = model.eval(), processor, model.config
-        self._to_rgb = inspect.getmodule(type(processor)).load_rgb_image
+        code = inspect.getmodule(type(processor))  # it may have come with the weights
+        self._to_rgb, self._wordless = code.load_rgb_image, code.wordless_texts
         self._tokenizing = threading.Lock()  # a fast tokenizer can't be used and set up by two threads at a time
 
     @property
@@ -106,8 +107,8 @@ class Engine:
 
     # Embeddings.
 
-    def rgb(self, picture: Image.Image) -> Image.Image:
-        """Upright 8-bit RGB over white: what the model sees, before it is resized."""
+    def rgb(self, picture: Image.Image | str) -> Image.Image:
+        """A picture, or the file of one, as upright 8-bit RGB: what the model sees, before it is resized."""
         return self._to_rgb(picture)
 
     def prepare(self, **inputs: Any) -> dict[str, torch.Tensor]:
@@ -135,6 +136,16 @@ class Engine:
     def max_tokens(self) -> int:
         """Longest text in tokens, `[BOS]` and `[EOS]` included."""
         return min(self.processor.tokenizer.model_max_length, self.config.max_position_embeddings)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """What the model reads of a text: texts of equal ids are one to it."""
+        with self._tokenizing:
+            return tuple(self.processor.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"])
+
+    def check_words(self, text: str, what: str):
+        """Refuses a text of which the tokenizer knows nothing: all such texts would have one embedding."""
+        if self._wordless(self.processor.tokenizer, [self.token_ids(text)]):
+            raise refuse(f"{what} {quoted(text)} has no word that the model knows: say it in English words.")
 
     def check_length(self, text: str, what: str):
         """Refuses a text that the model can't read to its end."""
@@ -257,7 +268,8 @@ class Engine:
             for part in _byte_parts(tensor):
                 digest.update(part)
         settings = self.processor.image_processor.to_dict()
-        kept = {key: settings.get(key) for key in ("size", "image_mean", "image_std", "resample", "do_center_crop")}
+        names = ("size", "image_mean", "image_std", "resample", "do_center_crop", "trim_to_margin")
+        kept = {key: settings.get(key) for key in names}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
