@@ -61,37 +61,13 @@ def weights_and_code(checkpoint: Path) -> list[Path]:
 
 def export_towers(checkpoint: Path, folder: Path):
     """Writes `vision_model_quantized.onnx` and `text_model_quantized.onnx`."""
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     from mome import MomeModel
+    from mome.export.graphs import graph_of, quantised
     from mome.export.modules import ImageTower, TextTower
 
     model = MomeModel.from_pretrained(checkpoint)
     for tower, module in zip(TOWERS, (ImageTower, TextTower)):
-        path = folder / f"{tower}.onnx"
-        module(model).to_onnx().save(path)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(path)
-        onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        quantize_dynamic(
-            path,
-            folder / f"{tower}_quantized.onnx",
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gather"],
-            per_channel=True,
-            nodes_to_exclude=router_products(path),
-        )
-        path.unlink()
-
-
-def router_products(path: Path) -> list[str]:
-    """The products that choose experts, by the names that the quantizer gives them: an error there costs the most."""
-    import onnx
-
-    nodes = onnx.load(path).graph.node
-    return [f"{node.name}_MatMul" for node in nodes if node.op_type == "Gemm" and "router" in " ".join(node.input)]
+        quantised(graph_of(module(model)), folder / f"{tower}_quantized.onnx")
 
 
 def quantized(embeddings: np.ndarray) -> bytes:
