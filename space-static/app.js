@@ -23,7 +23,7 @@ import {
   walkHits,
 } from "./view.js";
 
-const EXAMPLES = ["circus tent", "listening to music", "helicopter", "something to drink", "broken chain"];
+const EXAMPLES = ["circus tent", "a happy face", "farm animal", "money", "letter in an envelope", "wheelchair"];
 const PAGE = 60; // hits that are shown at a time
 const TYPING_PAUSE = 200; // milliseconds after which what was typed is searched for
 const WAIT_FOR_SERVICE_WORKER = 4000; // milliseconds; without it the page works, but not offline

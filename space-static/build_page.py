@@ -91,8 +91,7 @@ def gallery_table(gallery: Gallery) -> dict[str, Any]:
         "style_of": gallery.style_of.tolist(),
         "sets": [dict(zip(("title", "author", "url", "license", "license_url"), key)) for key in sets],
         "set_of": [
-            sets[entry.set, entry.author, entry.set_url, entry.license, entry.license_url]
-            for entry in gallery.entries
+            sets[entry.set, entry.author, entry.set_url, entry.license, entry.license_url] for entry in gallery.entries
         ],
     }
 

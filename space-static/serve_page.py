@@ -1,6 +1,6 @@
 """Serves the page on this machine, with the headers that a Space sends: threads need them.
 
-    python space-static/serve_page.py --port 7861
+python space-static/serve_page.py --port 7861
 """
 
 import argparse

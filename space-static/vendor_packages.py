@@ -119,9 +119,7 @@ def vendor(package: Package, target: Path):
 
 
 def main():
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if is_vendored():
         return
     shutil.rmtree(FOLDER, ignore_errors=True)
