@@ -91,7 +91,7 @@ async function loadGallery(downloads) {
   gallery = new Gallery(table, pictures, embeddings);
   table.styles.forEach((style, number) => find("#style").append(new Option(style, number)));
   showCredits(table.sets);
-  if (asked.kind === "nothing") await search();
+  search(); // also what was asked for before
 }
 
 async function loadTexts(downloads, manifest) {
@@ -259,7 +259,7 @@ function listen() {
     if (event.target === event.currentTarget) event.currentTarget.close(); // beside what it shows
   });
   addEventListener("keydown", (event) => {
-    const typing = event.target.matches("input, select, textarea") || find("#detail").open;
+    const typing = event.target.matches("input, textarea") || find("#detail").open;
     if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     find("#words").select();

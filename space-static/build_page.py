@@ -3,12 +3,11 @@
     python space-static/build_page.py
 
     checkpoint ── mome.export ── vision_model, text_model, int8 ─┐
-    space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, each file gzipped where that makes it smaller
-                  └── embeddings, int8 ──────────────────────────┘   └─ manifest.json: sizes and hashes
+    space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, gzipped where that makes a file smaller
+                        └─── embeddings, int8 ───────────────────┘   └─ manifest.json: sizes and hashes
                                                                         version.js: for the service worker
 
-The checkpoint is the one that the Space takes (`MOME_CHECKPOINT` names another folder). Exported weights are kept in
-`.cache/`, by what they were made of.
+What is there and still belongs to its sources stays. Exported weights are kept in `.cache/`, too.
 """
 
 import argparse
@@ -23,15 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vendor_packages import PACKAGES, STAMP, is_vendored
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-sys.path.insert(0, str(ROOT / "space"))
-
-from mome_space.engine import Engine, checkpoint_source, load_checkpoint  # noqa: E402
-from mome_space.gallery import GALLERY_FILE, Gallery, Index  # noqa: E402
-from vendor_packages import PACKAGES, STAMP, is_vendored  # noqa: E402
-
+SPACE = ROOT / "space"
+CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
 DATA = FOLDER / "data"
 CACHE = ROOT / ".cache" / "static-demo"
 TOWERS = ("vision_model", "text_model")
@@ -40,7 +36,7 @@ SHELL = ("*.js", "*.css", "*.svg", "*.webmanifest", "vendor/*.mjs")
 PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
 
 
-def quantized_towers(checkpoint: Path) -> dict[str, Path]:
+def quantized_towers(checkpoint: Path, model: Any) -> dict[str, Path]:
     """The two towers as int8 ONNX files, exported once for the same weights and code."""
     kept = CACHE / digest_of(path.read_bytes() for path in weights_and_code(checkpoint))[:32]
     if not kept.is_dir():
@@ -48,7 +44,7 @@ def quantized_towers(checkpoint: Path) -> dict[str, Path]:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             part = Path(folder) / "onnx"
             part.mkdir()
-            export_towers(checkpoint, part)
+            export_towers(model.model, part)
             part.rename(kept)
     return {tower: kept / f"{tower}_quantized.onnx" for tower in TOWERS}
 
@@ -59,13 +55,11 @@ def weights_and_code(checkpoint: Path) -> list[Path]:
     return [checkpoint / "model.safetensors", checkpoint / "config.json", *sorted(code)]
 
 
-def export_towers(checkpoint: Path, folder: Path):
+def export_towers(model: Any, folder: Path):
     """Writes `vision_model_quantized.onnx` and `text_model_quantized.onnx`."""
-    from mome import MomeModel
     from mome.export.graphs import graph_of, quantised
     from mome.export.modules import ImageTower, TextTower
 
-    model = MomeModel.from_pretrained(checkpoint)
     for tower, module in zip(TOWERS, (ImageTower, TextTower)):
         quantised(graph_of(module(model)), folder / f"{tower}_quantized.onnx")
 
@@ -77,7 +71,7 @@ def quantized(embeddings: np.ndarray) -> bytes:
     return scales.astype("<f4").tobytes() + values.tobytes()
 
 
-def gallery_table(gallery: Gallery) -> dict[str, Any]:
+def gallery_table(gallery: Any) -> dict[str, Any]:
     """The gallery as columns, one value for each icon, without its pictures."""
     sets: dict[tuple, int] = {}
     for entry in gallery.entries:
@@ -96,14 +90,13 @@ def gallery_table(gallery: Gallery) -> dict[str, Any]:
     }
 
 
-def image_settings(engine: Engine) -> dict[str, Any]:
+def image_settings(processor: Any) -> dict[str, Any]:
     """What pixels.js needs to know.
 
     Raises:
         ValueError: the image processor does something that pixels.js does not.
     """
-    processor = engine.processor.image_processor
-    settings = processor.to_dict()
+    settings = processor.image_processor.to_dict()
     size = settings["size"]
     unknown = [
         name
@@ -130,12 +123,12 @@ def image_settings(engine: Engine) -> dict[str, Any]:
     }
 
 
-def text_settings(engine: Engine) -> dict[str, Any]:
+def text_settings(processor: Any, config: Any) -> dict[str, Any]:
     """What texts.js needs to know."""
-    tokenizer = engine.processor.tokenizer
+    tokenizer = processor.tokenizer
     roles = ("bos", "eos", "cls", "sep", "pad", "unk")
     wordless = {getattr(tokenizer, f"{role}_token_id") for role in roles} - {None}
-    limit = min(tokenizer.model_max_length, engine.config.max_position_embeddings)
+    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
     return {"limit": limit, "wordless": sorted(wordless)}
 
 
@@ -171,7 +164,7 @@ class Writer:
 def sources_of_page(checkpoint: Path) -> str:
     """Digest of everything that data/ is made of."""
     named = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
-    files = [*weights_and_code(checkpoint), *(checkpoint / name for name in named), GALLERY_FILE]
+    files = [*weights_and_code(checkpoint), *(checkpoint / name for name in named), SPACE / "gallery.parquet"]
     return digest_of([*(path.read_bytes() for path in [*files, *page_files(), STAMP, Path(__file__)])])
 
 
@@ -180,24 +173,33 @@ def page_files() -> list[Path]:
     return [FOLDER / "index.html", *sorted(path for pattern in SHELL for path in FOLDER.glob(pattern))]
 
 
-def build() -> dict[str, Any]:
+def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
     """Fills data/, and returns what its manifest says.
 
     Raises:
-        ValueError: weights that are not in a folder; an image processor that the page can't imitate.
+        FileNotFoundError: an incomplete checkpoint.
+        ValueError: an image processor that the page can't imitate.
     """
-    source, revision = checkpoint_source()
-    if revision is not None:
-        raise ValueError(f"{source} is on the Hub: download it, and name the folder in MOME_CHECKPOINT")
-    checkpoint = Path(source)
     made_of, manifest_file = sources_of_page(checkpoint), DATA / "manifest.json"
     if (DATA / "version.js").is_file() and json.loads(manifest_file.read_text())["made_of"] == made_of:
         return json.loads(manifest_file.read_text())
+    if str(SPACE) not in sys.path:
+        sys.path.insert(0, str(SPACE))
+    # Only now: they bring torch and gradio, which take seconds.
+    from mome_space.engine import Engine
+    from mome_space.gallery import Gallery, Index
+
+    from mome import MomeForConditionalGeneration, MomeProcessor
+
+    model, processor = (
+        MomeForConditionalGeneration.from_pretrained(checkpoint),
+        MomeProcessor.from_pretrained(checkpoint),
+    )
     gallery = Gallery()
-    engine = Engine(*load_checkpoint())
-    index = Index(engine, gallery)
+    index = Index(Engine(model, processor), gallery)
+    images, texts = image_settings(processor), text_settings(processor, model.config)
     index.build()
-    towers = quantized_towers(checkpoint)
+    towers = quantized_towers(checkpoint, model)
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir()
     writer = Writer(DATA)
@@ -212,8 +214,8 @@ def build() -> dict[str, Any]:
     manifest = {
         "checkpoint": checkpoint.name,
         "icons": len(gallery),
-        "images": image_settings(engine),
-        "texts": text_settings(engine),
+        "images": images,
+        "texts": texts,
         "files": writer.files,
         "packages": [f"{package.name} {package.version}" for package in PACKAGES],
         "made_of": made_of,
@@ -235,12 +237,16 @@ def write_version(manifest: dict[str, Any]):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: %(default)s)")
+    checkpoint = parser.parse_args().checkpoint
     if not is_vendored():
         sys.exit("the JavaScript packages are missing: python space-static/vendor_packages.py")
     try:
-        manifest = build()
-    except (ImportError, ValueError) as error:
+        manifest = build(checkpoint)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is missing: pip install -e '.[demo,onnx]'")
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
     total = sum(sizes.values())

@@ -36,10 +36,13 @@ SVG = (
 )  # an umbrella
 WORDS = "bee|house|heartAttack|circusTent|arrowUpLeft|camera5G|PhoneCallIncoming|user-plus|Wi-Fi|snake_case|iPhone"
 ODD = (
-    "HelloWorld|XMLHttpRequest|naïve café|Zürich|crème brûlée|ñandú|Łódź|Øre|İstanbul|ß|ẞ|ﬁsh|e\u0301|o\u0308|Å|½|x²|①|Ⅳ|㎏|"
-    "😀 cat|a 👩‍👩‍👧 family|❤️ heart|👍🏽|🇩🇪 flag|1️⃣|rocket🚀ship|☎️ phone|🏳️‍🌈|don't|don’t|it's 5 o'clock|“quoted”|a — b|… wait|"
+    "HelloWorld|XMLHttpRequest|naïve café|Zürich|crème brûlée|ñandú|Łódź|Øre|İstanbul|ß|ẞ|ﬁsh|e\u0301|o\u0308|Å|½|x²"
+    "|①|Ⅳ|㎏|"
+    "😀 cat|a 👩‍👩‍👧 family|❤️ heart|👍🏽|🇩🇪 flag|1️⃣|rocket🚀ship"
+    "|☎️ phone|🏳️‍🌈|don't|don’t|it's 5 o'clock|“quoted”|a — b|… wait|"
     "C++|c#|50%|$5|foo/bar|foo(bar)|a.b|@home|#tag|a`b|~x|&amp;|R&B|tab\tnew\nline|  spaces  |UPPER CASE|a1b2|v2.0|"
-    "3D|HTML5Parser|PDFFile|t-shirt|T shirt|x ray|e mail|wi fi|[BOS] bee|<image> cat|[MASK]|日本語|Привет|عربى|हिन्दी|한국어|"
+    "3D|HTML5Parser|PDFFile|t-shirt|T shirt|x ray|e mail|wi fi|[BOS] bee|<image> cat|[MASK]"
+    "|日本語|Привет|عربى|हिन्दी|한국어|"
     "a\u200bb|a\u00a0b|a\ufe0fb|the red|black and white|" + "a very long text " * 9
 )
 

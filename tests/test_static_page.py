@@ -4,6 +4,7 @@ With MOME_SCREENSHOTS=folder, the page is also drawn, at desktop and phone width
 """
 
 import base64
+import gzip
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from playwright.sync_api import Page, expect, sync_playwright
@@ -28,6 +30,8 @@ from test_space_browser import CHROMIUM, FLAGS, TIMEOUT, Visit
 pytestmark = [needs_packages, needs_onnx]
 LEAST_COSINE = 0.999
 IDENTICAL = 0.99999
+GALLERY = PAGE.parent / "space" / "gallery.parquet"
+TOWERS = {"text": "text", "image": "vision"}
 FIRST_ICONS = {
     "syringe": "syringe",
     "umbrella": "umbrella",
@@ -60,13 +64,16 @@ READ = """async (texts) => {
   return read;
 }"""
 RUN = """async ({text, image, rows, pixels, side}) => {
-  const [runtime, {ImageTower, prepareRuntime, TextTower}, {unpack}] = await Promise.all(
+  const [runtime, {ImageTower, prepareRuntime, TextTower}, {isGzipped, unpack}] = await Promise.all(
     ["vendor/ort.wasm.min.mjs", "model.js", "download.js"].map((module) => import(`./${module}`)));
-  const bytes = (data) => Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const bytes = (data) => {
+    const file = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    return isGzipped(file) ? unpack(file) : file;
+  };
   const packed = await (await fetch("vendor/ort-wasm-simd-threaded.wasm.gz")).arrayBuffer();
   prepareRuntime(runtime, await unpack(new Uint8Array(packed)), 1);
-  const texts = await TextTower.load(runtime, bytes(text), null, {});
-  const images = await ImageTower.load(runtime, bytes(image), {width: side, height: side});
+  const texts = await TextTower.load(runtime, await bytes(text), null, {});
+  const images = await ImageTower.load(runtime, await bytes(image), {width: side, height: side});
   const answer = {texts: [], images: []};
   for (const each of rows) answer.texts.push(Array.from((await texts.run(each)).data));
   for (const each of pixels) {
@@ -295,70 +302,95 @@ def test_pixels_and_embeddings_of_pictures_are_those_of_python(visit, pictures):
 def test_a_drawing_is_embedded_as_in_python(visit, tmp_path):
     path = tmp_path / "umbrella.svg"
     path.write_text(SVG)
-    sized = SVG.replace("<svg ", '<svg width="10mm" height="50%" ').replace(' xmlns="http://www.w3.org/2000/svg"', "")
+    styled = SVG.replace("<path ", '<style>.ink { fill: #000 }</style><path style="stroke: none" class="ink" ')
+    sized = SVG.replace("<svg ", '<svg width="10mm" height="100%" ').replace(' xmlns="http://www.w3.org/2000/svg"', "")
     answers = [
         visit.page.evaluate(PREPARE, {"name": path.name, "data": encoded(data)})
-        for data in (SVG.encode(), b"\xef\xbb\xbf" + SVG.encode(), sized.replace("50%", "10mm").encode())
+        for data in (
+            SVG.encode(),
+            b"\xef\xbb\xbf" + SVG.encode(),
+            styled.encode(),
+            sized.encode(),
+            gzip.compress(SVG.encode()),
+        )
     ]
     ours = embedder().embed_images([str(path)]).numpy()
     for answer in answers:
         assert cosines(answer["embedding"], ours[0]) >= LEAST_COSINE
 
 
-def tiny_request(folder: Path) -> tuple[dict, dict]:
-    """A routed model of random weights as float32 and int8 files, batches of 1, 3 and 32, and what torch gives."""
-    from mome.export.graphs import graph_of, quantised, save
+class Batches:
+    """Batches of 1, 3 and 32 texts of two lengths, and of as many pictures; what torch makes of them."""
 
-    model = tiny_captioner("routed").model
-    random = torch.Generator().manual_seed(0)
-    rows = [
-        torch.randint(6, model.config.vocab_size, (count, tokens), generator=random)
-        for count in (1, 3, 32)
-        for tokens in (4, 9)
-    ]
-    side = model.config.image_size
-    pixels = [torch.randn(count, 3, side, side, generator=random) for count in (1, 3, 32)]
-    for tower, module in (("text", TextTower(model)), ("image", ImageTower(model))):
-        graph = graph_of(module)
-        save(graph, folder / f"{tower}-fp32.onnx")
-        quantised(graph, folder / f"{tower}-q8.onnx")
-    with torch.no_grad():
-        texts = [model.get_text_features(each, torch.ones_like(each)).pooler_output for each in rows]
-        images = [model.get_image_features(each).pooler_output for each in pixels]
-    request = {
-        "rows": [each.tolist() for each in rows],
-        "pixels": [each.flatten().tolist() for each in pixels],
-        "side": side,
-    }
-    return request, {"texts": texts, "images": images}
+    def __init__(self, model, files: dict[str, Path], side: int):
+        random = torch.Generator().manual_seed(0)
+        shapes = [(count, tokens) for count in (1, 3, 32) for tokens in (4, 9)]
+        rows = [torch.randint(6, model.config.vocab_size, shape, generator=random) for shape in shapes]
+        pixels = [self.pixels(count, side) for count in (1, 3, 32)]
+        with torch.no_grad():
+            self.expected = {
+                "texts": [model.get_text_features(each, torch.ones_like(each)).pooler_output for each in rows],
+                "images": [model.get_image_features(each).pooler_output for each in pixels],
+            }
+        self.files = files
+        self.request = {
+            "rows": [each.tolist() for each in rows],
+            "pixels": [each.flatten().tolist() for each in pixels],
+            "side": side,
+        }
+
+    @staticmethod
+    def pixels(count: int, side: int) -> torch.Tensor:
+        """Icons (count, 3, side, side), by the model's own processor."""
+        entries = pq.read_table(GALLERY, columns=["png"]).column("png")[7 : 7 + 50 * count : 50].to_pylist()
+        size = {"height": side, "width": side}
+        return embedder().processor.image_processor(entries, size=size, return_tensors="pt")["pixel_values"]
+
+    def check(self, answer: dict, least: float):
+        for kind, batches in self.expected.items():
+            for found, ours in zip(answer[kind], batches, strict=True):
+                similar = cosines(np.array(found).reshape(ours.shape), ours.numpy())
+                assert similar.mean() >= least, (kind, len(ours), similar.min())
 
 
-def check_towers(answer: dict, expected: dict, least: float):
-    for kind, batches in expected.items():
-        for found, ours in zip(answer[kind], batches, strict=True):
-            similar = cosines(np.array(found).reshape(ours.shape), ours.numpy())
-            assert similar.mean() >= least, (kind, len(ours), similar.min())
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Batches:
+    """A routed model of random weights in float32."""
+    from mome.export.graphs import graph_of, save
+
+    model, folder = tiny_captioner("routed").model, tmp_path_factory.mktemp("tiny")
+    files = {"text": folder / "text.onnx", "image": folder / "image.onnx"}
+    save(graph_of(TextTower(model)), files["text"])
+    save(graph_of(ImageTower(model)), files["image"])
+    return Batches(model, files, model.config.image_size)
 
 
-@pytest.mark.parametrize("dtype, least", [("fp32", IDENTICAL), ("q8", LEAST_COSINE)])
-def test_towers_give_in_node_what_torch_gives(url, tmp_path, dtype, least):
+@pytest.fixture(scope="module")
+def shipped(url) -> Batches:
+    """The weights of the page, in int8."""
+    files = {kind: PAGE / "data" / f"{tower}_model_quantized.onnx.gz" for kind, tower in TOWERS.items()}
+    return Batches(embedder().model, files, embedder().config.image_size)
+
+
+@pytest.mark.parametrize("which, least", [("tiny", IDENTICAL), ("shipped", LEAST_COSINE)])
+def test_towers_give_in_node_what_torch_gives(url, request, which, least):
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node on this machine")
-    request, expected = tiny_request(tmp_path)
-    request |= {tower: str(tmp_path / f"{tower}-{dtype}.onnx") for tower in ("text", "image")} | {"page": str(PAGE)}
+    batches = request.getfixturevalue(which)
+    asked = batches.request | {kind: str(path) for kind, path in batches.files.items()} | {"page": str(PAGE)}
     command = [node, str(Path(__file__).with_name("towers.mjs"))]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    check_towers(json.loads(done.stdout), expected, least)
+    batches.check(json.loads(done.stdout), least)
 
 
 @needs_chromium
-@pytest.mark.parametrize("dtype, least", [("fp32", IDENTICAL), ("q8", LEAST_COSINE)])
-def test_towers_give_in_the_browser_what_torch_gives(visit, tmp_path, dtype, least):
-    request, expected = tiny_request(tmp_path)
-    request |= {tower: encoded((tmp_path / f"{tower}-{dtype}.onnx").read_bytes()) for tower in ("text", "image")}
-    check_towers(visit.page.evaluate(RUN, request), expected, least)
+@pytest.mark.parametrize("which, least", [("tiny", IDENTICAL), ("shipped", LEAST_COSINE)])
+def test_towers_give_in_the_browser_what_torch_gives(visit, request, which, least):
+    batches = request.getfixturevalue(which)
+    files = {kind: encoded(path.read_bytes()) for kind, path in batches.files.items()}
+    batches.check(visit.page.evaluate(RUN, batches.request | files), least)
 
 
 # ----------------------------------------------------------------------------------------------- whatever happens
@@ -431,8 +463,8 @@ def test_a_failed_download_is_told_and_can_be_tried_again(browser, url, fault, t
 def test_a_file_with_other_content_is_not_run(browser, url):
     context = browser.new_context(service_workers="block")
     page = context.new_page()
-    size = json.loads((PAGE / "data" / "manifest.json").read_text())["files"]["text_model"]["bytes"]
-    page.route("**/text_model*", lambda route: route.fulfill(body=bytes(size)))
+    size = json.loads((PAGE / "data" / "manifest.json").read_text())["files"]["tokenizer"]["bytes"]
+    page.route("**/tokenizer.json*", lambda route: route.fulfill(body=bytes(size)))
     page.goto(url)
     expect(page.locator("#problem")).to_contain_text("is not the file that belongs to this page", timeout=TIMEOUT)
     context.close()

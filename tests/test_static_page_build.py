@@ -78,6 +78,7 @@ def test_embeddings_survive_their_eight_bits():
     data = build_page.quantized(embeddings)
     scales, values = np.frombuffer(data[:200], "<f4"), np.frombuffer(data[200:], np.int8).reshape(50, 256)
     restored = scales[:, None] * values
+    restored /= np.linalg.norm(restored, axis=1, keepdims=True)
     assert (restored * embeddings).sum(axis=1).min() > 0.9999
 
 
@@ -101,11 +102,9 @@ def test_a_processor_that_the_page_cannot_imitate_is_refused(changed, named):
         "image_std": [0.5] * 3,
         "rescale_factor": 1 / 255,
     }
-    engine = SimpleNamespace(
-        processor=SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: settings | changed))
-    )
+    processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: settings | changed))
     with pytest.raises(ValueError, match=re.escape(named)):
-        build_page.image_settings(engine)
+        build_page.image_settings(processor)
 
 
 def test_without_packages_the_build_says_what_to_do(tmp_path):
