@@ -5,6 +5,7 @@
   back;
 - `additive_mask`: a mask as numbers;
 - `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
+- `start_captions`: `[BOS]` before captions, for models whose texts have none;
 - `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
 
 `input_ids` comes in three layouts (P padding, I image token, w text), the cache in the same order:
@@ -496,6 +497,40 @@ def extend_mask(mask: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:
     return torch.cat([rows, torch.cat([mask[:, :, -num_mask_tokens:], itself], dim=3)], dim=2)
 
 
+def start_captions(
+    config: MomeConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Puts `[BOS]` before captions of a model whose texts begin without (`text_start_token`); others stay as they are.
+
+        a cat [EOS] P  →  [BOS] a cat [EOS] P             P a cat  →  P [BOS] a cat
+
+    Args:
+        input_ids, attention_mask, labels: (batch, tokens); a row that begins with `[BOS]` or with the image gets
+            padding in its place.
+
+    Returns:
+        The same, (batch, 1 + tokens).
+    """
+    if config.text_start_token:
+        return input_ids, attention_mask, labels
+    if not input_ids.shape[1]:  # the tokenizer has made nothing of an empty prompt
+        start = input_ids.new_full((len(input_ids), 1), config.bos_token_id)
+        return start, torch.ones_like(start), labels
+    attention_mask = text_mask(config, input_ids, attention_mask)
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    first = attention_mask.argmax(dim=1, keepdim=True)
+    token = input_ids.gather(1, first)
+    missing = (token != config.bos_token_id) & (token != config.image_token_id)
+    # Shifted by one, the place of the first token is that before it.
+    ids, mask = F.pad(input_ids, (1, 0), value=config.pad_token_id), F.pad(attention_mask, (1, 0))
+    ids = ids.scatter(1, first, torch.where(missing, config.bos_token_id, ids.gather(1, first)))
+    mask = mask.scatter(1, first, torch.where(missing, 1, mask.gather(1, first)))
+    return ids, mask, None if labels is None else F.pad(labels, (1, 0), value=-100)
+
+
 def prepare_prompt(
     config: MomeConfig,
     input_ids: torch.Tensor,
@@ -526,8 +561,16 @@ def prepare_prompt(
     # [EOS] ends a text where no token follows it.
     following = attention_mask.flip(1).cumsum(dim=1).flip(1)
     attention_mask = attention_mask.masked_fill(is_eos & (following == 1), 0)
+    width = input_ids.shape[1]
+    started, mask, _ = start_captions(config, input_ids, attention_mask)
+    if bool((mask.sum(dim=1) > attention_mask.sum(dim=1)).any()):
+        if position_ids is not None:
+            raise ValueError("position_ids for a prompt without [BOS], which is put before it: leave position_ids out")
+        input_ids, attention_mask = started, mask
     order = attention_mask.long().argsort(dim=1, stable=True)
     input_ids, attention_mask = (each.gather(1, order) for each in (input_ids, attention_mask))
+    if not attention_mask[:, :-width].any():  # [BOS] has the place of an [EOS]
+        input_ids, attention_mask = input_ids[:, -width:], attention_mask[:, -width:]
     input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
     nothing_left = attention_mask.sum(dim=1) == 0
     input_ids[nothing_left, -1] = config.bos_token_id

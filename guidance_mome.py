@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput
 
 from .captioning_mome import is_image_token
 from .configuration_mome import MomeConfig, did_you_mean
+from .inputs_mome import text_tokens
 
 GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "none": {"guidance_scale": 1.0, "contrastive_weight": 0.0, "rerank_weight": 0.0},
@@ -205,6 +206,9 @@ class CaptionPrompt:
 
 def embed_captions(captioner, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(captions, tokens) `[BOS] words [EOS]` → (captions, projection_dim) float32; an `[EOS]` too many is left out."""
+    ids, mask = text_tokens(captioner.config, ids, mask)
+    if mask is None:  # of fixed length
+        return captioner.get_text_features(ids).pooler_output.float()
     longest = captioner.config.max_position_embeddings
     embeds = captioner.get_text_features(ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
     return embeds.float()

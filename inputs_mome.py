@@ -50,12 +50,17 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     """A text of its own: not empty, not longer than the position table, and within the vocabulary."""
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1")
-    if input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-            f"{config.max_position_embeddings}: shorten the text, or let the checkpoint's processor cut it"
-        )
+    if not config.fixed_text_length:  # else `text_tokens` counts, which leaves out padding
+        _check_length(input_ids.shape[1], config.max_position_embeddings)
     check_vocabulary(input_ids, vocabulary)
+
+
+def _check_length(tokens: int, longest: int):
+    if tokens > longest:
+        raise ValueError(
+            f"input_ids has {tokens} tokens, max_position_embeddings is {longest}: shorten the text, or let the "
+            "checkpoint's processor cut it"
+        )
 
 
 def check_no_other_inputs(options: dict):
@@ -116,9 +121,9 @@ def check_number_of_labels(num_items: int | torch.Tensor | None):
         )
 
 
-def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
-    """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
-    return F.pad(kept_patches + 1, (1, 0))
+def image_places(config: MomeConfig, kept_patches: torch.Tensor) -> torch.Tensor:
+    """Places of patches in the grid (images, kept) → of tokens in the image, `[CLS]` first if there is one."""
+    return F.pad(kept_patches + 1, (1, 0)) if config.image_cls_token else kept_patches
 
 
 def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -148,6 +153,38 @@ def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch
     if config.pad_token_id == config.eos_token_id:
         behind = behind * F.pad(behind[:, :-1], (1, 0))
     return 1 - torch.maximum(before, behind) * (1 - is_pad.long().amin(dim=1, keepdim=True))
+
+
+def text_tokens(
+    config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A text as the text pass sees it, with the mask of `text_mask`; SigLIP's is the same whatever it comes with.
+
+        text_start_token=False      [BOS] a cat [EOS]  →  a cat [EOS]
+        fixed_text_length=True      a cat [EOS]        →  a cat [EOS] [PAD] … [PAD], `max_position_embeddings` tokens
+
+    Args:
+        input_ids: (texts, tokens).
+        attention_mask: (texts, tokens), or `None`.
+
+    Returns:
+        Ids (texts, tokens) and their mask, `None` for all.
+    """
+    attention_mask = text_mask(config, input_ids, attention_mask)
+    if not config.text_start_token:
+        is_text = input_ids != config.bos_token_id
+        attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
+    if not config.fixed_text_length:
+        return input_ids, attention_mask
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    # Words to the left in their order, padding behind them.
+    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+    ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id).gather(1, order)
+    length = config.max_position_embeddings
+    if ids.shape[1] > length:
+        _check_length(int(attention_mask.sum(dim=1).max()), length)
+    return F.pad(ids[:, :length], (0, max(length - ids.shape[1], 0)), value=config.pad_token_id), None
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

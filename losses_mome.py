@@ -1,6 +1,7 @@
 """Every loss, once: pure functions of tensors, without communication between processes.
 
 - `contrastive_loss`: multi-positive InfoNCE of a batch; `info_nce` is one direction of it, row by row;
+- `sigmoid_loss`: each pair for itself, match or no match; `sigmoid_terms` of it, row by row;
 - `caption_loss`: next-token cross-entropy, as a mean or as a sum over a number of tokens;
 - `label_share`: what a part of a batch counts for, where gradients of parts are added up;
 - `router_loss`: balance loss and z-loss of the experts of a group, from sums over its tokens (`router_sums`);
@@ -59,6 +60,39 @@ def info_nce(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     targets = positives.to(logits.dtype)
     targets = targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def sigmoid_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """−Σ_ij log σ(z_ij logits_ij) / images, z_ij = 1 for positives and −1 for other pairs (2303.15343, algorithm 1).
+
+    Several positives of an image all count.
+
+    Args:
+        logits_per_image: (images, texts), cosine times inverse temperature, plus the bias.
+        positives: (images, texts) bool.
+
+    Returns:
+        (), float32 at least.
+    """
+    return sigmoid_terms(at_least_float32(logits_per_image), positives).sum(dim=1).mean()
+
+
+def sigmoid_terms(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """−log σ(z logits) of every pair, (rows, columns); arguments as those of `sigmoid_loss`."""
+    return -F.logsigmoid(torch.where(positives, logits, -logits))
+
+
+def pair_loss(config, logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """`contrastive_loss` or `sigmoid_loss`, as the `contrastive_objective` of a `MomeConfig` says."""
+    loss = sigmoid_loss if config.contrastive_objective == "sigmoid" else contrastive_loss
+    return loss(logits_per_image, positives)
+
+
+def pair_scores(config, logits_per_image: torch.Tensor) -> torch.Tensor:
+    """Probabilities (images, texts): of each text among all, or of each pair to match, by `contrastive_objective`."""
+    if config.contrastive_objective == "sigmoid":
+        return logits_per_image.sigmoid()
+    return logits_per_image.softmax(dim=1)
 
 
 def distillation_loss(text_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
@@ -197,16 +231,33 @@ def router_loss_of_passes(
     return total
 
 
+def joined_passes(
+    *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None],
+) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
+    """Passes of one group as one, for `router_loss_of_passes`: the tokens of the first, then those of the next."""
+    if any(router_logits is None for router_logits, _ in passes):
+        return None, None
+    mask = None
+    if any(mask is not None for _, mask in passes):
+        mask = torch.cat([logits[0].new_ones(logits[0].shape[:2]) if m is None else m for logits, m in passes], dim=1)
+    return tuple(torch.cat(layer, dim=1) for layer in zip(*(logits for logits, _ in passes))), mask
+
+
 __all__ = [
     "at_least_float32",
     "caption_loss",
     "contrastive_loss",
     "distillation_loss",
     "info_nce",
+    "joined_passes",
     "label_share",
+    "pair_loss",
+    "pair_scores",
     "router_loss",
     "router_loss_of_passes",
     "router_losses",
     "router_sums",
     "same_caption",
+    "sigmoid_loss",
+    "sigmoid_terms",
 ]

@@ -298,8 +298,11 @@ def load_rgb_image(image: Any, name: str = "image", svg_side: int = SVG_SIDE) ->
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     source = image.get("path") if isinstance(image, dict) else image
     source = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", None)
-    shown = quoted(os.fspath(source)) if isinstance(source, (str, os.PathLike)) and source else str(type(image))
-    raise ValueError(f"{name} ({shown}): {reason if len(reason) <= 200 else reason[:199] + '…'}")
+    if isinstance(source, (str, os.PathLike)) and source:
+        name = f"{name} ({quoted(os.fspath(source))})"
+    elif not isinstance(image, dict):
+        name = f"{name} ({type(image)})"
+    raise ValueError(f"{name}: {reason if len(reason) <= 200 else reason[:199] + '…'}")
 
 
 def load_images(images: Any, svg_side: int = SVG_SIDE) -> list[Image.Image]:

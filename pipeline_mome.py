@@ -10,7 +10,6 @@
                                └── cosine of image and caption, from the same image pass ── score
 """
 
-import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import (
     ImageFeatureExtractionPipeline,
     ImageTextToTextPipeline,
@@ -29,6 +27,7 @@ from transformers.utils import logging
 
 from .guidance_mome import guidance_options
 from .inputs_mome import Pictures, pictures_of
+from .losses_mome import pair_scores
 from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
 from .texts_mome import (
     ids_of_texts,
@@ -92,7 +91,7 @@ class MomeImagePipeline(Pipeline):
         try:
             if isinstance(item["image"], Exception):  # a data set could not decode it
                 raise ValueError(f"{item['name']}: {item['image']}".splitlines()[0])
-            return load_rgb_image(_decoded(item["image"], item["name"]), item["name"]), None
+            return load_rgb_image(item["image"], item["name"]), None
         except ValueError as error:
             if on_error == "raise":
                 raise
@@ -117,18 +116,6 @@ class _NamedPictures(Pictures):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return _named(self.values[place], f"images[{place}]")
-
-
-def _decoded(image: Any, name: str) -> Any:
-    """An image as `load_rgb_image` takes it, of one as `datasets` holds it, `{"bytes": ..., "path": ...}`."""
-    if not isinstance(image, dict) or not {"bytes", "path"} & set(image):
-        return image
-    if image.get("bytes") is None:
-        return image.get("path")
-    try:
-        return Image.open(io.BytesIO(image["bytes"]))
-    except UnidentifiedImageError:  # whose text names an object in memory
-        raise ValueError(f"{name}: not an image that Pillow can read") from None
 
 
 def _check_on_error(on_error: str | None):
@@ -313,8 +300,9 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
                 on_error: as for captions.
 
         Returns:
-            For an image a list of `{"label": str, "score": probability}`, best first; for a list, a list of those;
-            for a data set or a generator an iterator.
+            For an image a list of `{"label": str, "score": probability}`, best first, where the probability is that of
+            the label among all or, with the sigmoid objective (SigLIP), that of the label alone; for a list, a list of
+            those; for a data set or a generator an iterator.
 
         Raises:
             ValueError: an image that can't be read; no labels, one that is given twice, is no text or has no word that
@@ -369,7 +357,12 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         label_embeds = self._embed_labels(candidate_labels, templates)
         image_embeds = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.float()
         logits = image_embeds @ label_embeds.T * self.model.logit_scale.float().exp()
-        return {"probabilities": logits.softmax(dim=1), "failure": failure if isinstance(failure, list) else [failure]}
+        if self.model.logit_bias is not None:
+            logits = logits + self.model.logit_bias.float()
+        return {
+            "probabilities": pair_scores(self.model.config, logits),
+            "failure": failure if isinstance(failure, list) else [failure],
+        }
 
     def _embed_labels(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""

@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import logging
@@ -64,7 +66,7 @@ class MomeProcessor(ProcessorMixin):
 
     Args:
         image_processor: a `MomeImageProcessor`, CLIP's, which becomes one, or another that gives `pixel_values`.
-        tokenizer: one that writes `[BOS] words [EOS]` and pads on the right.
+        tokenizer: one that writes `[BOS] words [EOS]`, or `words [EOS]`, and pads on the right.
     """
 
     valid_processor_kwargs = MomeProcessorKwargs
@@ -142,6 +144,7 @@ class MomeProcessor(ProcessorMixin):
         self._check_words(inputs["input_ids"], texts, caption_prompt)
         if caption_prompt:
             self._drop_end_of_text(inputs)
+            self._put_start_of_text(inputs)
         return inputs
 
     def post_process_image_text_to_text(
@@ -188,6 +191,28 @@ class MomeProcessor(ProcessorMixin):
                 if key in inputs:
                     rows = inputs[key]
                     inputs[key] = [row[:-1] for row in rows] if isinstance(rows, list) else rows[:, :-1]
+
+    def _put_start_of_text(self, inputs):
+        """`[BOS]` before every prompt, if the tokenizer has one that it doesn't write (SigLIP's)."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        with TOKENIZING:
+            is_written = self.tokenizer("").input_ids[:1] == [bos]
+        if bos is None or is_written:
+            return
+        given = inputs["input_ids"]
+        rows = [[int(token) for token in row] for row in given]
+        masks = inputs.get("attention_mask") if hasattr(inputs, "get") else None
+        masks = [[token != pad for token in row] for row in rows] if masks is None else masks
+        counts = [int(sum(mask)) for mask in masks]  # of words, which are on the right
+        starts = [len(row) - count for row, count in zip(rows, counts)]
+        made = {
+            "input_ids": [[pad] * start + [bos] + row[start:] for row, start in zip(rows, starts)],
+            "attention_mask": [[0] * start + [1] * (count + 1) for start, count in zip(starts, counts)],
+        }
+        for key in made:
+            if key in inputs:
+                as_given = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(given), list)
+                inputs[key] = as_given(made[key])
 
     def _longer_texts(self, input_ids, texts: list[str], truncation: Any) -> list[int]:
         """The numbers of the texts that have more tokens than the model takes, whether they are cut by now or not."""

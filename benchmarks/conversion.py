@@ -196,23 +196,30 @@ def conversion(race: Race, sizes: dict[str, int], quick: bool):
             torch.save({"model": random_state(shapes)}, path)
             command = [kind, "--checkpoint", str(path), "--output", str(output), "--no-tokenizer"]
             command += ["--num-attention-heads", str(heads_of(sizes))] if quick else []
-            seconds, peaks, copies = [], [], []
-            for _ in range(race.rounds):
-                copies.append(timeit.timeit(lambda path=path: shutil.copyfile(path, f"{path}.copy"), number=1))
-                run = [sys.executable, "-c", MEASURE, *command]
-                printed = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
-                took, peak = json.loads(printed.splitlines()[-1])
-                seconds.append(took)
-                peaks.append(peak / 1e6)
-                shutil.rmtree(output)
-            megabytes = path.stat().st_size / 1e6
-        name = f"conversion of {title}, {megabytes:.0f} MB"
-        print(f"{name}: {statistics.median(seconds):.1f} s, peak {max(peaks) / megabytes:.2f} × the file")
-        ratios = [took / copy for took, copy in zip(seconds, copies)]
-        median, copy = statistics.median(seconds), statistics.median(copies)
-        race.keep(f"{name}, seconds: MoME", median, "copy of the file", copy, ratios)
-        shares = [peak / megabytes for peak in peaks]
-        race.keep(f"{name}, peak memory in MB: MoME", max(peaks), "size of the file", megabytes, shares)
+            time_conversion(race, title, command, path, output)
+
+
+def time_conversion(race: Race, title: str, command: list[str], weights: Path, output: Path):
+    """Times `python -m mome.convert` with a command line, against a copy of the file of the weights."""
+    seconds, peaks, copies = [], [], []
+    for _ in range(race.rounds):
+        copies.append(timeit.timeit(lambda: shutil.copyfile(weights, f"{weights}.copy"), number=1))
+        os.remove(f"{weights}.copy")
+        run = [sys.executable, "-c", MEASURE, *command]
+        printed = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
+        took, peak = json.loads(printed.splitlines()[-1])
+        seconds.append(took)
+        peaks.append(peak / 1e6)
+        shutil.rmtree(output)
+    megabytes = weights.stat().st_size / 1e6
+    name = f"conversion of {title}, {megabytes:.0f} MB"
+    print(f"{name}: {statistics.median(seconds):.1f} s, peak {max(peaks) / megabytes:.2f} × the file")
+    ratios = [took / copy for took, copy in zip(seconds, copies)]
+    race.keep(
+        f"{name}, seconds: MoME", statistics.median(seconds), "copy of the file", statistics.median(copies), ratios
+    )
+    shares = [peak / megabytes for peak in peaks]
+    race.keep(f"{name}, peak memory in MB: MoME", max(peaks), "size of the file", megabytes, shares)
 
 
 SECTIONS = ("convert", "image", "text", "caption")

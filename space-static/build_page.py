@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from vendor_packages import PACKAGES, STAMP, is_vendored
 
 FOLDER = Path(__file__).resolve().parent
@@ -186,10 +187,9 @@ def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
     if str(SPACE) not in sys.path:
         sys.path.insert(0, str(SPACE))
     # Only now: they bring torch and gradio, which take seconds.
+    from mome import MomeForConditionalGeneration, MomeProcessor
     from mome_space.engine import Engine
     from mome_space.gallery import Gallery, Index
-
-    from mome import MomeForConditionalGeneration, MomeProcessor
 
     model, processor = (
         MomeForConditionalGeneration.from_pretrained(checkpoint),

@@ -222,11 +222,12 @@ def test_transformers_verbosity_is_obeyed(wanted, monkeypatch):
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     if wanted:
         monkeypatch.setenv("TRANSFORMERS_VERBOSITY", wanted)
-    before = logging.get_verbosity()
+    before, seen = logging.get_verbosity(), []
+    monkeypatch.setattr(cli, "pipeline", lambda *_, **__: seen.append(logging.get_verbosity()))
+    cli._load("image-captioning", "folder")
+    assert seen == [before if wanted else standard_logging.ERROR] and logging.get_verbosity() == before
     with cli._quiet_pipeline():
-        assert logging.get_verbosity() == (before if wanted else standard_logging.ERROR)
-        assert not logging.is_progress_bar_enabled()
-    assert logging.get_verbosity() == before
+        assert not logging.is_progress_bar_enabled() and logging.get_verbosity() == before
     if wanted == "error":
         code = "import logging, mome; print(logging.getLogger('mome.processing_mome').getEffectiveLevel())"
         told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

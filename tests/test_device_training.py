@@ -391,6 +391,7 @@ def test_recipes_that_cannot_be_are_refused_in_a_line(fields, tmp_path):
         "no split 'valid'": {"second_splits": ["valid"]},
         "the first stage has 96 rows, fewer than a batch": {"batch_size": 100},
         "text_tokens=20 is more than the model's 16": {"text_tokens": 20},
+        "model: caption_experts=True is not trained on a device": {"model": MODEL | {"caption_experts": True}},
         "needs a teacher": {"teacher": None},
         "pictures of 32 pixels for a model of image_size=64": {"model": MODEL | {"image_size": 64}},
     }

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from mome import svg_mome
-from mome.retrieval import folder as folder_module
+from mome.data.images import image_suffixes
 from mome.retrieval.folder import list_folder
 
 
@@ -31,7 +31,7 @@ def test_every_file_of_a_mixed_folder_is_embedded_named_or_counted(tmp_path, mon
     assert len(listing.images) + sum(listing.left_out.values()) == 300
     assert listing.left_out[".txt files"] == 50
     monkeypatch.setattr(svg_mome.importlib.util, "find_spec", lambda name: None)
-    folder_module._image_suffixes.cache_clear()
+    image_suffixes.cache_clear()
     without = list_folder(folder)
-    folder_module._image_suffixes.cache_clear()
+    image_suffixes.cache_clear()
     assert without.left_out['.svg files (SVG needs resvg-py: pip install resvg-py, or "mome[svg]")'] == 50

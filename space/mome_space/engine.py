@@ -190,12 +190,17 @@ class Engine:
     # Labels.
 
     def classify(self, picture: Image.Image, labels: list[str], templates: list[str]) -> np.ndarray:
-        """(labels,) probabilities, from the mean embedding of each label over the templates (2103.00020, 3.1.4)."""
+        """(labels,) probabilities, from the mean embedding of each label over the templates (2103.00020, 3.1.4).
+
+        They are shares of 1 or, of a model with the sigmoid objective (SigLIP), each label's own.
+        """
         texts = [template.replace("{}", label) for template in templates for label in labels]
         embeds = self.embed_texts(texts).reshape(len(templates), len(labels), -1).mean(axis=0)
         embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
-        scale = getattr(self.model, "model", self.model).logit_scale.exp().item()
-        logits = scale * (embeds @ self.embed_images([picture])[0])
+        model = getattr(self.model, "model", self.model)
+        logits = model.logit_scale.exp().item() * (embeds @ self.embed_images([picture])[0])
+        if (bias := getattr(model, "logit_bias", None)) is not None:
+            return 1 / (1 + np.exp(-logits - bias.item()))
         exponentials = np.exp(logits - logits.max())
         return exponentials / exponentials.sum()
 
@@ -205,6 +210,10 @@ class Engine:
     def experts(self) -> int:
         """Experts of one group; with one, the modality alone decides."""
         return self.config.experts_per_group
+
+    @property
+    def _caption_group(self) -> str:
+        return getattr(self.config, "caption_group", "text")  # older checkpoints have text experts for captions, too
 
     @torch.inference_mode()
     def route(self, picture: Image.Image, caption: str) -> tuple[RoutedTokens, RoutedTokens]:
@@ -219,7 +228,8 @@ class Engine:
             f"row {index // self.config.grid_size + 1}, column {index % self.config.grid_size + 1}"
             for index in range(self.config.grid_size**2)
         ]
-        return RoutedTokens("image", ["[CLS]", *patches], *image), RoutedTokens("text", words, *text)
+        patches = ["[CLS]", *patches][-self.config.num_image_tokens :]  # not every model has a [CLS]
+        return RoutedTokens("image", patches, *image), RoutedTokens("text", words, *text)
 
     def _routed_pass(self, inputs: dict[str, torch.Tensor]) -> Any:
         names = ("pixel_values", "input_ids", "attention_mask")
@@ -232,7 +242,7 @@ class Engine:
             shapes = ((layers, image_tokens, 1), (layers, text_tokens, 1))
             return [(np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.float32)) for shape in shapes]
         routed = []
-        for group in ("image", "text"):
+        for group in ("image", self._caption_group):
             logits = torch.stack([layer[group][0] for layer in outputs.router_logits]).float()
             weights, experts = logits.softmax(dim=-1).topk(self.config.experts_per_token, dim=-1)
             if self.config.experts_per_token > 1:
@@ -253,7 +263,7 @@ class Engine:
         if not outputs.router_logits:
             return embeds, None, None
         counts, k = [], self.config.experts_per_token
-        for group, mask in (("image", None), ("text", inputs["attention_mask"].bool())):
+        for group, mask in (("image", None), (self._caption_group, inputs["attention_mask"].bool())):
             chosen = torch.stack([layer[group].topk(k, dim=-1).indices for layer in outputs.router_logits])
             one_hot = torch.nn.functional.one_hot(chosen, self.experts).sum(dim=3)
             one_hot = one_hot if mask is None else one_hot * mask[None, :, :, None]

@@ -68,6 +68,7 @@ class DeviceRecipe(RecipeFields):
     PROGRAM: ClassVar[str] = "mome.training.device"
     PURPOSE: ClassVar[str] = "Train MoME for icons with everything on the device."
     layer_decay: ClassVar[float] = 1.0  # all layers learn at one rate
+    rates: ClassVar[dict[str, float]] = {}
 
     output: str
     data: str

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import nn
 
+from ...configuration_mome import MomeConfig
 from ...data.images import pixel_scale
 from ...data.teacher import turn_words
 from ...errors import RecipeError
@@ -125,6 +126,10 @@ class DeviceTrainer:
         self.processor = load_processor(recipe.processor)
         set_seed(recipe.seed)
         config = config_for(self.processor, dict(recipe.model))
+        for name in ("caption_experts", "contrastive_objective", "fixed_text_length", "text_start_token"):
+            if getattr(config, name) != getattr(MomeConfig, name):
+                value = getattr(config, name)
+                raise RecipeError(f"model: {name}={value!r} is not trained on a device: use `python -m mome.training`")
         self.captioner = MomeForConditionalGeneration(config)
         longest = config.max_position_embeddings
         for name in ("text_tokens", "caption_tokens"):
