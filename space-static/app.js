@@ -79,7 +79,7 @@ async function load() {
   await loadImages(manifest);
   ready.images.resolve();
   showProgress(null);
-  find("#place").textContent = kept ? "Works offline" : "Runs on your machine";
+  find("#place").textContent = kept ? "Works offline" : "On your machine";
 }
 
 async function loadGallery(downloads) {
