@@ -5,6 +5,7 @@
     mome search table.parquet --image bicycle.jpg --where license=CC0-1.0 --json
     mome caption a.jpg b.jpg pictures/
     mome classify a.jpg --labels "bicycle,car,tree"
+    mome export checkpoints/mome-icons --output icons-onnx
 
 `python -m mome` is the same. Results alone are on stdout, all else is on stderr. Errors are one line; exit status 1
 for what failed, 2 for a wrong command line, 130 for an interruption, 141 when nobody reads the results any more.
@@ -48,6 +49,10 @@ app = typer.Typer(
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hub id of a checkpoint. Default: the one for icons.")
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="torch, onnx, onnx-q8 or onnx-fp16. Default: what the model's folder holds."),
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -127,6 +132,7 @@ def embed(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core, up to 8.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Embed everything anew.")] = False,
+    backend: Backend = None,
     daft: Annotated[str | None, typer.Option(help="native or ray: embed with the workers of Daft.")] = None,
 ):
     """Embed a corpus into a table. Run the same command again to resume, or when the corpus has changed."""
@@ -140,6 +146,7 @@ def embed(
         "streaming": streaming,
         "batch_size": batch_size,
         "overwrite": overwrite,
+        "backend": backend,
     }
     if daft is None:
         from .retrieval import embed_corpus
@@ -165,6 +172,7 @@ def search(
     ] = None,
     modality: Annotated[str | None, typer.Option(help="Only image or text rows.")] = None,
     model: Model = None,
+    backend: Backend = None,
     index: Annotated[str, typer.Option(help="exact, or the URI of a Milvus index of the table.")] = "exact",
     as_json: AsJson = False,
     sheet: Annotated[
@@ -188,7 +196,7 @@ def search(
     opened = load_table(table)
     types = {name: opened.column(name).type for name in opened.rows.column_names if name != "embedding"}
     conditions = parse_expressions(where or [], types) or None
-    searcher = Searcher.open(opened, model or _model_of(opened), index)
+    searcher = Searcher.open(opened, model or _model_of(opened), index, backend=backend)
     hits = searcher.search(**given, top_k=top_k, where=conditions, modality=modality)
     if as_json:
         print(_json([hit.as_dict() for hit in hits], default=str, indent=1))
@@ -344,6 +352,23 @@ def classify(
     if template:
         options["templates"] = template
     _show(_read_all("open-vocabulary-image-classification", files, model, **options), "label", as_json)
+
+
+@app.command()
+@in_one_line
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a checkpoint.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to make. Default: ./NAME-onnx.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, q8 or fp16; may be repeated. Default: fp32 and q8.")
+    ] = None,
+):
+    """Write a checkpoint as ONNX files, each checked against it."""
+    from .export.__main__ import run
+
+    run(checkpoint, output, dtype)
 
 
 def main():

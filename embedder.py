@@ -11,7 +11,7 @@ of the weights says which checkpoint made an embedding.
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -85,7 +85,7 @@ class Embedder:
     """
 
     def __init__(self, model: torch.nn.Module, processor: MomeProcessor, name: str = ""):
-        self.model, self.processor, self.name = model, processor, name
+        self.model, self.processor, self.name, self.config = model, processor, name, model.config
         self.dimension: int = model.config.projection_dim
         self._switching, self._calls, self._in_training = threading.Lock(), 0, []
 
@@ -132,6 +132,15 @@ class Embedder:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def precision(self) -> str:
+        """Of weights and computation, such as `"float32"`."""
+        return str(self.dtype).removeprefix("torch.")
+
     @cached_property
     def fingerprint(self) -> str:
         """See `model_fingerprint`; of the weights at the first look."""
@@ -140,7 +149,7 @@ class Embedder:
     @property
     def longest_text(self) -> int:
         """The most tokens of a text that the model reads, `[BOS]` and `[EOS]` counted."""
-        return longest_text(self.processor.tokenizer, self.model.config)
+        return longest_text(self.processor.tokenizer, self.config)
 
     # --------------------------------------------------------------------------------------------- embeddings
 
@@ -165,7 +174,7 @@ class Embedder:
 
     def embed_pixel_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(images, channels, height, width) float32 → (images, dimension) float32 on the CPU, L2-normalised."""
-        pixel_values = pixel_values.to(self.device, self.model.dtype)
+        pixel_values = pixel_values.to(self.device, self.dtype)
         with self.evaluating():
             return _normalised(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
 
@@ -200,9 +209,13 @@ class Embedder:
         parts = [torch.zeros(0, self.dimension)]
         options = long_texts, on_cut, allow_blank
         for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, *options):
-            with self.evaluating():
-                parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
+            parts.append(self.embed_tokens(inputs))
         return torch.cat(parts)
+
+    def embed_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`input_ids` and `attention_mask`, (texts, tokens) int64 → (texts, dimension) float32 on the CPU."""
+        with self.evaluating():
+            return _normalised(self.model.get_text_features(**inputs).pooler_output)
 
     def wordless(self, texts: Sequence[str]) -> list[int]:
         """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
@@ -233,7 +246,7 @@ class Embedder:
         """
         if not hasattr(self.model, "generate"):
             raise MomeError(f"a {type(self.model).__name__} writes no captions: load one with captions=True")
-        room = self.model.config.max_position_embeddings - 1  # [BOS] has a place, too
+        room = self.config.max_position_embeddings - 1  # [BOS] has a place, too
         options = {"do_sample": False, "num_beams": 1, **generate, "max_new_tokens": min(max_new_tokens, room)}
         captions = []
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
@@ -262,7 +275,7 @@ class Embedder:
             number += len(rgb)
             pixel_values = to_pixel_values(rgb, self.processor.image_processor)
             blank += count_blank(pixel_values)
-            yield pixel_values.to(self.device, self.model.dtype)
+            yield pixel_values.to(self.device, self.dtype)
         warn_of_blank(blank)
 
     def token_batches(

@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "milvus": ("milvus_lite", "pymilvus"),
     "sentence-transformers": ("sentence_transformers",),
     "demo": ("gradio", "pyarrow", "resvg_py", "tqdm"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
 }
 
 
@@ -38,6 +39,10 @@ class RetrievalError(MomeError):
 
 class ConversionError(MomeError):
     """A checkpoint to convert, or an option of the converter."""
+
+
+class ExportError(MomeError):
+    """A checkpoint to export, or an option of the export."""
 
 
 def first_line(error: BaseException) -> str:
@@ -76,6 +81,7 @@ __all__ = [
     "EXTRAS",
     "ConversionError",
     "DataError",
+    "ExportError",
     "MomeError",
     "RecipeError",
     "RetrievalError",

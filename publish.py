@@ -1,9 +1,9 @@
 """Publishes a checkpoint: one folder that works with `trust_remote_code=True` alone, pushed as one commit.
 
-    python -m mome.publish CHECKPOINT --repo-id ORG/NAME [--private] [--dry-run]
+    python -m mome.publish CHECKPOINT --repo-id ORG/NAME [--onnx DIR] [--private] [--dry-run]
 
 The folder holds weights, config, generation config, tokenizer and processor, the flat code files, the files by which
-sentence-transformers loads it, and a model card with its images.
+sentence-transformers loads it, a model card with its images and, if there is an export, its ONNX files.
 It is made anew by loading the checkpoint, so that what does not load is not published. Files of an earlier push that
 would get in the way (other shards, code that is gone) are deleted in the same commit; all other files of the
 repository stay. A push that is interrupted leaves the repository as it was, and a push of the same thing again changes
@@ -25,19 +25,33 @@ from huggingface_hub.utils import validate_repo_id
 
 from .cards import CAPTIONS, EMBEDDINGS, Card, Figure, Task, facts_of, snippet, task_of, text_of, updated
 from .configuration_mome import MomeConfig
+from .embedder import model_fingerprint
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .onnx_embedder import fingerprint_of, open_session
 from .processing_mome import MomeProcessor
 
 MODEL_CLASSES = {each.__name__: each for each in (MomeForConditionalGeneration, MomeModel)}
 # What a push owns: such files of the repository that the new folder lacks are deleted.
-OWNED = ["*_mome.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "preprocessor_config.json"]
+OWNED = [
+    "*_mome.py",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "preprocessor_config.json",
+    "onnx/*",
+]
 IGNORED = [".*", "__pycache__/*"]
 # A commit can't name itself: the card loads this branch, the command prints the commit to pin.
 REVISION = "main"
 
 
 def build_folder(
-    checkpoint: Path, folder: Path, repo_id: str, license: str = "apache-2.0", results: Path | None = None
+    checkpoint: Path,
+    folder: Path,
+    repo_id: str,
+    license: str = "apache-2.0",
+    results: Path | None = None,
+    onnx: Path | None = None,
 ) -> Path:
     """Makes the folder to publish.
 
@@ -48,14 +62,18 @@ def build_folder(
         license: of the weights, by its identifier on the Hub.
         results: CSV with the columns of `evaluation/results.csv`: rows whose command names the checkpoint become the
             evaluation results of the card.
+        onnx: export of this checkpoint, as `mome.export` writes it.
 
     Raises:
-        ValueError, OSError: the checkpoint lacks something, does not load, or its parts do not fit.
+        ValueError, OSError: the checkpoint lacks something, does not load, or its parts do not fit; the export is
+            damaged or of other weights.
     """
     config = _check_files(checkpoint)
     model = MODEL_CLASSES[config.architectures[0]].from_pretrained(checkpoint, dtype="auto")
     processor = MomeProcessor.from_pretrained(checkpoint)
     _check_fit(config, processor)
+    if onnx is not None:
+        _copy_export(onnx, model, folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     card = _model_card(checkpoint, model, repo_id, license, results)
@@ -73,11 +91,12 @@ def publish(
     license: str = "apache-2.0",
     results: Path | None = None,
     token: str | None = None,
+    onnx: Path | None = None,
 ) -> CommitInfo:
     """Builds the folder and pushes it as one commit.
 
     Args:
-        checkpoint, repo_id, license, results: see `build_folder`.
+        checkpoint, repo_id, license, results, onnx: see `build_folder`.
         private: create the repository as a private one; an existing one must be private already.
         token: default: the one that is logged in.
 
@@ -92,7 +111,7 @@ def publish(
     api = HfApi(token=token)
     api.whoami()  # before the heavy work
     with tempfile.TemporaryDirectory() as temporary:
-        folder = build_folder(checkpoint, Path(temporary), repo_id, license, results)
+        folder = build_folder(checkpoint, Path(temporary), repo_id, license, results, onnx)
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
@@ -141,6 +160,19 @@ def _check_fit(config: MomeConfig, processor: MomeProcessor):
     sides = (size.get("height"), size.get("width")) if hasattr(size, "get") else (size.height, size.width)
     if sides != (config.image_size, config.image_size):
         raise ValueError(f"the processor makes images of {sides[0]}×{sides[1]}, image_size is {config.image_size}")
+
+
+def _copy_export(onnx: Path, model: MomeModel | MomeForConditionalGeneration, folder: Path):
+    """Copies the ONNX files and the image processor's second config; each file must be whole and of this model."""
+    files = sorted((onnx / "onnx").glob("*.onnx"))
+    if not files or not (onnx / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{onnx} holds no export: make one with python -m mome.export")
+    fingerprint = model_fingerprint(model)
+    for path in files:
+        if fingerprint_of(open_session(path)) != fingerprint:
+            raise ValueError(f"{path} was made of other weights: export this checkpoint again")
+    shutil.copytree(onnx / "onnx", folder / "onnx")
+    shutil.copyfile(onnx / "preprocessor_config.json", folder / "preprocessor_config.json")
 
 
 def _results_of(checkpoint: Path, results: Path | None) -> list[Figure]:
@@ -197,9 +229,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--license", default="apache-2.0", help="of the weights (default: %(default)s)")
     parser.add_argument("--results", type=Path, metavar="CSV", help="evaluation results for the card")
+    parser.add_argument("--onnx", type=Path, metavar="DIR", help="its export (python -m mome.export), pushed with it")
     parser.add_argument("--dry-run", action="store_true", help="show what would be pushed, send nothing")
     options = parser.parse_args(argv)
-    settings = {"license": options.license, "results": options.results}
+    settings = {"license": options.license, "results": options.results, "onnx": options.onnx}
     try:
         if options.dry_run:
             validate_repo_id(options.repo_id)
@@ -221,8 +254,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(folder: Path):
-    for path in sorted(folder.iterdir()):
-        print(f"{path.stat().st_size:>14,}  {path.name}")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size:>14,}  {path.relative_to(folder).as_posix()}")
     print("\n" + (folder / "README.md").read_text())
 
 

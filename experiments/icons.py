@@ -33,6 +33,7 @@ from ..evaluation.evaluator import Evaluation, one_each
 from ..evaluation.metrics import retrieval_recall, words_of
 from ..evaluation.results import append_figures
 from ..icons import text_embeddings as teacher
+from ..onnx_embedder import OnnxEmbedder, load_embedder
 from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
 from .icon_measures import Pool
@@ -213,6 +214,8 @@ def speed(embedder: Embedder, folder: Path, checkpoint: Path) -> dict[str, float
         }
         for job, work in jobs.items():
             figures[f"{job} per second at batch {batch}"] = per_second(work, batch)
+    if isinstance(embedder, OnnxEmbedder):
+        return figures | {"weights in MB": embedder.file_bytes / 1e6}
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     return figures | {"weights in MB": size / 1e6, "parameters in millions": embedder.model.num_parameters() / 1e6}
 
@@ -246,6 +249,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
     parser.add_argument("--template", default="{}", help="a sentence to put the names into (default: {})")
     parser.add_argument("--experts-per-token", type=int, metavar="K", help="of a routed model (default: its own)")
+    parser.add_argument("--backend", help="onnx, onnx-q8 or onnx-fp16, for an export")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
@@ -254,7 +258,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         read = {*names, "unseen concepts"} if {"words", "speed"} & set(options.only) else names
         icon_measures.check_parts(options.only, files_of(options.data, [*read], options.half))
         chosen = {} if options.experts_per_token is None else {"experts_per_token": options.experts_per_token}
-        embedder = Embedder.load(options.checkpoint, "cpu", captions=True, **chosen)
+        if chosen:
+            embedder = Embedder.load(options.checkpoint, "cpu", captions=True, **chosen)
+        else:
+            embedder = load_embedder(options.checkpoint, options.backend, "cpu", captions=True)
     except MomeError as error:
         raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
@@ -265,6 +272,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             print(f"{name:85s} {value:10.4g}", flush=True)
         if options.results:
             data = f"mome-icons {options.half}, {options.checkpoint.name}"
+            data += "" if options.backend is None else f", {options.backend}"
             data += "" if not chosen else f", {options.experts_per_token} experts a token"
             append_figures(options.results, "mome.experiments.icons", data, found, "icons, ", arguments)
         figures |= found

@@ -118,8 +118,7 @@ class TextTower(Exportable):
         self.input_names, self.output_names = ("input_ids", "attention_mask"), ("text_embeds",)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        text = self.model.text_pass(input_ids, attention_mask)
-        return self.model.project_text(text.last_hidden_state, attention_mask)
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
 
     def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = min(7, self.model.config.max_position_embeddings)
@@ -130,6 +129,37 @@ class TextTower(Exportable):
     def dynamic_shapes(self, named: bool = False) -> tuple:
         shape = {0: "texts", 1: "tokens"} if named else dict.fromkeys((0, 1), ANY)
         return shape, dict(shape)
+
+
+class BothTowers(Exportable):
+    """Pixels, token ids and mask → what `MomeModel` gives: each image with each text; see the two towers.
+
+    Returns of `forward`: `logits_per_image` (images, texts), `logits_per_text` (texts, images), `text_embeds` and
+    `image_embeds`.
+
+    Args:
+        model: a `MomeModel`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.image, self.text = ImageTower(model), TextTower(model)
+        self.input_names = self.image.input_names + self.text.input_names
+        self.output_names = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+    def forward(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        image_embeds, text_embeds = self.image(pixel_values), self.text(input_ids, attention_mask)
+        logits = self.image.model.similarity(image_embeds, text_embeds)
+        return logits, logits.T, text_embeds, image_embeds
+
+    def sample_inputs(self) -> tuple[torch.Tensor, ...]:
+        pixel_values, ids = self.image.sample_inputs()[0], self.text.sample_inputs()
+        return torch.cat([pixel_values] * 2)[:5], *ids  # five images, three texts
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        return self.image.dynamic_shapes(named) + self.text.dynamic_shapes(named)
 
 
 class CaptionStep(Exportable):

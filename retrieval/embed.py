@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError
+from ..onnx_embedder import load_embedder
 from ..texts_mome import warn_of_cut_texts
 from .corpus import Corpus, CorpusOptions, CorpusRow, Rows, open_corpus, records_of
 from .items import Item, embed_items, identify, items_of
@@ -54,6 +55,7 @@ def embed_corpus(
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    backend: str | None = None,
     **options: Any,
 ) -> EmbeddingReport:
     """Embeds images, texts or both into a table (`mome.retrieval.table`), or brings a table up to date.
@@ -66,12 +68,13 @@ def embed_corpus(
     Args:
         source: see `open_source`.
         output: a `.parquet` file; any other name is a folder of parquet files.
-        model: folder or Hub id, or an `Embedder`.
+        model: folder or Hub id of a checkpoint or of an export, or an `Embedder`.
         batch_size: images or texts that go through the model together.
         part_rows: embeddings that are written together: a crash loses little more than this many.
         workers: threads that decode and compute; default: one for each of torch's threads, at most 8.
         overwrite: embed everything anew, and replace what is at `output` once the new table is complete.
         progress: show a bar.
+        backend: what runs the model: see `load_embedder`.
         options: how the corpus is read and what of it is embedded: the fields of `CorpusOptions`.
 
     Raises:
@@ -85,7 +88,7 @@ def embed_corpus(
     (corpus_options,) = records_of(options, "embed_corpus", CorpusOptions)
     corpus = open_corpus(source, corpus_options)
     corpus.check()
-    embedder = model if isinstance(model, Embedder) else Embedder.load(model)
+    embedder = model if isinstance(model, Embedder) else load_embedder(model, backend)
     job, cut = TableJob(Path(output), corpus, embedder, part_rows), []
     with job.locked(), _threads_shared(workers, embedder.device) as workers:
         with ThreadPoolExecutor(workers, thread_name_prefix="embed") as pool:

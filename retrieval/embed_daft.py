@@ -29,6 +29,7 @@ from daft import DataType, Series
 
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError, first_line
+from ..onnx_embedder import load_embedder
 from .corpus import CorpusOptions, Rows, open_corpus, records_of
 from .embed import MOST_WORKERS, PART_ROWS, Engine, run_job
 from .items import Item, embed_items, load_bytes
@@ -47,7 +48,11 @@ ITEM_SCHEMA = pa.schema(
 
 
 def daft_embedder(
-    model: str | Path, batch_size: int = BATCH_SIZE, gpus: float = 0, max_concurrency: int | None = None
+    model: str | Path,
+    batch_size: int = BATCH_SIZE,
+    gpus: float = 0,
+    max_concurrency: int | None = None,
+    backend: str | None = None,
 ) -> Any:
     """A Daft UDF with the methods `embed_images`, `embed_texts` and `embed`; each worker loads the model once.
 
@@ -56,6 +61,7 @@ def daft_embedder(
         batch_size: rows that go through the model together.
         gpus: for each worker.
         max_concurrency: the number of workers; default: Daft's choice.
+        backend: what runs the model: see `load_embedder`.
 
     Returns:
         An instance whose methods take columns and return structs `{"embedding": list of float32, "error": string}`:
@@ -65,8 +71,8 @@ def daft_embedder(
 
     @daft.cls(gpus=gpus, max_concurrency=max_concurrency)
     class MomeEmbedder:
-        def __init__(self, model: str):
-            self.embedder = Embedder.load(model)
+        def __init__(self, model: str, backend: str | None):
+            self.embedder = load_embedder(model, backend)
 
         @daft.method.batch(return_dtype=RESULT, batch_size=batch_size)
         def embed_images(self, images: Series) -> pa.Array:
@@ -85,7 +91,7 @@ def daft_embedder(
             ]
             return _results(items, self.embedder)
 
-    return MomeEmbedder(str(Path(model).resolve()) if Path(model).is_dir() else str(model))
+    return MomeEmbedder(str(Path(model).resolve()) if Path(model).is_dir() else str(model), backend)
 
 
 def _encoded(image: Any) -> Any:
@@ -128,6 +134,7 @@ def embed_with_daft(
     *,
     batch_size: int = BATCH_SIZE,
     overwrite: bool = False,
+    backend: str | None = None,
     **options: Any,
 ) -> EmbeddingReport:
     """Embeds a corpus into a table, as `embed_corpus` does, with Daft's workers.
@@ -138,6 +145,7 @@ def embed_with_daft(
         model: folder or Hub id, the same for every worker.
         batch_size: images or texts that go through the model together.
         overwrite: embed everything anew, and replace what is at `output` once the new table is complete.
+        backend: what runs the model: see `load_embedder`.
         options: the fields of `DaftOptions` and `CorpusOptions`.
 
     Raises:
@@ -147,11 +155,13 @@ def embed_with_daft(
     daft_options, corpus_options = records_of(options, "embed_with_daft", DaftOptions, CorpusOptions)
     corpus = open_corpus(source, corpus_options)
     corpus.check()
-    local = Embedder.load(model)  # for its dimension and fingerprint; a model that doesn't load is refused at once
+    # For its dimension and fingerprint; a model that doesn't load is refused at once.
+    local = load_embedder(model, backend)
     job = TableJob(Path(output), corpus, local, PART_ROWS)
     _choose_runner(daft_options.runner, daft_options.ray_address)
     with job.locked(), ThreadPoolExecutor(MOST_WORKERS) as pool:
-        embedder = daft_embedder(local.name, batch_size, daft_options.gpus, daft_options.max_concurrency)
+        workers = daft_options.gpus, daft_options.max_concurrency
+        embedder = daft_embedder(local.name, batch_size, *workers, backend)
         engine = _engine(embedder, daft_options.work_folder or job.parts, local.dimension)
         return run_job(job, engine, pool, MOST_WORKERS, overwrite, False)
 

@@ -107,7 +107,7 @@ def settings_of(corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
         "text_column": options.text_column if "text" in corpus.modalities else None,
         "model_fingerprint": embedder.fingerprint,
         "dimension": embedder.dimension,
-        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "dtype": embedder.precision,
         "reading": READING,
     }
     if "text" in corpus.modalities:

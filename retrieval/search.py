@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..embedder import Embedder
 from ..errors import RetrievalError, missing_package
+from ..onnx_embedder import load_embedder
 from ..texts_mome import no_words
 from .exact import ExactIndex
 from .filters import Where
@@ -86,14 +87,17 @@ class Searcher:
         model: str | Path | Embedder | None = None,
         index: Any = "exact",
         device: str | torch.device | None = None,
+        backend: str | None = None,
     ) -> "Searcher":
         """Opens a table, the model that made it, and an index.
 
         Args:
             table: as `load_table` takes it, or one that is open.
-            model: folder or Hub id, or an `Embedder`; default: the model that the table names.
+            model: folder or Hub id of a checkpoint or of an export, or an `Embedder`; default: the model that the
+                table names.
             index: see `open_index`.
             device: of the model; default: a GPU if there is one.
+            backend: what runs the model: see `load_embedder`.
 
         Raises:
             RetrievalError: no such table or index, or table, model and index don't belong together. MomeError: the
@@ -103,7 +107,7 @@ class Searcher:
         model = model or table.info.model
         if not model:
             raise RetrievalError(f"table {table.name} doesn't say which model made it: pass model=...")
-        embedder = model if isinstance(model, Embedder) else Embedder.load(model, device=device)
+        embedder = model if isinstance(model, Embedder) else load_embedder(model, backend, device)
         check_model(table.name, table.info, embedder.fingerprint, embedder.dimension)
         return cls(open_index(table, index), embedder)
 

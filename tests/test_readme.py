@@ -27,8 +27,8 @@ CARDS = ["checkpoints/mome-icons/README.md", "checkpoints/mome-icons-small/READM
 OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "icons/README.md", "space/README.md", *CARDS]
 TEXTS = {name: (ROOT / name).read_text() for name in (*DOCS, *OTHERS)}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-# Commands of `mome` that need a server, a cluster or another package; the others run.
-PARSED_ONLY = ("--daft", "--index")
+# Commands of `mome` that need a server, a cluster, an export or another package; the others run.
+PARSED_ONLY = ("--backend", "--daft", "--index")
 
 
 def blocks(name: str, language: str) -> list[str]:

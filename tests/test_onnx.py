@@ -1,0 +1,289 @@
+"""An export stands in for its checkpoint: the same embeddings, captions and hits; and what can't be is one line."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from builders import build_processor
+from models import tiny_captioner
+from mome import cli
+from mome.embedder import Embedder
+from mome.errors import ExportError, MomeError
+from mome.export import __main__ as command
+from mome.onnx_embedder import OnnxEmbedder, load_embedder
+from mome.publish import build_folder
+from mome.retrieval import Searcher, embed_corpus
+
+if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+    pytest.skip("onnx, onnxscript and onnxruntime are not installed", allow_module_level=True)
+
+import onnx
+
+from mome.export.check import draw_picture
+from mome.export.folder import export_checkpoint
+
+PARTS = ("vision_model", "text_model", "model", "decoder_model_merged")
+SUFFIXES = {"fp32": "", "q8": "_quantized"}
+WIDE = {"hidden_size": 64, "initializer_range": 0.1}  # routers that 8 bits seldom change
+TEXTS = ["a red circle", "the cat on a photo", "dog", "a blue square and a green line and the black triangle of a dot"]
+
+
+def saved(folder: Path, variant: str = "routed", seed: int = 2, model=None) -> Path:
+    processor = build_processor(16)
+    if model is None:  # wide enough: narrower matrices stay in float32
+        captioner = tiny_captioner(variant, seed, vocab_size=len(processor.tokenizer), **WIDE)
+    else:
+        captioner = model
+    captioner.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    """A routed captioner."""
+    output = tmp_path_factory.mktemp("export") / "tiny-onnx"
+    export_checkpoint(checkpoint, output, tuple(SUFFIXES))
+    return output
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    import numpy as np
+
+    random = np.random.default_rng(5)
+    return [draw_picture(random, 40) for _ in range(36)]
+
+
+# --------------------------------------------------------------------------------------------------- the same
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("fp32", 0.99999), ("q8", 0.999)])
+def test_an_export_embeds_as_its_checkpoint(checkpoint, exported, pictures, dtype, least):
+    torch_embedder, onnx_embedder = Embedder.load(checkpoint, "cpu"), OnnxEmbedder.load(exported, dtype)
+    for batch_size in (1, 3, 32):
+        images = onnx_embedder.embed_images(pictures, batch_size), torch_embedder.embed_images(pictures, batch_size)
+        texts = onnx_embedder.embed_texts(TEXTS, batch_size), torch_embedder.embed_texts(TEXTS, batch_size)
+        for actual, expected in (images, texts):
+            assert actual.shape == expected.shape and actual.dtype == torch.float32
+            assert F.cosine_similarity(actual, expected).mean() >= least
+            assert torch.allclose(actual.norm(dim=1), torch.ones(len(actual)), atol=1e-5)
+    assert onnx_embedder.longest_text == torch_embedder.longest_text
+    with pytest.raises(MomeError, match="text 0 is ' '"):
+        onnx_embedder.embed_texts([" "])
+
+
+def test_an_export_captions_as_its_checkpoint(checkpoint, exported, pictures):
+    expected = Embedder.load(checkpoint, "cpu", captions=True)
+    actual = OnnxEmbedder.load(exported, "fp32", captions=True)
+    for length in (1, 7, 50):
+        captions = actual.caption_images(pictures[:7], batch_size=3, max_new_tokens=length)
+        assert captions == expected.caption_images(pictures[:7], max_new_tokens=length)
+    assert len(set(captions)) > 1
+    with pytest.raises(MomeError, match="'num_beams': an export writes greedy captions"):
+        actual.caption_images(pictures[:1], num_beams=4)
+    with pytest.raises(MomeError, match="load it with captions=True"):
+        OnnxEmbedder.load(exported).caption_images(pictures[:1])
+
+
+def test_captions_end_where_the_checkpoints_do(checkpoint, exported, pictures, tmp_path):
+    """At any of several end tokens: the one that the model writes most is one of them."""
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    captioner = Embedder.load(checkpoint, "cpu", captions=True)
+    ids = OnnxEmbedder.load(copy, captions=True).caption_ids(torch.cat(list(captioner.pixel_batches(pictures[:7]))))
+    end = [2, int(ids[:, 2:].flatten().mode().values)]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    captioner.model.generation_config.eos_token_id = end
+    shorter = OnnxEmbedder.load(copy, captions=True).caption_images(pictures[:7])
+    assert shorter == captioner.caption_images(pictures[:7])
+    assert shorter != OnnxEmbedder.load(exported, captions=True).caption_images(pictures[:7])
+
+
+def test_the_folder_is_complete_and_its_weights_are_small(exported):
+    names = {path.name for path in (exported / "onnx").iterdir()}
+    assert names == {f"{part}{suffix}.onnx" for part in PARTS for suffix in SUFFIXES.values()}
+    images = json.loads((exported / "preprocessor_config.json").read_text())
+    assert (
+        images["size"] == {"height": 16, "width": 16} and images["image_processor_type"] and "auto_map" not in images
+    )
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (exported / name).is_file()
+    for part in PARTS:
+        quantised = onnx.load(exported / "onnx" / f"{part}_quantized.onnx")
+        large = [each for each in quantised.graph.initializer if len(each.dims) == 2 and min(each.dims) > 32]
+        assert large and all(each.data_type == onnx.TensorProto.INT8 for each in large), part
+        assert "MatMulInteger" in {node.op_type for node in quantised.graph.node}
+        assert {entry.domain: entry.version for entry in quantised.opset_import}[""] == 20
+
+
+def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path, pictures):
+    model = tiny_captioner("dense", vocab_size=len(build_processor(16).tokenizer)).model
+    folder = saved(tmp_path / "embedder", model=model)
+    done = export_checkpoint(folder, tmp_path / "out", ["fp16"])
+    assert set(done.sizes) == {f"{part}_fp16.onnx" for part in PARTS[:3]} and done.agreement["fp16"].captions is None
+    actual, expected = OnnxEmbedder.load(done.output), Embedder.load(folder, "cpu")
+    assert actual.precision == "float16"
+    torch.testing.assert_close(
+        actual.embed_images(pictures[:3]), expected.embed_images(pictures[:3]), atol=5e-3, rtol=0
+    )
+    for path in (done.output / "onnx").iterdir():
+        graph = onnx.load(path).graph
+        ends = {each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
+        assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+        assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
+
+
+# -------------------------------------------------------------------------------------------------- in its place
+
+
+def test_an_export_embeds_a_corpus_and_searches_tables_of_its_checkpoint(checkpoint, exported, pictures, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pictures[:6]):
+        picture.save(tmp_path / "pictures" / f"{number}.png")
+    made = embed_corpus(tmp_path / "pictures", tmp_path / "onnx.parquet", exported, progress=False)
+    embed_corpus(tmp_path / "pictures", tmp_path / "torch.parquet", checkpoint, progress=False)
+    assert made.rows == 6
+    by_onnx = Searcher.open(tmp_path / "onnx.parquet")  # the table names the export
+    assert isinstance(by_onnx.embedder, OnnxEmbedder) and by_onnx.embedder.export_dtype == "fp32"
+    across = Searcher.open(tmp_path / "torch.parquet", exported, backend="onnx-q8")
+    assert across.embedder.export_dtype == "q8"
+    expected = [hit.id for hit in Searcher.open(tmp_path / "torch.parquet").search(text="a red circle")]
+    assert [hit.id for hit in by_onnx.search(text="a red circle")] == expected
+    assert across.search(image=pictures[3])[0].id == "3.png"
+    arguments = ["search", str(tmp_path / "onnx.parquet"), "a red circle", "--backend", "onnx", "--json"]
+    found = CliRunner().invoke(cli.app, arguments)
+    assert [hit["id"] for hit in json.loads(found.stdout)] == expected
+
+
+def test_a_folder_with_both_takes_the_backend_that_is_asked_for(checkpoint, exported, tmp_path):
+    both = Path(shutil.copytree(checkpoint, tmp_path / "both"))
+    shutil.copytree(exported / "onnx", both / "onnx")
+    assert type(load_embedder(both, device="cpu")) is Embedder
+    assert load_embedder(both, "onnx").export_dtype == "fp32"
+    assert load_embedder(both, "torch", "cpu").fingerprint == load_embedder(both, "onnx-q8").fingerprint
+    with pytest.raises(MomeError, match="backend='tensorrt': choose torch, onnx, onnx-fp32"):
+        load_embedder(both, "tensorrt")
+    with pytest.raises(MomeError, match="device='cuda': an export runs on the CPU"):
+        load_embedder(both, "onnx", "cuda")
+
+
+def test_an_export_is_published_with_its_own_checkpoint_only(checkpoint, exported, tmp_path):
+    folder = build_folder(checkpoint, tmp_path / "published", "me/mine", onnx=exported)
+    assert len(list((folder / "onnx").glob("*.onnx"))) == 8 and (folder / "preprocessor_config.json").is_file()
+    assert type(load_embedder(folder, device="cpu")) is Embedder and load_embedder(folder, "onnx").dimension == 16
+    with pytest.raises(ValueError, match="was made of other weights"):
+        build_folder(saved(tmp_path / "other", seed=1), tmp_path / "no", "me/mine", onnx=exported)
+    with pytest.raises(FileNotFoundError, match="holds no export"):
+        build_folder(checkpoint, tmp_path / "no", "me/mine", onnx=checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(*arguments: str, capsys) -> str:
+    assert command.main(list(arguments)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mome.export: ")]
+    (line,) = lines
+    return line
+
+
+def test_what_cannot_be_exported_is_one_line(checkpoint, tmp_path, capsys):
+    there = tmp_path / "there"
+    there.mkdir()
+    assert f"output {there} exists" in refused(str(checkpoint), "--output", str(there), capsys=capsys)
+    out = str(tmp_path / "out")
+    assert "dtype 'int4': choose from fp32, q8, fp16" in refused(
+        str(checkpoint), "--output", out, "--dtype", "int4", capsys=capsys
+    )
+    assert "no such folder" in refused(str(tmp_path / "nowhere"), "--output", out, capsys=capsys)
+    other = Path(shutil.copytree(checkpoint, tmp_path / "siglip"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+    line = refused(str(other), "--output", out, capsys=capsys)
+    assert "holds a model of type 'siglip': only 'mome' can be exported" in line
+    (other / "config.json").write_text("{")
+    assert "is no config" in refused(str(other), "--output", out, capsys=capsys)
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused(str(other), "--output", out, capsys=capsys)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
+
+
+def test_a_type_that_does_not_agree_is_not_kept(checkpoint, exported, tmp_path, monkeypatch):
+    """Graphs whose norms have their weights in another order."""
+    from mome.export import folder
+
+    files = iter(f"{part}.onnx" for part in PARTS)
+
+    def wrong(module) -> onnx.ModelProto:
+        graph = onnx.load(exported / "onnx" / next(files))
+        for weight in graph.graph.initializer:
+            if weight.name.endswith("norm.image.weight"):
+                values = onnx.numpy_helper.to_array(weight)
+                weight.CopyFrom(onnx.numpy_helper.from_array(values[::-1].copy(), weight.name))
+        return graph
+
+    monkeypatch.setattr(folder, "graph_of", wrong)
+    with pytest.raises(ExportError, match="type fp32: embeddings of images have a cosine of"):
+        export_checkpoint(checkpoint, tmp_path / "out", ["fp32"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_and_mixed_files_are_refused_by_name(exported, tmp_path):
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    file = copy / "onnx" / "text_model.onnx"
+    whole = file.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"not a graph" * 99):
+        file.write_bytes(damage)
+        with pytest.raises(MomeError, match=r"text_model\.onnx is no whole ONNX file") as error:
+            load_embedder(copy)
+        assert "\n" not in str(error.value)
+    graph = onnx.load_from_string(whole)
+    onnx.helper.set_model_props(graph, {"mome_fingerprint": "0" * 16})
+    onnx.save(graph, file)
+    with pytest.raises(MomeError, match="are of different exports"):
+        load_embedder(copy)
+    file.unlink()
+    with pytest.raises(MomeError, match=r"text_model\.onnx is missing"):
+        load_embedder(copy)
+    assert load_embedder(copy, "onnx-q8").dimension == 16
+    with pytest.raises(MomeError, match=r"it has no onnx/vision_model_fp16\.onnx, only type fp32, q8"):
+        load_embedder(copy, "onnx-fp16")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("onnxruntime", ["search", "TABLE", "a cat", "--model", "EXPORT"]),
+        ("onnxscript", ["export", "CHECKPOINT", "--output", "OUT"]),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(checkpoint, exported, tmp_path, missing, arguments):
+    from retrieval_corpora import make_table
+
+    places = {
+        "TABLE": str(make_table(tmp_path / "table.parquet", rows=9)),
+        "EXPORT": str(exported),
+        "CHECKPOINT": str(checkpoint),
+        "OUT": str(tmp_path / "out"),
+    }
+    hidden = f"import sys; sys.modules[{missing!r}] = None; from mome.cli import main; main()"
+    words = [places.get(word, word) for word in arguments]
+    done = subprocess.run([sys.executable, "-c", hidden, *words], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mome: ")]
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert lines[0].endswith(f'{missing} is not installed: pip install -e ".[onnx]"')
