@@ -295,7 +295,8 @@ def test_the_cache_has_the_old_and_the_new_name_of_transformers(name, batch):
     whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
     start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
     assert getattr(start, name) is start.cache is start[CACHE_NAME]
-    close(captioner(input_ids=ids[:, 3:], **{name: start.cache}).logits, whole[:, 3:])
+    words = batch["attention_mask"][:, 3:].bool()
+    close(captioner(input_ids=ids[:, 3:], **{name: start.cache}).logits[words], whole[:, 3:][words])
 
     first = captioner.generate(
         pixel_values=pixel_values, return_dict_in_generate=True, **GREEDY | {"max_new_tokens": 3}

@@ -59,9 +59,10 @@ def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def save_tokenizer(kind: str, folder: Path, vocab_size: int = 100, ids: dict[str, int] | None = None) -> Path:
-    """A word-level tokenizer with the special tokens of a kind and words `w5`, `w6`, … for the other ids."""
+    """A word-level tokenizer with the special tokens of a kind and words `w5`, `w6`, …, `a`, `cat`, `dog` for the rest."""
     ids = GOLDEN_IDS[kind] if ids is None else ids
-    words = ids | {f"w{index}": index for index in range(vocab_size - 3) if index not in ids.values()}
+    names = [*(f"w{index}" for index in range(vocab_size - 6)), "a", "cat", "dog"]
+    words = ids | {name: index for index, name in enumerate(names) if index not in ids.values()}
     roles = SPECIAL[kind]
     first, last = ("bos_token", "eos_token") if kind == "beit3" else ("cls_token", "sep_token")
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=roles["unk_token"]))
