@@ -11,7 +11,7 @@ HELD_BACK = $(filter-out %_daft.py,$(wildcard tests/test_retrieval*.py)) $(wildc
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
   "Python 3.11 or newer is needed, PYTHON=$(PYTHON) is %s" % sys.version.split()[0])'
 
-.PHONY: quickstart demo test test-oldest test-newest lint bench clean
+.PHONY: quickstart demo static-demo vendor test test-oldest test-newest lint bench clean
 
 quickstart: $(VENV)/.base
 	$(RUN) -m mome.quickstart $(IMAGES)
@@ -19,7 +19,17 @@ quickstart: $(VENV)/.base
 demo: $(VENV)/.installed
 	$(RUN) space/app.py
 
-test: $(VENV)/.installed
+# The search in the browser: downloads its packages, exports the weights, serves the page.
+static-demo: $(VENV)/.installed
+	$(RUN) space-static/vendor_packages.py
+	$(RUN) space-static/build_page.py
+	$(RUN) space-static/serve_page.py
+
+# The packages that its tests run. Without npm or a network they are skipped, and nothing else is.
+vendor: $(VENV)/.installed
+	-$(RUN) space-static/vendor_packages.py
+
+test: $(VENV)/.installed vendor
 	$(RUN) -m pytest tests -n 2
 
 # The lowest version of everything that pyproject.toml names. From PyPI that is a torch for GPUs, of several gigabytes;

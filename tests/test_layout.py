@@ -61,7 +61,7 @@ def listed() -> dict[str, int]:
     """What the tree in CONTRIBUTING.md names, root files and rooms, by its place from the top."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     tree = re.search(r"<!-- tree -->\n```\n(.*?)```", text, re.DOTALL).group(1)
-    names = re.findall(r"^(?:  )?([\w./]+)", tree, re.MULTILINE)
+    names = re.findall(r"^(?:  )?([\w./-]+)", tree, re.MULTILINE)
     return {name: place for place, name in enumerate(names) if "/" not in name.rstrip("/")}
 
 

@@ -59,7 +59,7 @@ def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def save_tokenizer(kind: str, folder: Path, vocab_size: int = 100, ids: dict[str, int] | None = None) -> Path:
-    """A word-level tokenizer with the special tokens of a kind and words `w5`, `w6`, …, `a`, `cat`, `dog` for the rest."""
+    """A word-level tokenizer with the special tokens of a kind, and words for the rest: `w5`, …, `a`, `cat`, `dog`."""
     ids = GOLDEN_IDS[kind] if ids is None else ids
     names = [*(f"w{index}" for index in range(vocab_size - 6)), "a", "cat", "dog"]
     words = ids | {name: index for index, name in enumerate(names) if index not in ids.values()}

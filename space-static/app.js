@@ -1,0 +1,321 @@
+// The page: loads the files, listens to the visitor, searches.
+//
+//   words ───────────── engine.embedText ──┐
+//   picture or SVG ──── engine.embedImage ─┼─ gallery.search ── hits
+//   an icon of it ──────────────────────── ┘
+
+import { Downloads, FailedDownload } from "./download.js";
+import { Engine } from "./engine.js";
+import { Gallery } from "./gallery.js";
+import { readPicture } from "./pictures.js";
+import { missingFeature } from "./support.js";
+import { Refusal, shortened } from "./texts.js";
+import {
+  appendHits,
+  clearHits,
+  element,
+  find,
+  hideProblem,
+  showCredits,
+  showDetail,
+  showProblem,
+  showProgress,
+  walkHits,
+} from "./view.js";
+
+const EXAMPLES = ["circus tent", "a happy face", "farm animal", "money", "letter in an envelope", "wheelchair"];
+const PAGE = 60; // hits that are shown at a time
+const TYPING_PAUSE = 200; // milliseconds after which what was typed is searched for
+const WAIT_FOR_SERVICE_WORKER = 4000; // milliseconds; without it the page works, but not offline
+
+export const engine = new Engine();
+export let gallery = null;
+
+/** What is ready, as promises, and how long it took. */
+export const ready = { texts: deferred(), images: deferred() };
+let asked = { kind: "nothing" }; // what is searched for
+let hits = [];
+let shown = 0;
+
+function deferred() {
+  let settle;
+  const promise = new Promise((...functions) => (settle = functions));
+  promise.catch(() => {}); // whoever waits is told as well
+  return Object.assign(promise, { resolve: settle[0], reject: settle[1] });
+}
+
+// ------------------------------------------------------------------------------------------------------ loading
+
+/** Waits until the service worker sees the downloads, so that it keeps them for the next visit. */
+async function keptForLater() {
+  if (!navigator.serviceWorker) return false;
+  const controlled = new Promise((resolve) => {
+    if (navigator.serviceWorker.controller) resolve(true);
+    navigator.serviceWorker.addEventListener("controllerchange", () => resolve(true));
+  });
+  const late = new Promise((resolve) => setTimeout(() => resolve(false), WAIT_FOR_SERVICE_WORKER));
+  try {
+    await navigator.serviceWorker.register("service-worker.js");
+  } catch {
+    return false; // private windows of some browsers
+  }
+  return Promise.race([controlled, late]);
+}
+
+async function load() {
+  hideProblem();
+  showProgress(0, "Loading …");
+  const kept = await keptForLater();
+  const response = await fetch("data/manifest.json").catch((error) => error);
+  if (!response.ok) throw new FailedDownload("data/manifest.json could not be downloaded");
+  const manifest = await response.json();
+  const downloads = new Downloads(manifest.files, (done, all) => {
+    const [have, need] = [done, all].map((bytes) => (bytes / 1e6).toFixed(0));
+    showProgress(done / all, `Loading the search: ${have} of ${need} MB, kept for the next visit`);
+  });
+  downloads.expect("gallery", "pictures", "embeddings", "runtime", "text_model", "tokenizer", "tokenizer_config");
+  await Promise.all([loadGallery(downloads), loadTexts(downloads, manifest)]);
+  ready.texts.resolve();
+  await loadImages(manifest);
+  ready.images.resolve();
+  showProgress(null);
+  find("#place").textContent = kept ? "Works offline" : "On your machine";
+}
+
+async function loadGallery(downloads) {
+  const [table, pictures, embeddings] = await Promise.all([
+    downloads.json("gallery"),
+    downloads.bytes("pictures"),
+    downloads.bytes("embeddings"),
+  ]);
+  gallery = new Gallery(table, pictures, embeddings);
+  table.styles.forEach((style, number) => find("#style").append(new Option(style, number)));
+  showCredits(table.sets);
+  search(); // also what was asked for before
+}
+
+async function loadTexts(downloads, manifest) {
+  const prepared = downloads.bytes("runtime").then((wasm) => engine.prepare(wasm));
+  const [graph, tokenizer, tokenizerConfig] = await Promise.all([
+    downloads.bytes("text_model"),
+    downloads.json("tokenizer"),
+    downloads.json("tokenizer_config"),
+    prepared,
+  ]);
+  showProgress(1, "Starting the model …");
+  await engine.loadTexts({ graph, tokenizer, tokenizerConfig, settings: manifest.texts });
+}
+
+async function loadImages(manifest) {
+  const downloads = new Downloads(manifest.files, (done, all) =>
+    showProgress(done / all, "Words can be searched for. Pictures, too, in a moment …"),
+  );
+  downloads.expect("vision_model");
+  await engine.loadImages({ graph: await downloads.bytes("vision_model"), settings: manifest.images });
+}
+
+function explain(error) {
+  for (const part of Object.values(ready)) part.reject(error);
+  if (error instanceof FailedDownload) {
+    navigator.serviceWorker?.controller?.postMessage({ forget: true });
+    showProblem("A download failed", `${error.message}. Is there a network?`, () => location.reload());
+  } else {
+    showProblem("The search could not be started", error.message, () => location.reload());
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- searching
+
+const status = (words) => (find("#status").textContent = words);
+const count = (number) => number.toLocaleString("en");
+
+/** The embedding of what is asked for, and how it is called. */
+async function embed({ kind, text, pixels, index }) {
+  if (kind === "icon") return { embedding: gallery.embedding(index), called: `like “${gallery.icon(index).name}”` };
+  if (kind === "picture") {
+    await ready.images;
+    return { ...(await engine.embedImage(pixels)), called: "like your picture" };
+  }
+  await ready.texts;
+  const found = await engine.embedText(text);
+  return { ...found, called: `for “${shortened(text)}”${found.cut ? ", of which only the beginning was read" : ""}` };
+}
+
+/** Searches for what is asked for; a newer question makes an older answer void. */
+export async function search() {
+  const question = asked;
+  if (question.kind === "nothing") return browse();
+  if (!gallery) return status("Loading …");
+  const style = find("#style").value === "" ? null : Number(find("#style").value);
+  try {
+    const start = performance.now();
+    const { embedding, called } = await embed(question);
+    if (question !== asked) return;
+    hits = gallery.search(embedding, style, question.index ?? null);
+    show();
+    const milliseconds = Math.max(1, Math.round(performance.now() - start));
+    status(`The nearest of ${count(gallery.length)} icons ${called} · ${count(milliseconds)} ms`);
+  } catch (error) {
+    if (question !== asked) return;
+    hits = [];
+    show();
+    status(error instanceof Refusal ? error.message : "");
+    if (!(error instanceof Refusal) && find("#problem").hidden) explain(error);
+  }
+}
+
+/** Without a question: icons from all over the gallery. */
+function browse() {
+  if (!gallery) return;
+  const style = find("#style").value;
+  const all = Array.from({ length: gallery.length }, (_, index) => (index * 1009) % gallery.length);
+  hits = all
+    .filter((index) => style === "" || gallery.table.style_of[index] === Number(style))
+    .map((index) => ({ index }));
+  show();
+  status(`${count(hits.length)} icons`);
+}
+
+function show() {
+  clearHits();
+  shown = 0;
+  showMore();
+}
+
+function showMore() {
+  appendHits(gallery, hits.slice(shown, shown + PAGE), (hit) => showDetail(gallery, hit, searchLike));
+  shown = Math.min(hits.length, shown + PAGE);
+  find("#more").hidden = shown >= hits.length;
+}
+
+// ---------------------------------------------------------------------------------------------------- questions
+
+function ask(question) {
+  asked = question;
+  const words = question.kind === "words" ? question.text : "";
+  if (words || !find("#words").matches(":focus")) find("#words").value = words;
+  history.replaceState(null, "", words ? `#q=${encodeURIComponent(words)}` : location.pathname);
+  showAsked(question);
+  return search();
+}
+
+function searchWords(text) {
+  return ask(text.trim() ? { kind: "words", text: text.trim() } : { kind: "nothing" });
+}
+
+function searchLike(index) {
+  find("#words").blur();
+  scrollTo({ top: 0 });
+  return ask({ kind: "icon", index });
+}
+
+async function searchPicture(file) {
+  find("#words").blur();
+  try {
+    const pixels = await readPicture(file);
+    const search = ask({ kind: "picture", pixels, file });
+    if (!find("#loading").hidden) status("Your picture is searched for as soon as everything is loaded …");
+    await search;
+  } catch (error) {
+    status(error.message);
+  }
+}
+
+/** The picture or icon that is searched by, beside a button that ends it. */
+function showAsked({ kind, index, file }) {
+  const box = find("#asked");
+  const image = find("img", box);
+  if (image.src.startsWith("blob:") && image.dataset.own) URL.revokeObjectURL(image.src);
+  box.hidden = kind !== "picture" && kind !== "icon";
+  if (box.hidden) return;
+  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(file);
+  image.dataset.own = kind === "icon" ? "" : "1";
+  find("p", box).textContent = kind === "icon" ? gallery.icon(index).name : shortened(file.name || "your picture");
+}
+
+// --------------------------------------------------------------------------------------------------- the visitor
+
+function listen() {
+  let pause;
+  find("#words").addEventListener("input", (event) => {
+    clearTimeout(pause);
+    pause = setTimeout(() => searchWords(event.target.value), TYPING_PAUSE);
+  });
+  find("#search").addEventListener("submit", (event) => {
+    event.preventDefault();
+    clearTimeout(pause);
+    searchWords(find("#words").value);
+  });
+  find("#style").addEventListener("change", search);
+  find("#more").addEventListener("click", showMore);
+  find("#asked button").addEventListener("click", () => ask({ kind: "nothing" }));
+  find("#choose").addEventListener("click", () => find("#file").click());
+  find("#file").addEventListener("change", ({ target }) => {
+    if (target.files.length) searchPicture(target.files[0]);
+    target.value = "";
+  });
+  find("#hits").addEventListener("keydown", walkHits);
+  find("#detail").addEventListener("click", (event) => {
+    if (event.target === event.currentTarget) event.currentTarget.close(); // beside what it shows
+  });
+  addEventListener("keydown", (event) => {
+    const typing = event.target.matches("input, textarea") || find("#detail").open;
+    if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    find("#words").select();
+    find("#words").focus();
+  });
+  addEventListener("paste", ({ clipboardData }) => {
+    const file = [...clipboardData.files].find((each) => each.type.startsWith("image/"));
+    if (file) searchPicture(file);
+  });
+  addEventListener("hashchange", searchHash);
+  listenToDrops();
+}
+
+function listenToDrops() {
+  const over = (is) => document.body.classList.toggle("over", is);
+  const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  addEventListener("dragover", (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    over(true);
+  });
+  addEventListener("dragleave", (event) => event.relatedTarget === null && over(false));
+  addEventListener("drop", (event) => {
+    over(false);
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    find("#detail").close();
+    searchPicture(event.dataTransfer.files[0]);
+  });
+}
+
+function searchHash() {
+  const words = new URLSearchParams(location.hash.slice(1)).get("q");
+  if (words) {
+    find("#words").value = words;
+    searchWords(words);
+  }
+}
+
+function showExamples() {
+  const chips = EXAMPLES.map((text) =>
+    element("button", { type: "button", class: "chip", onclick: () => searchWords(text) }, text),
+  );
+  find("#examples span").replaceChildren(...chips);
+}
+
+const missing = missingFeature();
+if (missing) {
+  showProblem(
+    "This browser can't run the search",
+    `It has no ${missing}. Chrome, Edge, Firefox and Safari have it since 2023: please use a newer one.`,
+    null,
+  );
+} else {
+  showExamples();
+  listen();
+  searchHash();
+  load().catch(explain);
+}

@@ -1,0 +1,259 @@
+"""Makes what the page searches with: the weights as int8 ONNX, and the gallery with its embeddings.
+
+    python space-static/build_page.py
+
+    checkpoint ── mome.export ── vision_model, text_model, int8 ─┐
+    space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, gzipped where that makes a file smaller
+                        └─── embeddings, int8 ───────────────────┘   └─ manifest.json: sizes and hashes
+                                                                        version.js: for the service worker
+
+What is there and still belongs to its sources stays. Exported weights are kept in `.cache/`, too.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vendor_packages import PACKAGES, STAMP, is_vendored
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+SPACE = ROOT / "space"
+CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
+DATA = FOLDER / "data"
+CACHE = ROOT / ".cache" / "static-demo"
+TOWERS = ("vision_model", "text_model")
+# What a service worker keeps of the page itself; the rest is in the manifest.
+SHELL = ("*.js", "*.css", "*.svg", "*.webmanifest", "vendor/*.mjs")
+PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
+
+
+def quantized_towers(checkpoint: Path, model: Any) -> dict[str, Path]:
+    """The two towers as int8 ONNX files, exported once for the same weights and code."""
+    kept = CACHE / digest_of(path.read_bytes() for path in weights_and_code(checkpoint))[:32]
+    if not kept.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            part = Path(folder) / "onnx"
+            part.mkdir()
+            export_towers(model.model, part)
+            part.rename(kept)
+    return {tower: kept / f"{tower}_quantized.onnx" for tower in TOWERS}
+
+
+def weights_and_code(checkpoint: Path) -> list[Path]:
+    """What exported towers depend on."""
+    code = [*ROOT.glob("*_mome.py"), *(ROOT / "export").glob("*.py")]
+    return [checkpoint / "model.safetensors", checkpoint / "config.json", *sorted(code)]
+
+
+def export_towers(model: Any, folder: Path):
+    """Writes `vision_model_quantized.onnx` and `text_model_quantized.onnx`."""
+    from mome.export.graphs import graph_of, quantised
+    from mome.export.modules import ImageTower, TextTower
+
+    for tower, module in zip(TOWERS, (ImageTower, TextTower)):
+        quantised(graph_of(module(model)), folder / f"{tower}_quantized.onnx")
+
+
+def quantized(embeddings: np.ndarray) -> bytes:
+    """Embeddings (icons, dimension) → float32 scales (icons,), then int8 (icons, dimension)."""
+    scales = np.abs(embeddings).max(axis=1) / 127
+    values = np.round(embeddings / scales[:, None]).astype(np.int8)
+    return scales.astype("<f4").tobytes() + values.tobytes()
+
+
+def gallery_table(gallery: Any) -> dict[str, Any]:
+    """The gallery as columns, one value for each icon, without its pictures."""
+    sets: dict[tuple, int] = {}
+    for entry in gallery.entries:
+        sets.setdefault((entry.set, entry.author, entry.set_url, entry.license, entry.license_url), len(sets))
+    return {
+        "names": [entry.name for entry in gallery.entries],
+        "other_names": [list(entry.texts[1:]) for entry in gallery.entries],
+        "ids": [entry.id for entry in gallery.entries],
+        "sizes": [len(entry.png) for entry in gallery.entries],
+        "styles": gallery.styles,
+        "style_of": gallery.style_of.tolist(),
+        "sets": [dict(zip(("title", "author", "url", "license", "license_url"), key)) for key in sets],
+        "set_of": [
+            sets[entry.set, entry.author, entry.set_url, entry.license, entry.license_url] for entry in gallery.entries
+        ],
+    }
+
+
+def image_settings(processor: Any) -> dict[str, Any]:
+    """What pixels.js needs to know.
+
+    Raises:
+        ValueError: the image processor does something that pixels.js does not.
+    """
+    settings = processor.image_processor.to_dict()
+    size = settings["size"]
+    unknown = [
+        name
+        for name, known in {
+            "resample": settings["resample"] == 3,
+            "size": set(size) == {"height", "width"},
+            "do_center_crop": not settings["do_center_crop"],
+            "do_resize": settings["do_resize"],
+            "do_rescale": settings["do_rescale"],
+            "do_normalize": settings["do_normalize"],
+        }.items()
+        if not known
+    ]
+    if unknown:
+        name = unknown[0]
+        raise ValueError(f"{name}={settings[name]!r} of the image processor is nothing that the page can do")
+    return {
+        "height": size["height"],
+        "width": size["width"],
+        "mean": list(settings["image_mean"]),
+        "std": list(settings["image_std"]),
+        "rescale_factor": settings["rescale_factor"],
+        "trim_to_margin": settings.get("trim_to_margin"),
+    }
+
+
+def text_settings(processor: Any, config: Any) -> dict[str, Any]:
+    """What texts.js needs to know."""
+    tokenizer = processor.tokenizer
+    roles = ("bos", "eos", "cls", "sep", "pad", "unk")
+    wordless = {getattr(tokenizer, f"{role}_token_id") for role in roles} - {None}
+    limit = min(tokenizer.model_max_length, config.max_position_embeddings)
+    return {"limit": limit, "wordless": sorted(wordless)}
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+class Writer:
+    """Writes files into a folder and notes what they are for the manifest."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files = folder, {}
+
+    def add(self, name: str, file_name: str, data: bytes):
+        packed = gzip.compress(data, 9, mtime=0)
+        if len(packed) < PACKED_SHARE * len(data):
+            data, file_name = packed, f"{file_name}.gz"
+        (self.folder / file_name).write_bytes(data)
+        self.note(name, self.folder / file_name)
+
+    def note(self, name: str, path: Path):
+        data = path.read_bytes()
+        self.files[name] = {
+            "path": path.relative_to(FOLDER).as_posix(),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+
+def sources_of_page(checkpoint: Path) -> str:
+    """Digest of everything that data/ is made of."""
+    named = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [*weights_and_code(checkpoint), *(checkpoint / name for name in named), SPACE / "gallery.parquet"]
+    return digest_of([*(path.read_bytes() for path in [*files, *page_files(), STAMP, Path(__file__)])])
+
+
+def page_files() -> list[Path]:
+    """The page itself, without what is made for it."""
+    return [FOLDER / "index.html", *sorted(path for pattern in SHELL for path in FOLDER.glob(pattern))]
+
+
+def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
+    """Fills data/, and returns what its manifest says.
+
+    Raises:
+        FileNotFoundError: an incomplete checkpoint.
+        ValueError: an image processor that the page can't imitate.
+    """
+    made_of, manifest_file = sources_of_page(checkpoint), DATA / "manifest.json"
+    if (DATA / "version.js").is_file() and json.loads(manifest_file.read_text())["made_of"] == made_of:
+        return json.loads(manifest_file.read_text())
+    if str(SPACE) not in sys.path:
+        sys.path.insert(0, str(SPACE))
+    # Only now: they bring torch and gradio, which take seconds.
+    from mome import MomeForConditionalGeneration, MomeProcessor
+    from mome_space.engine import Engine
+    from mome_space.gallery import Gallery, Index
+
+    model, processor = (
+        MomeForConditionalGeneration.from_pretrained(checkpoint),
+        MomeProcessor.from_pretrained(checkpoint),
+    )
+    gallery = Gallery()
+    index = Index(Engine(model, processor), gallery)
+    images, texts = image_settings(processor), text_settings(processor, model.config)
+    index.build()
+    towers = quantized_towers(checkpoint, model)
+    shutil.rmtree(DATA, ignore_errors=True)
+    DATA.mkdir()
+    writer = Writer(DATA)
+    writer.note("runtime", FOLDER / "vendor" / "ort-wasm-simd-threaded.wasm.gz")
+    for tower, path in towers.items():
+        writer.add(tower, path.name, path.read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        writer.add(Path(name).stem, name, (checkpoint / name).read_bytes())
+    writer.add("gallery", "gallery.json", json.dumps(gallery_table(gallery), separators=(",", ":")).encode())
+    writer.add("embeddings", "embeddings.bin", quantized(index.embeddings.images))
+    writer.add("pictures", "pictures.bin", b"".join(entry.png for entry in gallery.entries))
+    manifest = {
+        "checkpoint": checkpoint.name,
+        "icons": len(gallery),
+        "images": images,
+        "texts": texts,
+        "files": writer.files,
+        "packages": [f"{package.name} {package.version}" for package in PACKAGES],
+        "made_of": made_of,
+    }
+    manifest_file.write_text(json.dumps(manifest, indent=1))
+    write_version(manifest)
+    return manifest
+
+
+def write_version(manifest: dict[str, Any]):
+    """What the service worker keeps, under a version that changes with any file."""
+    pages = [path for path in page_files() if path.name not in ("index.html", "service-worker.js")]
+    version = {
+        "version": digest_of([*(path.read_bytes() for path in page_files()), json.dumps(manifest).encode()])[:16],
+        "shell": ["./", *(path.relative_to(FOLDER).as_posix() for path in pages), "data/manifest.json"],
+        "files": [f"{file['path']}?v={file['sha256'][:16]}" for file in manifest["files"].values()],
+    }
+    (DATA / "version.js").write_text(f"self.BUILD = {json.dumps(version, indent=1)};\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: %(default)s)")
+    checkpoint = parser.parse_args().checkpoint
+    if not is_vendored():
+        sys.exit("the JavaScript packages are missing: python space-static/vendor_packages.py")
+    try:
+        manifest = build(checkpoint)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is missing: pip install -e '.[demo,onnx]'")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+    total = sum(sizes.values())
+    print(f"{manifest['checkpoint']}, {manifest['icons']:,} icons: {total / 1e6:.1f} MB over the wire")
+    for name, size in sizes.items():
+        print(f"  {name} {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+// Pictures to pixel values, as the model's Python processor makes them, to the last bit of its resize.
+//
+//   RGBA ── overBackground ── RGB ── trimMargins ── resize ── toPixelValues ── float32 (channels, height, width)
+//
+// The steps and their constants are those of `pictures_mome.py`; the resize is Pillow's for 8-bit pictures: a cubic
+// filter (Keys 1981, a = -0.5) that grows with the scale, first along rows, then along columns, rounded after each.
+
+const LEAST_CONTRAST = 3; // of graphics with their background: WCAG 2.2, success criterion 1.4.11
+const INK_SIDE = 256; // pixels at which ink is looked at
+const SAME_COLOUR = 16; // two 8-bit values that differ by no more are the same margin
+const FILLED = 0.55; // a picture fills its canvas if it takes this share of its side
+const FILLED_SMALL = 0.4; // the same on a canvas that is not scaled down
+const FILTER_SUPPORT = 2; // of the cubic filter
+const FIXED_POINT = 2 ** 22; // Pillow's coefficients are integers, in parts of this
+
+/** A picture without transparency: `data` holds (height, width, 3) bytes. */
+export class Picture {
+  constructor(width, height, data = new Uint8ClampedArray(3 * width * height)) {
+    Object.assign(this, { width, height, data });
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- transparency
+
+/** (height, width, 4) bytes, colours not multiplied by opacity → a `Picture` on the background that its ink needs. */
+export function overBackground(rgba, width, height) {
+  const picture = new Picture(width, height);
+  let opaque = true;
+  for (let at = 3; at < rgba.length && opaque; at += 4) opaque = rgba[at] === 255;
+  const behind = opaque ? 0 : backgroundOf(rgba, width, height);
+  for (let from = 0, to = 0; from < rgba.length; from += 4) {
+    const opacity = rgba[from + 3];
+    for (let channel = 0; channel < 3; channel++) {
+      picture.data[to++] = Math.round((rgba[from + channel] * opacity + behind * (255 - opacity)) / 255);
+    }
+  }
+  return picture;
+}
+
+/**
+ * The background that the ink of a transparent picture needs: 255 for white, 0 for black, where the ink is light.
+ * Ink counts by its opacity, and where it borders on transparency, since there it is seen or not.
+ */
+export function backgroundOf(rgba, width, height) {
+  const ink = reduced(rgba, width, height);
+  const { opacity } = ink;
+  let most = 0;
+  for (const value of opacity) most = Math.max(most, value);
+  if (most === 0) return 255;
+  const isInk = (x, y) =>
+    x >= 0 && y >= 0 && x < ink.width && y < ink.height && opacity[y * ink.width + x] >= most / 2;
+  const inside = { all: 0, visible: 0 };
+  const border = { all: 0, visible: 0 };
+  for (let y = 0; y < ink.height; y++) {
+    for (let x = 0; x < ink.width; x++) {
+      if (!isInk(x, y)) continue;
+      const at = y * ink.width + x;
+      const onBorder = !(isInk(x - 1, y) && isInk(x + 1, y) && isInk(x, y - 1) && isInk(x, y + 1));
+      const visible = 1.05 / (luminance(ink.colours, at, opacity[at]) + 0.05) >= LEAST_CONTRAST ? opacity[at] : 0;
+      for (const sums of onBorder ? [inside, border] : [inside]) {
+        sums.all += opacity[at];
+        sums.visible += visible;
+      }
+    }
+  }
+  const sums = border.all > 0 ? border : inside;
+  return sums.visible >= sums.all / 2 ? 255 : 0;
+}
+
+/** Colours times opacity, and opacity, both 0…1, averaged over blocks so that INK_SIDE pixels are left. */
+function reduced(rgba, width, height) {
+  const factor = Math.max(1, Math.floor(Math.max(width, height) / INK_SIDE));
+  const [columns, rows] = [Math.ceil(width / factor), Math.ceil(height / factor)];
+  const colours = new Float32Array(3 * columns * rows);
+  const opacity = new Float32Array(columns * rows);
+  for (let row = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++) {
+      const sums = [0, 0, 0, 0];
+      let count = 0;
+      for (let y = row * factor; y < Math.min(height, (row + 1) * factor); y++) {
+        for (let x = column * factor; x < Math.min(width, (column + 1) * factor); x++, count++) {
+          const at = 4 * (y * width + x);
+          const alpha = rgba[at + 3];
+          for (let channel = 0; channel < 3; channel++) sums[channel] += Math.round((rgba[at + channel] * alpha) / 255);
+          sums[3] += alpha;
+        }
+      }
+      const [red, green, blue, alpha] = sums.map((sum) => Math.round(sum / count) / 255);
+      const at = row * columns + column;
+      colours.set([red, green, blue], 3 * at);
+      opacity[at] = alpha;
+    }
+  }
+  return { width: columns, height: rows, colours, opacity };
+}
+
+/** Relative luminance of an sRGB colour, as WCAG 2.2 defines it. */
+function luminance(colours, at, opacity) {
+  const weights = [0.2126, 0.7152, 0.0722];
+  let sum = 0;
+  for (let channel = 0; channel < 3; channel++) {
+    const value = Math.min(1, colours[3 * at + channel] / opacity);
+    sum += weights[channel] * (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  }
+  return sum;
+}
+
+// ------------------------------------------------------------------------------------------------------ margins
+
+/**
+ * Without its wide margins of one colour: what is left, centred on a square of that colour. A picture that fills its
+ * square canvas, or whose corners have different colours, is returned as it is.
+ *
+ * @param margin width of the new margin, as a share of the larger side of what is in the picture.
+ * @param seen pixels of a side that the model sees.
+ */
+export function trimMargins(picture, margin, seen = 0) {
+  const { width, height, data } = picture;
+  const colour = data.slice(0, 3);
+  const differs = (x, y, channel) => Math.abs(data[3 * (y * width + x) + channel] - colour[channel]) > SAME_COLOUR;
+  for (const [x, y] of [[width - 1, 0], [0, height - 1], [width - 1, height - 1]]) {
+    if (differs(x, y, 0) || differs(x, y, 1) || differs(x, y, 2)) return picture;
+  }
+  const boxes = [0, 1, 2].map((channel) => boxOf(width, height, (x, y) => differs(x, y, channel))).filter(Boolean);
+  const isWhole = (box) => box.left === 0 && box.top === 0 && box.right === width && box.bottom === height;
+  if (!boxes.length || boxes.some(isWhole)) return picture;
+  const [left, top] = ["left", "top"].map((side) => Math.min(...boxes.map((box) => box[side])));
+  const [right, bottom] = ["right", "bottom"].map((side) => Math.max(...boxes.map((box) => box[side])));
+  const larger = Math.max(right - left, bottom - top);
+  const filled = (width > seen ? FILLED : FILLED_SMALL) * width;
+  if (isWhole({ left, top, right, bottom }) || (width === height && larger >= filled)) return picture;
+  const side = larger + 2 * Math.max(1, roundHalfToEven(margin * larger));
+  const square = new Picture(side, side);
+  for (let at = 0; at < square.data.length; at++) square.data[at] = colour[at % 3];
+  const [x, y] = [(side - (right - left)) >> 1, (side - (bottom - top)) >> 1];
+  for (let row = 0; row < bottom - top; row++) {
+    const from = 3 * ((top + row) * width + left);
+    square.data.set(data.subarray(from, from + 3 * (right - left)), 3 * ((y + row) * side + x));
+  }
+  return square;
+}
+
+function boxOf(width, height, isIn) {
+  const box = { left: width, top: height, right: 0, bottom: 0 };
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      if (!isIn(x, y)) continue;
+      box.left = Math.min(box.left, x);
+      box.top = Math.min(box.top, y);
+      box.right = Math.max(box.right, x + 1);
+      box.bottom = y + 1;
+    }
+  }
+  return box.right ? box : null;
+}
+
+function roundHalfToEven(value) {
+  const below = Math.floor(value);
+  if (value - below !== 0.5) return Math.round(value);
+  return below % 2 ? below + 1 : below;
+}
+
+// ------------------------------------------------------------------------------------------------------- resize
+
+/** A `Picture` of another size, antialiased. */
+export function resize(picture, width, height) {
+  return resizeColumns(resizeRows(picture, width), height);
+}
+
+function cubic(distance) {
+  const x = Math.abs(distance);
+  if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+  return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+}
+
+/** For each of `size` new pixels the first old one that it is made of, and what each contributes. */
+function filterFor(oldSize, size) {
+  const scale = oldSize / size;
+  const stretch = Math.max(1, scale); // when it shrinks, the filter covers as many pixels as become one
+  const support = FILTER_SUPPORT * stretch;
+  return Array.from({ length: size }, (_, place) => {
+    const centre = (place + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(centre - support + 0.5));
+    const end = Math.min(oldSize, Math.trunc(centre + support + 0.5));
+    const weights = [];
+    for (let pixel = first; pixel < end; pixel++) weights.push(cubic((pixel - centre + 0.5) / stretch));
+    const sum = weights.reduce((total, weight) => total + weight, 0);
+    const parts = weights.map((weight) => {
+      const part = (weight / sum) * FIXED_POINT;
+      return part < 0 ? Math.trunc(part - 0.5) : Math.trunc(part + 0.5);
+    });
+    return { first, parts: Float64Array.from(parts) };
+  });
+}
+
+function toByte(sum) {
+  return Math.floor((sum + FIXED_POINT / 2) / FIXED_POINT); // a Uint8ClampedArray clips it
+}
+
+function resizeRows(picture, width) {
+  if (width === picture.width) return picture;
+  const result = new Picture(width, picture.height);
+  const filter = filterFor(picture.width, width);
+  for (let y = 0, to = 0; y < picture.height; y++) {
+    for (const { first, parts } of filter) {
+      let [red, green, blue] = [0, 0, 0];
+      for (let tap = 0, from = 3 * (y * picture.width + first); tap < parts.length; tap++, from += 3) {
+        red += parts[tap] * picture.data[from];
+        green += parts[tap] * picture.data[from + 1];
+        blue += parts[tap] * picture.data[from + 2];
+      }
+      result.data[to++] = toByte(red);
+      result.data[to++] = toByte(green);
+      result.data[to++] = toByte(blue);
+    }
+  }
+  return result;
+}
+
+function resizeColumns(picture, height) {
+  if (height === picture.height) return picture;
+  const result = new Picture(picture.width, height);
+  const stride = 3 * picture.width;
+  filterFor(picture.height, height).forEach(({ first, parts }, y) => {
+    for (let at = 0; at < stride; at++) {
+      let sum = 0;
+      for (let tap = 0, from = first * stride + at; tap < parts.length; tap++, from += stride) {
+        sum += parts[tap] * picture.data[from];
+      }
+      result.data[y * stride + at] = toByte(sum);
+    }
+  });
+  return result;
+}
+
+// ------------------------------------------------------------------------------------------------- pixel values
+
+/**
+ * A picture as the model takes it.
+ *
+ * @param rgba (height, width, 4) bytes, colours not multiplied by opacity.
+ * @param settings `width`, `height`, `mean`, `std`, `rescale_factor`, `trim_to_margin` (null: margins stay).
+ * @returns Float32Array (channels, height, width).
+ */
+export function toPixelValues(rgba, width, height, settings) {
+  let picture = overBackground(rgba, width, height);
+  const seen = Math.max(settings.width, settings.height);
+  if (settings.trim_to_margin !== null) picture = trimMargins(picture, settings.trim_to_margin, seen);
+  picture = resize(picture, settings.width, settings.height);
+  const area = picture.width * picture.height;
+  const values = new Float32Array(3 * area);
+  for (let at = 0; at < picture.data.length; at++) {
+    const channel = at % 3;
+    const value = picture.data[at] * settings.rescale_factor;
+    values[channel * area + (at - channel) / 3] = (value - settings.mean[channel]) / settings.std[channel];
+  }
+  return values;
+}

@@ -1,0 +1,117 @@
+"""How the static page is made: pinned packages, sizes, headers, and what the page could not imitate is refused."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+import build_page
+import serve_page
+import static_page
+import vendor_packages
+from static_page import PAGE, needs_onnx, needs_packages
+from vendor_packages import PACKAGES, Package
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+    """An `npm` that packs a file of its own instead of what was asked for."""
+    with tarfile.open(tmp_path / "other.tgz", "w:gz") as archive:
+        info = tarfile.TarInfo("package/dist/tokenizers.min.mjs")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"bad"))
+    npm = tmp_path / "npm"
+    npm.write_text(f'#!/bin/sh\nfor last; do :; done\ncp "{tmp_path}/other.tgz" "$last"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_package_with_another_hash_is_refused(fake_npm, tmp_path):
+    with pytest.raises(RuntimeError, match=r"onnxruntime-web@1\.\d+\.\d+ has the SHA-512 .*, not the pinned "):
+        vendor_packages.vendor(PACKAGES[0], tmp_path)
+    assert not (tmp_path / "ort.wasm.min.mjs").exists()
+
+
+def test_a_failing_download_is_one_line(tmp_path):
+    package = Package("@mome/../no-such-package", "0.0.0", "", {})
+    with pytest.raises(RuntimeError, match=r"npm (pack .* failed: .+|is needed)"):
+        vendor_packages.vendor(package, tmp_path)
+
+
+def test_every_package_is_pinned_by_version_and_hash():
+    for package in PACKAGES:
+        assert re.fullmatch(r"\d+\.\d+\.\d+", package.version) and len(package.integrity) == 88
+
+
+def test_a_space_sends_the_headers_that_we_test_with():
+    front_matter = yaml.safe_load((PAGE / "README.md").read_text().split("---")[1])
+    assert front_matter["sdk"] == "static"
+    assert front_matter["custom_headers"] == {name.lower(): value for name, value in serve_page.HEADERS.items()}
+
+
+@needs_packages
+@needs_onnx
+def test_the_page_keeps_to_its_sizes():
+    static_page.build()
+    manifest = json.loads((PAGE / "data" / "manifest.json").read_text())
+    files = manifest["files"]
+    for file in files.values():
+        assert (PAGE / file["path"]).stat().st_size == file["bytes"]
+    large = sum(file["bytes"] for name, file in files.items() if name != "runtime")
+    code = files["runtime"]["bytes"] + sum(path.stat().st_size for path in build_page.page_files())
+    assert large <= 30 * MEGABYTE and code <= 5 * MEGABYTE
+
+
+def test_embeddings_survive_their_eight_bits():
+    embeddings = np.random.default_rng(0).standard_normal((50, 256))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    data = build_page.quantized(embeddings)
+    scales, values = np.frombuffer(data[:200], "<f4"), np.frombuffer(data[200:], np.int8).reshape(50, 256)
+    restored = scales[:, None] * values
+    restored /= np.linalg.norm(restored, axis=1, keepdims=True)
+    assert (restored * embeddings).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"resample": 2}, "resample=2"),
+        ({"do_center_crop": True}, "do_center_crop=True"),
+        ({"size": {"shortest_edge": 64}}, "size="),
+    ],
+)
+def test_a_processor_that_the_page_cannot_imitate_is_refused(changed, named):
+    settings = {
+        "resample": 3,
+        "size": {"height": 64, "width": 64},
+        "do_center_crop": False,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "rescale_factor": 1 / 255,
+    }
+    processor = SimpleNamespace(image_processor=SimpleNamespace(to_dict=lambda: settings | changed))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        build_page.image_settings(processor)
+
+
+def test_without_packages_the_build_says_what_to_do(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'space-static'); import vendor_packages, pathlib\n"
+        f"vendor_packages.STAMP = pathlib.Path({str(tmp_path)!r}) / 'none'\n"
+        "import build_page; sys.argv = ['build_page.py']; build_page.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.strip().endswith("python space-static/vendor_packages.py")
