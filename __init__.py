@@ -13,18 +13,24 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_coca import COCA_SIZES, CocaConfig
 from .configuration_mome import MOME_SIZES, MomeConfig
 from .guidance_mome import MomeGenerationConfig
+from .modeling_coca import CocaForConditionalGeneration, CocaModel
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassificationPipeline
 from .processing_mome import MomeProcessor
 
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
-    AutoConfig.register(MomeConfig.model_type, MomeConfig, exist_ok=True)
-    AutoModel.register(MomeConfig, MomeModel, exist_ok=True)
-    AutoModelForZeroShotImageClassification.register(MomeConfig, MomeModel, exist_ok=True)
-    AutoModelForImageTextToText.register(MomeConfig, MomeForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(MomeConfig, MomeProcessor, exist_ok=True)
+    for config, model, captioner in (
+        (MomeConfig, MomeModel, MomeForConditionalGeneration),
+        (CocaConfig, CocaModel, CocaForConditionalGeneration),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForZeroShotImageClassification.register(config, model, exist_ok=True)
+        AutoModelForImageTextToText.register(config, captioner, exist_ok=True)
+        AutoProcessor.register(config, MomeProcessor, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
     )
@@ -36,7 +42,11 @@ if __name__ == "mome":  # and not the name of the checkout's folder, by which py
 
 __version__ = "0.1.0"
 __all__ = [
+    "COCA_SIZES",
     "MOME_SIZES",
+    "CocaConfig",
+    "CocaForConditionalGeneration",
+    "CocaModel",
     "MomeConfig",
     "MomeForConditionalGeneration",
     "MomeGenerationConfig",

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
+from .inputs_mome import check_positions
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -356,21 +357,9 @@ class CaptionContext:
         else:
             positions = torch.arange(self.tokens, device=device) + self.past_length - self.num_image_tokens
             positions = self.text_only(positions.expand(self.batch, -1))
-        self._check_positions(positions)
+        if not torch.compiler.is_compiling():
+            check_positions(self.config, positions, int(self.past_length) - self.num_image_tokens + self.tokens)
         return positions.clamp(min=0)
-
-    def _check_positions(self, positions: torch.Tensor):
-        """Refuse a text beyond the position table; look at values only where the number of tokens allows for one."""
-        longest = self.config.max_position_embeddings
-        if torch.compiler.is_compiling() or positions.device.type == "meta":
-            return
-        if int(self.past_length) - self.num_image_tokens + self.tokens <= longest:
-            return
-        if (highest := int(positions.max())) >= longest:
-            raise ValueError(
-                f"the text has {highest + 1} tokens, max_position_embeddings is {longest}: shorten the text or ask "
-                "for fewer new tokens"
-            )
 
 
 def is_image_token(
@@ -380,6 +369,9 @@ def is_image_token(
     inputs_embeds: torch.Tensor | None,
 ) -> torch.Tensor:
     """(batch, tokens) bool: the tokens of `input_ids` that stand for the image."""
+    if not config.num_image_tokens:  # a model whose images have no places in the text
+        given = inputs_embeds if input_ids is None else input_ids
+        return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
     if input_ids is None:
         is_image = (inputs_embeds == image_embedding.to(inputs_embeds)).all(dim=-1)
     else:
@@ -452,13 +444,14 @@ def prepare_prompt(
 
     Args:
         input_ids: (batch, tokens), without image tokens.
-        attention_mask: (batch, tokens), or `None`: padding is where `pad_token_id` is.
+        attention_mask: (batch, tokens), or `None`: padding is a run of `pad_token_id` at either end.
 
     Returns:
         (batch, tokens) ids and mask, padded on the left.
     """
     if attention_mask is None:
-        attention_mask = (input_ids != config.pad_token_id).long()
+        is_text = (input_ids != config.pad_token_id).long()
+        attention_mask = is_text.cummax(dim=1).values * is_text.flip(1).cummax(dim=1).values.flip(1)
     is_eos = torch.isin(input_ids, torch.tensor(eos_token_ids, device=input_ids.device)) & attention_mask.bool()
     # [EOS] ends a text where no token follows it.
     following = attention_mask.flip(1).cumsum(dim=1).flip(1)

@@ -59,6 +59,23 @@ def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
         raise ValueError(f"input_ids holds {bad}, vocab_size is {vocabulary}: use the checkpoint's own tokenizer")
 
 
+def check_positions(config: MomeConfig, positions: torch.Tensor, tokens: int):
+    """Refuse a text beyond the position table; look at values only where the number of tokens allows for one.
+
+    Args:
+        positions: (batch, tokens) int64, those of this call.
+        tokens: of the text so far, padding included: no position can be higher.
+    """
+    longest = config.max_position_embeddings
+    if torch.compiler.is_compiling() or positions.device.type == "meta" or tokens <= longest:
+        return
+    if (highest := int(positions.max())) >= longest:
+        raise ValueError(
+            f"the text has {highest + 1} tokens, max_position_embeddings is {longest}: shorten the text or ask "
+            "for fewer new tokens"
+        )
+
+
 def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None):
     images, texts = (0 if given is None else given.shape[0] for given in (pixel_values, input_ids))
     if images != texts or not images:

@@ -428,6 +428,10 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         """See `MomeModel.get_text_features`."""
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
+    def image_pass_for_captions(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
+        """`MomeModel.image_pass`, and the keys and values of the image, which captions look at."""
+        return self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+
     @merge_with_config_defaults
     @can_return_tuple
     @accepts_cache
@@ -475,7 +479,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         if pixel_values is not None:
             image = image_outputs
             if image is None:
-                image = self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+                image = self.image_pass_for_captions(pixel_values, **kwargs)
             image_embeds = self.model.project_image(image.last_hidden_state)
         text = self.caption_pass(caption, image, **kwargs)
         logits = self.lm_head(caption.states_to_predict_from(image, text))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..configuration_mome import MomeConfig
 from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration
-from . import beit3, vlmo
+from . import beit3, coca, vlmo
 from .card import model_card
 from .operations import CAVEATS, STAND_INS, Conversion, Options, Sizes, Source, pattern_of
 from .processors import build_processor, find_tokenizer, load_tokenizer, special_token_ids
@@ -30,6 +30,8 @@ from .upcycling import routed_config, upcycle
 SOURCES: dict[str, Source] = {"beit3": beit3.SOURCE, "vlmo": vlmo.SOURCE}
 # A key that every file of a project has, to name what a file of another one is.
 SIGNATURES = {"beit3": "beit3.vision_embed.proj.weight", "vlmo": "transformer.patch_embed.proj.weight"}
+SIGNATURES["coca"] = coca.SIGNATURE
+NAMES = {"beit3": "BEiT-3", "vlmo": "VLMo", "coca": "CoCa"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGE = 2**26  # bytes from which on a progress bar is worth its lines
 
@@ -64,13 +66,13 @@ def convert(
     source, path, output = SOURCES[kind], Path(checkpoint), Path(output)
     check_output(output)
     opened = open_checkpoint(path)
-    _check_kind(kind, opened)
+    check_kind(kind, opened)
     sizes = source.measure(opened, options or Options())
     config, processor = _configure(source, sizes, path, tokenizer, with_tokenizer)
     final = routed_config(config, experts_per_group, experts_per_token) if experts_per_group is not None else config
     expected = _expected(config)
-    plan, dropped = _plan(source, sizes, opened, expected)
-    state = _assemble(plan, opened, sizes, expected)
+    plan, dropped = plan_of(source, sizes, opened, expected)
+    state = assemble(plan, opened, sizes, expected)
     if final is not config:
         state = upcycle(state, final)
     notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_on_vocabulary(source, config, with_tokenizer)]
@@ -99,11 +101,12 @@ def _on_vocabulary(source: Source, config: MomeConfig, with_tokenizer: bool) -> 
 # Before any heavy work.
 
 
-def _check_kind(kind: str, checkpoint: Checkpoint):
+def check_kind(kind: str, checkpoint: Checkpoint):
+    """Raises ConversionError if the checkpoint is of another kind, with the name of that if it is known."""
     if SIGNATURES[kind] in checkpoint:
         return
     other = next((name for name, key in SIGNATURES.items() if key in checkpoint), None)
-    found = f"is a {SOURCES[other].name} checkpoint: convert it with `{other}`" if other else "is of another kind"
+    found = f"is a {NAMES[other]} checkpoint: convert it with `{other}`" if other else "is of another kind"
     if other is None and checkpoint.shapes:
         found += f": its first key is {next(iter(checkpoint.shapes))}"
     raise ConversionError(f"checkpoint {checkpoint.path} has no {SIGNATURES[kind]}, it {found}")
@@ -143,7 +146,7 @@ class Step:
     operation: Callable | None
 
 
-def _plan(
+def plan_of(
     source: Source, sizes: Sizes, checkpoint: Checkpoint, expected: dict[str, torch.Size]
 ) -> tuple[dict[str, Step | Callable], list[str]]:
     """Target → how to make it, and what is dropped.
@@ -191,7 +194,7 @@ def _check_complete(source: Source, checkpoint: Checkpoint, plan: dict, expected
                     raise ConversionError(f"checkpoint {checkpoint.path} has no {missing[0]}: it is incomplete")
 
 
-def _assemble(
+def assemble(
     plan: dict[str, Step | Callable], checkpoint: Checkpoint, sizes: Sizes, expected: dict[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
     """The state dict, checked tensor by tensor."""
