@@ -20,7 +20,7 @@ from urllib.parse import quote
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.parquet", "*.png", "*.onnx")
@@ -48,6 +48,7 @@ class Commit:
 class Repository:
     owner: str
     private: bool
+    gated: bool = False
     commits: list[Commit] = field(default_factory=list)
     references: dict[str, str] = field(default_factory=lambda: {"main": FIRST_COMMIT})
 
@@ -71,6 +72,8 @@ class LoopbackHub:
         url: address of the endpoint.
         requests: (method, path) of every request.
         fail: (method, pattern of the path) → how many more of these are answered with status 500.
+        cut: pattern of the path → bytes after which the next download of it breaks off.
+        ranges: the parts of files that were asked for.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None):
@@ -79,10 +82,12 @@ class LoopbackHub:
         self.store: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.fail: dict[tuple[str, str], int] = {}
+        self.cut: dict[str, int] = {}
+        self.ranges: list[str] = []
         self.url = ""
 
     def __enter__(self) -> "LoopbackHub":
-        config = uvicorn.Config(self._application(), host="127.0.0.1", port=0, log_level="error")
+        config = uvicorn.Config(self._application(), host="127.0.0.1", port=0, log_level="critical")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -103,6 +108,20 @@ class LoopbackHub:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
         return {name: self.store[blob.sha256] for name, blob in self.repositories[repo_id].at(revision).files.items()}
+
+    def add(self, repo_id: str, folder: Path, private: bool = False, gated: bool = False) -> str:
+        """Commits the files of a folder to a repository, made if it isn't there; returns the commit."""
+        owner, files = repo_id.split("/")[0], {}
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            content, is_lfs = path.read_bytes(), any(fnmatch(path.name, pattern) for pattern in LFS_PATTERNS)
+            sha256 = hashlib.sha256(content).hexdigest()
+            self.store[sha256] = content
+            files[path.name] = Blob(git_oid(content), sha256, len(content), is_lfs)
+        repository = self.repositories.setdefault(repo_id, Repository(owner, private, gated))
+        oid = hashlib.sha1(f"{len(repository.commits)} {sorted(files.items())}".encode()).hexdigest()
+        repository.commits.append(Commit(oid, "files of a folder", files))
+        repository.references["main"] = oid
+        return oid
 
     def _application(self) -> Starlette:
         repo = "/api/{kind:str}s/{owner:str}/{name:str}"
@@ -192,7 +211,7 @@ class LoopbackHub:
         if repo_id in self.repositories:
             return JSONResponse({**answer, "error": "You already created this model repo"}, 409)
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-        self.repositories[repo_id] = Repository(owner, private, [Commit(FIRST_COMMIT, "initial commit", {})])
+        self.repositories[repo_id] = Repository(owner, private, commits=[Commit(FIRST_COMMIT, "initial commit", {})])
         return JSONResponse(answer)
 
     async def info(self, request: Request) -> Response:
@@ -350,6 +369,8 @@ class LoopbackHub:
         found = self._commit_of(request)
         if isinstance(found, Response):
             return found
+        if found[0].gated and self._user(request) != found[0].owner:
+            return refuse(403, "GatedRepo", "Access to this repository is restricted")
         commit, path = found[1], request.path_params["path"]
         blob = commit.files.get(path)
         if blob is None:
@@ -360,4 +381,21 @@ class LoopbackHub:
         headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Content-Disposition": f"inline; filename={quote(path)}"}
         if blob.is_lfs:
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size)}
-        return Response(self.store[blob.sha256], headers=headers, media_type="application/octet-stream")
+        return self._sent(request, self.store[blob.sha256], headers)
+
+    def _sent(self, request: Request, content: bytes, headers: dict[str, str]) -> Response:
+        """The content, or what of it is asked for; broken off where that is wanted."""
+        size, start, status = len(content), 0, 200
+        if wanted := request.headers.get("range", "").removeprefix("bytes="):
+            self.ranges.append(request.headers["range"])
+            start, status = int(wanted.split("-")[0]), 206
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        content, pattern = content[start:], next((p for p in self.cut if fnmatch(request.url.path, p)), None)
+        if request.method == "HEAD" or pattern is None:
+            return Response(content, status, headers, "application/octet-stream")
+        headers["Content-Length"], kept = str(len(content)), content[: self.cut.pop(pattern)]
+
+        async def body():
+            yield kept  # and no more, though more was promised: the server closes the connection
+
+        return StreamingResponse(body(), status, headers, "application/octet-stream")
