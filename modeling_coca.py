@@ -9,8 +9,8 @@
     input_ids ─── text encoder ─┬ [CLS] ─ norm ─ project ─────────┼──────────────── text_embeds ──┘
                                 └ words ─ decoder, which looks at ┴ ─ lm_head ─ caption logits
 
-The text encoder is causal. Embeddings need the `[CLS]` behind the text, captions don't, and no word sees it: the words'
-states, and their keys and values in a cache, are the same for both.
+The text encoder is causal. Embeddings need the `[CLS]` behind the text, captions don't, and no word sees it: the
+words' states, and their keys and values in a cache, are the same for both.
 
 **Who sees whom.** Upstream puts `[CLS]` behind 76 tokens, text and filler, and hides keys by a mask that is shifted by
 one (`correct_cls_mask=False`, all published weights): a key is hidden from everyone if the token *before* it is the

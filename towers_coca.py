@@ -363,7 +363,7 @@ class CocaDecoder(CocaPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeEncoderOutput:
-        """(rows, tokens, width) → the same; `image_key_values` are those of `keys_and_values`, one or more rows each."""
+        """(rows, tokens, width) → the same; `image_key_values` are those of `keys_and_values`."""
         for layer, (key, value) in zip(self.layers, image_key_values):
             (hidden_states,) = layer(hidden_states, attention_mask, key, value, causal=True, **{CACHE_NAME: cache})
         return CocaDecoderOutput(last_hidden_state=self.norm(hidden_states))

@@ -1,10 +1,10 @@
 """CLIP's byte-pair tokenizer as a fast one that loads without any code of ours, and cleans texts as open_clip does.
 
 - read from `tokenizer.json`, `vocab.json` with `merges.txt`, or `bpe_simple_vocab_16e6.txt.gz`, or a folder of them;
-- HTML entities are resolved, also where they are escaped twice; curly quotes, ligatures and full-width letters become
-  plain ones; white space is single; all is lower case;
-- texts are padded with `[EOS]`: the id 0 that open_clip pads with is a piece of words with `!`, which would vanish from
-  captions if it were a padding token.
+- HTML entities are resolved, also where they are escaped twice; curly quotes, ligatures and full-width letters
+  become plain ones; white space is single; all is lower case;
+- texts are padded with `[EOS]`: the id 0 that open_clip pads with is a piece of words with `!`, which would vanish
+  from captions if it were a padding token.
 
 What open_clip does beyond that is left out: repairing text that was decoded wrongly, and the rarest HTML entities.
 """
@@ -76,8 +76,8 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
         raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
     if (highest := max(vocabulary.values())) >= vocab_size:
         raise ConversionError(
-            f"tokenizer {path} has ids up to {highest}, the checkpoint {vocab_size} words: pass the tokenizer that the "
-            "checkpoint was trained with"
+            f"tokenizer {path} has ids up to {highest}, the checkpoint {vocab_size} words: pass the tokenizer that "
+            "the checkpoint was trained with"
         )
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, unk_token=end))
     tokenizer.normalizer = normalizers.Sequence(_cleaning())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CLIPImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_coca import COCA_SIZES, CocaConfig
@@ -94,9 +93,7 @@ def query_part(tensors: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
 
 
 def key_value_part(tensors: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-    """Query, key and value one below the other, or key and value in two → key and value."""
-    if len(tensors) == 2:
-        return torch.cat(tensors)
+    """Query, key and value one below the other → key and value."""
     return tensors[0][tensors[0].shape[0] // 3 :].clone()
 
 
@@ -254,13 +251,17 @@ def _check_sizes(checkpoint: Checkpoint, upstream: UpstreamConfig, config: dict)
             said = upstream.part(part).get(key)
             if said is not None and said != config[name]:
                 raise ConversionError(
-                    f"config {upstream.path} is not that of {checkpoint.path}: {part} has {key}={said}, the shapes say "
-                    f"{config[name]}"
+                    f"config {upstream.path} is not that of {checkpoint.path}: {part} has {key}={said}, the shapes "
+                    f"say {config[name]}"
                 )
 
 
-def key_map_of(checkpoint: Checkpoint) -> KeyMap:
-    return KEY_MAP | (TOGETHER if "visual.attn_pool.attn.in_proj_weight" in checkpoint else APART)
+def layout_of(checkpoint: Checkpoint) -> tuple[KeyMap, dict[str, Operation]]:
+    """Key map and operations, by how the file has the pooler's matrices."""
+    if "visual.attn_pool.attn.in_proj_weight" in checkpoint:
+        return KEY_MAP | TOGETHER, OPERATIONS
+    apart = {f"{POOLER}.key_value.weight": operations.concatenate}
+    return KEY_MAP | APART, {key: each for key, each in OPERATIONS.items() if key != f"{POOLER}.query.weight"} | apart
 
 
 # -------------------------------------------------------------------------------------------------------- processor
@@ -268,6 +269,8 @@ def key_map_of(checkpoint: Checkpoint) -> KeyMap:
 
 def build_processor(config: CocaConfig, tokenizer, upstream: UpstreamConfig | None):
     """CLIP's images: the shorter side resized, the centre cropped; without a tokenizer, images alone."""
+    from transformers import CLIPImageProcessor  # not above: without torchvision its import comes with a remark
+
     said = {} if upstream is None else upstream.preprocessing
     side = config.image_size
     images = CLIPImageProcessor(

@@ -71,7 +71,8 @@ def convert_coca(
     except ValueError as error:
         raise ConversionError(f"checkpoint {path} describes an impossible model: {error}") from error
     expected = {key: each.shape for key, each in meta_model(CocaForConditionalGeneration, made).state_dict().items()}
-    source = replace(SOURCE, key_map=coca.key_map_of(opened))
+    key_map, operations = coca.layout_of(opened)
+    source = replace(SOURCE, key_map=key_map, operations=operations)
     plan, dropped = plan_of(source, sizes, opened, expected)
     state = assemble(plan, opened, sizes, expected)
     notes = [NOT_UPSTREAM, *_guesses(made, upstream, loaded)]
@@ -160,7 +161,8 @@ SOURCE = Source(
     paper="2205.01917",
     citation="""@article{coca,
   title   = {{CoCa}: Contrastive Captioners are Image-Text Foundation Models},
-  author  = {Yu, Jiahui and Wang, Zirui and Vasudevan, Vijay and Yeung, Legg and Seyedhosseini, Mojtaba and Wu, Yonghui},
+  author  = {Yu, Jiahui and Wang, Zirui and Vasudevan, Vijay and Yeung, Legg and Seyedhosseini, Mojtaba and
+             Wu, Yonghui},
   journal = {Transactions on Machine Learning Research},
   year    = {2022}
 }""",
