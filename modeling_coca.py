@@ -501,7 +501,16 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
 
     def _place_image(self, cache: Cache | None, options: MomeGenerationConfig, kwargs: dict) -> int:
-        """There is no place for it: the prompt alone is made what a caption goes on from."""
+        """There is no place for it: it is encoded, and the prompt is made what a caption goes on from.
+
+        Raises:
+            ValueError: another number of prompts than images; classifier-free guidance.
+        """
+        if options.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={options.guidance_scale!r} compares with a caption without an image, which CoCa "
+                "can't write: use rerank_weight or contrastive_weight"
+            )
         pixel_values, ids, embeds = (kwargs.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
         prompt, mask = ids if embeds is None else embeds, kwargs.get("attention_mask")
         if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
@@ -512,6 +521,9 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             ids, mask = prepare_prompt(self.config, ids, mask, eos_token_ids(self.config, options))
             # What stands in place of padding must not look like the filler: compiled masks show padding no more.
             ids = kwargs["input_ids"] = ids.masked_fill(mask == 0, self.config.pad_token_id)
+        if pixel_values is not None and not cached_image_tokens(cache):
+            # Not left to the first forward: an assistant, and steps without a cache, have it only from here.
+            kwargs["image_outputs"] = self.image_pass_for_captions(pixel_values)
         given = ids if embeds is None else embeds[..., 0]
         kwargs["attention_mask"] = torch.ones_like(given).long() if mask is None else mask
         return 0
