@@ -15,6 +15,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_coca import COCA_SIZES, CocaConfig
 from .configuration_mome import MOME_SIZES, MomeConfig
+from .families import FAMILIES
 from .guidance_mome import MomeGenerationConfig
 from .modeling_coca import CocaForConditionalGeneration, CocaModel
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
@@ -22,15 +23,12 @@ from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassif
 from .processing_mome import MomeProcessor
 
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
-    for config, model, captioner in (
-        (MomeConfig, MomeModel, MomeForConditionalGeneration),
-        (CocaConfig, CocaModel, CocaForConditionalGeneration),
-    ):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForZeroShotImageClassification.register(config, model, exist_ok=True)
-        AutoModelForImageTextToText.register(config, captioner, exist_ok=True)
-        AutoProcessor.register(config, MomeProcessor, exist_ok=True)
+    for family in FAMILIES.values():
+        AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+        AutoModel.register(family.config, family.model, exist_ok=True)
+        AutoModelForZeroShotImageClassification.register(family.config, family.model, exist_ok=True)
+        AutoModelForImageTextToText.register(family.config, family.captioner, exist_ok=True)
+        AutoProcessor.register(family.config, MomeProcessor, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
     )

@@ -25,6 +25,11 @@ SUMMARY = (
     "A MoME model: one transformer for images and text whose feed-forward layers are experts of a modality, as in "
     "[VLMo](https://arxiv.org/abs/2111.02358) and [BEiT-3](https://arxiv.org/abs/2208.10442)."
 )
+COCA_SUMMARY = (
+    "A contrastive captioner, CoCa ([2205.01917](https://arxiv.org/abs/2205.01917)) as open_clip builds it: it embeds "
+    "images and texts in one space, and captions images."
+)
+SUMMARIES = {"mome": SUMMARY, "coca": COCA_SUMMARY}  # by `model_type`
 NOT_ASSESSED = "Not assessed beyond the figures above. The model knows what its training data shows."
 
 # Metric of `mome.evaluation` → heading of the figures' table, whose values are shares; others are listed below it.

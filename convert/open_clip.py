@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ..cards import CAPTIONS, IMAGES, Card, facts_of, text_of
+from ..cards import CAPTIONS, COCA_SUMMARY, IMAGES, Card, facts_of, text_of
 from ..configuration_coca import CocaConfig
 from ..errors import ConversionError
 from ..modeling_coca import CocaForConditionalGeneration
@@ -22,8 +22,8 @@ from .saving import check_output, meta_model, save_model, whole_folder
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 WEIGHT_FILES += ("model.safetensors", "pytorch_model.bin")
 NOT_UPSTREAM = (
-    "open_clip's own `generate()` searches with 6 beams in 3 groups and adds up logits that are not normalised: its "
-    "captions differ from those of `generate(num_beams=6)`, which adds up log-probabilities"
+    "captions of several beams are not those of open_clip's own `generate()`, which searches in 3 groups and adds up "
+    "logits that are not normalised; here, as is usual, log-probabilities are added up"
 )
 
 
@@ -181,8 +181,7 @@ License; the code beside them is MoME's, Apache-2.0.
 def _card(done: Conversion, origin: str, state: dict[str, torch.Tensor], tokenizer) -> str:
     parameters = sum(tensor.numel() for tensor in state.values())
     lines = [f"- {note[:1].upper()}{note[1:]}." for note in done.notes]
-    summary = f"A contrastive captioner, CoCa ([{SOURCE.paper}](https://arxiv.org/abs/{SOURCE.paper})) as open_clip "
-    summary += f"trains it, converted from `{origin}`: it embeds images and texts in one space, and captions images."
+    summary = f"{COCA_SUMMARY} Converted from `{origin}`."
     card = Card(
         name="CoCa",
         path=str(done.output),

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 
 
-def average(models: Sequence[MomeForConditionalGeneration], weights: Sequence[float]) -> MomeForConditionalGeneration:
+def average(models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:
     """The first model, with the weighted mean of all models' parameters and buffers.
 
     Args:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     count = len(options.checkpoints)
     weights = options.weights or [1 / count] * count
-    models = [MomeForConditionalGeneration.from_pretrained(folder) for folder in options.checkpoints]
+    models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in options.checkpoints]
     try:
         average(models, weights).save_pretrained(options.output)
     except ValueError as error:

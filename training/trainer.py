@@ -129,13 +129,13 @@ class Trainer:
             self.steps = math.ceil(recipe.epochs * len(Batches(self.rows, self.collator, self.shard, recipe.seed)))
 
     def _prepare(self):
-        recipe, accelerator, config = self.recipe, self.accelerator, self.captioner.config
+        recipe, accelerator = self.recipe, self.accelerator
         captions = bool(recipe.caption_weight)
         scale = pixel_scale(self.processor.image_processor)
         model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions, scale)
         if accelerator.distributed_type == DistributedType.FSDP:
             give_scalars_a_dimension(model)
-        optimizer = build_optimizer(model, recipe, config.num_hidden_layers, accelerator.device)
+        optimizer = build_optimizer(model, recipe, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if recipe.compile:  # Accelerate's own option is lost where a process has had another Accelerator before
             self.model.compile()
