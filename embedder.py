@@ -83,6 +83,7 @@ class Embedder:
         dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
         captions: bool = False,
+        **overrides: Any,
     ) -> "Embedder":
         """Loads a checkpoint.
 
@@ -92,6 +93,7 @@ class Embedder:
             dtype: of weights and computation; embeddings are float32 in any case.
             revision: of a model on the Hub.
             captions: load what `caption_images` needs, too.
+            **overrides: fields of the config that are to differ from the checkpoint's, such as `experts_per_token`.
 
         Raises:
             MomeError: no such checkpoint, one of another kind, or one without its processor; one line.
@@ -104,7 +106,7 @@ class Embedder:
                 raise MomeError(f"model {name!r} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
             model_class = FAMILIES[kind].captioner if captions else FAMILIES[kind].model
-            loaded = _load_quietly(model_class, name, dtype=dtype, revision=revision)
+            loaded = _load_quietly(model_class, name, dtype=dtype, revision=revision, **overrides)
         except MomeError:
             raise
         except (OSError, ValueError) as error:

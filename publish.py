@@ -30,7 +30,14 @@ from .processing_mome import MomeProcessor
 
 MODEL_CLASSES = {each.__name__: each for family in FAMILIES.values() for each in (family.captioner, family.model)}
 # What a push owns: such files of the repository that the new folder lacks are deleted.
-OWNED = ["*_mome.py", "*_coca.py", "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "preprocessor_config.json"]
+OWNED = [
+    "*_mome.py",
+    "*_coca.py",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "preprocessor_config.json",
+]
 IGNORED = [".*", "__pycache__/*"]
 # A commit can't name itself: the card loads this branch, the command prints the commit to pin.
 REVISION = "main"
@@ -175,9 +182,7 @@ def _task(checkpoint: Path) -> Task:
     return task_of(written.read_text(encoding="utf-8"), default) if written.exists() else default
 
 
-def _model_card(
-    checkpoint: Path, model: PreTrainedModel, repo_id: str, license: str, results: Path | None
-) -> str:
+def _model_card(checkpoint: Path, model: PreTrainedModel, repo_id: str, license: str, results: Path | None) -> str:
     """The checkpoint's own card, loading from the Hub and with our metadata added, or a new one."""
     figures, written = _results_of(checkpoint, results), checkpoint / "README.md"
     metadata, task = {"license": license, "language": "en"}, _task(checkpoint)

@@ -20,6 +20,7 @@ TABLES = {
     Path("docs", "results.md"): (
         "icons",
         "searches",
+        "experts a token",
         "speed",
         "speed gpu",
         "training gpu",
@@ -40,6 +41,18 @@ GUIDANCE = "test-00000-of-00001.parquet, 1500 images"
 ABLATIONS = {
     "ablation 128": "mome-icons validation, 76800 pairs",
     "ablation 256": "mome-icons validation, width 256, ",
+}
+# What is shown of `mome.experiments.icons --experts-per-token K` → heading.
+EXPERTS_A_TOKEN = {
+    "unseen set healthicons: text_to_image_r10": "healthicons, R@10 t→i",
+    "unseen set healthicons: image_to_text_r10": "i→t",
+    "unseen set freehand: text_to_image_r10": "freehand, R@10 t→i",
+    "unseen set freehand: image_to_text_r10": "i→t",
+    "image embeddings per second at batch 1": "images/s, batch 1",
+    "image embeddings per second at batch 32": "batch 32",
+    "text embeddings per second at batch 32": "texts/s, batch 32",
+    "greedy captions per second at batch 1": "captions/s, batch 1",
+    "greedy captions per second at batch 32": "batch 32",
 }
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
@@ -82,6 +95,23 @@ def searches_table(rows: Iterable[dict]) -> str:
         if any(value is not None for value in values):
             lines.append([label, *("–" if value is None else f"{100 * value:.1f} %" for value in values)])
     return _table(["", *SEARCHES.values()], lines)
+
+
+def experts_table(rows: Iterable[dict]) -> str:
+    """What the shipped weights find, and how fast, with so many experts a token."""
+    counts: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["data"].startswith(f"{SHIPPED}, ") and row["data"].endswith(" experts a token"):
+            own = counts.setdefault(row["data"].split(", ")[-1].split()[0], {})
+            own[row["metric"].removeprefix("icons, ")] = float(row["value"])
+    lines = []
+    for count, own in sorted(counts.items()):
+        cells = [
+            "–" if key not in own else f"{100 * own[key]:.1f} %" if "_r10" in key else f"{own[key]:.0f}"
+            for key in EXPERTS_A_TOKEN
+        ]
+        lines.append([count, *cells])
+    return _table(["experts a token", *EXPERTS_A_TOKEN.values()], lines)
 
 
 def device_table(rows: Iterable[dict]) -> str:
@@ -140,6 +170,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
     return {
         "icons": figures_table(icons_figures(rows, [*HEADINGS])),
         "searches": searches_table(rows),
+        "experts a token": experts_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
         "training gpu": device_table(rows),

@@ -105,10 +105,12 @@ def typical_words(tokens: Sequence[str], taken: torch.Tensor, count: int = WORDS
     return sorted(parts, key=lambda word: (-parts[word], -here[word], word))[:count]
 
 
-def draw(image: GroupRouting, patches: np.ndarray, text: GroupRouting, tokens: Sequence[str]) -> Image.Image:
-    """For each layer a row for each expert: image experts with some of their patches, text experts with words."""
+def draw(
+    image: GroupRouting, patches: np.ndarray, text: GroupRouting, tokens: Sequence[str], layers: Sequence[int]
+) -> Image.Image:
+    """Of each of `layers` a row for each expert: image experts with some of their patches, text experts with words."""
     rng, blocks = np.random.default_rng(0), []
-    for layer in range(len(image.experts)):
+    for layer in layers:
         blocks.append(Line(f"layer {layer + 1}", size=16))
         for expert in range(image.num_experts):
             taken = rng.permutation(image.tokens_of(layer, expert).numpy())[:PATCHES]
@@ -143,11 +145,15 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
     parser.add_argument("--checkpoint", required=True, help="folder or Hub repository of a routed model")
     add_pair_arguments(parser)
     parser.add_argument("--picture", type=Path, help="PNG to draw the experts' patches and words to")
+    parser.add_argument("--layers", type=int, nargs="+", help="of the picture, from 1 (default: all)")
     add_results_argument(parser)
     options = parser.parse_args(argv)
     model = AutoModel.from_pretrained(options.checkpoint).eval()
     if model.config.experts_per_group == 1:
         parser.error(f"{options.checkpoint} has one expert a modality, so nothing is routed: pass a routed model")
+    layers = options.layers or range(1, model.config.num_hidden_layers + 1)
+    if wrong := [layer for layer in layers if not 1 <= layer <= model.config.num_hidden_layers]:
+        parser.error(f"--layers {wrong[0]}: the model has layers 1 to {model.config.num_hidden_layers}")
     embedder = Embedder(model, AutoProcessor.from_pretrained(options.checkpoint), options.checkpoint)
     pairs = pairs_from(options)
     images = [read_image(pair.image, f"image {number}") for number, pair in enumerate(pairs)]
@@ -156,7 +162,7 @@ def main(argv: list[str] | None = None) -> tuple[GroupRouting, GroupRouting]:
     print(table([image, text]))
     if options.picture:
         patches = patches_of(images, model.config.patch_size, model.config.grid_size)
-        draw(image, patches, text, tokens).save(options.picture)
+        draw(image, patches, text, tokens, [layer - 1 for layer in layers]).save(options.picture)
     if options.results:
         figures = {}
         for each in (image, text):

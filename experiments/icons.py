@@ -244,6 +244,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--on", nargs="+", choices=kinds, metavar="DATA", help=f"{', '.join(kinds)} (default: all)")
     parser.add_argument("--half", choices=("test", "validation"), default="test", help="of the held-out concepts")
     parser.add_argument("--template", default="{}", help="a sentence to put the names into (default: {})")
+    parser.add_argument("--experts-per-token", type=int, metavar="K", help="of a routed model (default: its own)")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
         parser.error(f"--template {options.template!r} has no {{}} where the name goes")
@@ -251,7 +252,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     try:
         read = {*names, "unseen concepts"} if {"words", "speed"} & set(options.only) else names
         icon_measures.check_parts(options.only, files_of(options.data, [*read], options.half))
-        embedder = Embedder.load(options.checkpoint, "cpu", captions=True)
+        chosen = {} if options.experts_per_token is None else {"experts_per_token": options.experts_per_token}
+        embedder = Embedder.load(options.checkpoint, "cpu", captions=True, **chosen)
     except MomeError as error:
         raise SystemExit(f"error: {error}") from None
     figures: dict[str, float] = {}
@@ -262,6 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             print(f"{name:85s} {value:10.4g}", flush=True)
         if options.results:
             data = f"mome-icons {options.half}, {options.checkpoint.name}"
+            data += "" if not chosen else f", {options.experts_per_token} experts a token"
             append_figures(options.results, "mome.experiments.icons", data, found, "icons, ", arguments)
         figures |= found
     return figures

@@ -73,6 +73,15 @@ def test_the_command_counts_every_token_and_draws(checkpoint, data, tmp_path):
     drawn = np.asarray(Image.open(picture))
     assert drawn.shape[0] > 2 * 4 * 32 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 100
     assert results.read_text().count("share of an expert") == 4
+    main([*arguments, "--layers", "2"])
+    one = np.asarray(Image.open(picture))
+    assert 0.4 < one.shape[0] / drawn.shape[0] < 0.6
+
+
+def test_a_layer_that_is_not_there_is_refused(checkpoint, data, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(checkpoint), "--data", str(data), "--layers", "3"])
+    assert "--layers 3: the model has layers 1 to 2" in capsys.readouterr().err
 
 
 def test_a_model_without_a_choice_is_refused(data, tmp_path, capsys):

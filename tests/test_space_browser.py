@@ -87,7 +87,10 @@ def visit(browser, space):
 
 
 def upload(page: Page, component: str, files: str | list[str]):
-    """Puts files into a component and waits until it shows them."""
+    """Puts files into a component, in place of what it holds, and waits until it shows them."""
+    clear = page.locator(f"#{component}").get_by_role("button", name="Clear")
+    if clear.is_visible():
+        clear.click()
     page.set_input_files(f"#{component} input[type=file]", files)
     expect(page.locator(f"#{component} img").first).to_be_visible(timeout=TIMEOUT)
 
@@ -168,11 +171,18 @@ def test_classification_draws_a_bar_for_every_label(visit, pictures):
 def test_routing_colours_patches_and_the_slider_moves_through_the_layers(visit, space, pictures):
     visit.open("Routing")
     page = visit.page
+    results, words = (
+        page.locator("#routing-results"),
+        page.locator("#routing-caption textarea, #routing-caption input"),
+    )
+    expect(results.locator(".mome-patches rect")).to_have_count(16, timeout=TIMEOUT)  # before anything is uploaded
+    expect(words).to_have_value("an icon of a circus tent")
+    expect(results.locator(".mome-explained")).to_contain_text(re.compile(r"(mostly|all|the most) to image \d"))
+    page.locator("#routing-try").get_by_role("row").nth(2).click()
+    expect(words).to_have_value("an icon of a typewriter", timeout=TIMEOUT)
     upload(page, "routing-picture", pictures[0])
-    page.locator("#routing-caption textarea, #routing-caption input").fill("a red dot")
-    page.get_by_role("button", name="Show the experts").click()
-    results = page.locator("#routing-results")
-    expect(results.locator(".mome-patches rect")).to_have_count(16, timeout=TIMEOUT)
+    words.fill("a red dot")
+    words.press("Enter")
     expect(results.get_by_role("list", name="Tokens of the caption").locator("li")).to_have_count(5)
     first = results.locator(".mome-patches").get_attribute("aria-label")
     assert first.startswith("Layer 1")
@@ -190,9 +200,6 @@ def test_a_broken_picture_is_an_error_that_a_visitor_understands(visit, tmp_path
     broken = tmp_path / "broken.png"
     broken.write_bytes(write_picture(tmp_path / "whole.png", side=300).read_bytes()[:5000])
     visit.page.set_input_files("#classify-picture input[type=file]", [])
-    clear = visit.page.locator("#classify-picture").get_by_role("button", name="Clear")
-    if clear.is_visible():
-        clear.click()
     upload(visit.page, "classify-picture", str(broken))
     visit.page.get_by_role("button", name="Classify", exact=True).click()
     expect(visit.page.get_by_test_id("toast-body")).to_contain_text("broken or cut off", timeout=TIMEOUT)

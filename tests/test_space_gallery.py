@@ -16,9 +16,11 @@ import pytest
 import torch
 import yaml
 from gradio_client import Client, handle_file
+from PIL import Image
 
 from mome_space import zero_gpu
-from mome_space.engine import HUB_CHECKPOINT, Engine, checkpoint_source, load_checkpoint
+from mome_space.engine import HUB_CHECKPOINT, Engine, RoutedTokens, checkpoint_source, load_checkpoint
+from mome_space.explained import EDGE, GROUND, INSIDE, explain, patch_kinds, shared_information
 from mome_space.gallery import GALLERY_FILE, Embeddings, Gallery, Index
 from mome_space.routing import HARD, Routing
 from mome_space.search import Search
@@ -129,6 +131,41 @@ def test_routing_of_a_dense_model_says_that_the_modality_alone_decides(tmp_path)
     assert "image 2" not in shown and ">image 1<" not in shown
     with pytest.raises(gr.Error):
         routing.render(routed, 3)
+
+
+def test_patches_are_told_apart_as_ground_edges_and_insides():
+    picture = Image.new("RGB", (80, 80), (250, 250, 250))
+    picture.paste((20, 20, 200), (20, 20, 60, 60))  # of 4 × 4 patches, the four in the middle
+    picture.paste((20, 20, 200), (10, 0, 11, 80))  # a thin line through the first column
+    kinds = patch_kinds(picture, 4).reshape(4, 4)
+    assert (kinds[1:3, 1:3] == INSIDE).all() and (kinds[:, 0] == EDGE).all() and (kinds[[0, 3], 1:] == GROUND).all()
+    dark = Image.eval(picture, lambda value: 255 - value)
+    assert (patch_kinds(dark, 4).reshape(4, 4) == kinds).all()
+    assert (patch_kinds(Image.new("RGB", (9, 9), "red"), 4) == GROUND).all()
+
+
+def test_a_line_says_who_takes_what_and_where_it_is_clearest():
+    kinds = np.array([GROUND, GROUND, GROUND, EDGE, EDGE, INSIDE])
+    #         [CLS], then the patches: the first layer tells nothing apart, the second all kinds but one patch
+    experts = np.array([[0, 1, 1, 1, 1, 1, 1], [0, 2, 2, 0, 1, 1, 3]])[..., None]
+    image = RoutedTokens("image", list("cabcdef"), experts, np.ones(experts.shape))
+    text = RoutedTokens(
+        "text", ["[BOS]", "a", "tent", "a"], np.array([[2, 0, 3, 0], [2, 1, 1, 1]])[..., None], np.ones((2, 4, 1))
+    )
+    told = explain(image, text, kinds, 0, lambda group, expert: f"{group} {expert + 1}")
+    assert told[0] == (
+        "Plain ground: all to image 2 (3 of 3 patches); edges and lines: all to image 2 (2 of 2 patches); "
+        "plain insides: all to image 2 (1 of 1 patches)."
+    )
+    assert told[1:] == [
+        "The experts tell these kinds of patch apart best in layer 2.",
+        "Text 1 takes “a”; text 4 takes “tent”.",
+    ]
+    told = explain(image, text, kinds, 1, lambda group, expert: f"{group} {expert + 1}")
+    assert told[0].startswith("Plain ground: mostly to image 3 (2 of 3 patches); edges and lines: all to image 2")
+    assert told[1].endswith("best in this layer.") and told[2] == "Text 2 takes “a”, “tent”."
+    assert shared_information(kinds, experts[0, 1:, 0]) == pytest.approx(0, abs=1e-9)
+    assert shared_information(kinds[:4], np.array([0, 0, 1, 1])) == pytest.approx(0.311278, abs=1e-5)
 
 
 def test_data_is_escaped_where_it_is_shown(tmp_path):

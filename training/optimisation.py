@@ -53,7 +53,7 @@ def _is_reached(name: str, recipe: Recipe) -> bool:
 
 
 def depth_of(name: str, num_layers: int) -> int:
-    """0 for embeddings, 1 … num_layers for the layers, num_layers + 1 for everything above them, a decoder included."""
+    """0 for embeddings, 1 … num_layers for the layers, num_layers + 1 for all above them, a decoder included."""
     if layer := re.search(r"encoder\.layers\.(\d+)\.", name):
         return int(layer.group(1)) + 1
     return 0 if re.search(r"(image|text)_embedding\.|position_bias", name) else num_layers + 1
@@ -61,7 +61,7 @@ def depth_of(name: str, num_layers: int) -> int:
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """AdamW's groups: a learning rate per depth (layer-wise decay); no weight decay for vectors and positions."""
-    num_layers = max(depth_of(name, 0) for name, _ in model.named_parameters())  # of the deepest encoder
+    num_layers = max(depth_of(name, 0) for name, _ in model.named_parameters())  # of the encoder, the deeper of two
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

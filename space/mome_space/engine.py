@@ -91,7 +91,7 @@ class Engine:
     """A captioner and its processor, safe to use from several threads.
 
     Args:
-        model: `MomeForConditionalGeneration`, in eval mode.
+        model: `MomeForConditionalGeneration` or `CocaForConditionalGeneration`, in eval mode.
         processor: its `MomeProcessor`.
     """
 
@@ -203,11 +203,11 @@ class Engine:
         with self._tokenizing:
             tokenizer = self.processor.tokenizer
             words = [tokenizer.decode([id]).strip() or tokenizer.convert_ids_to_tokens(id) for id in ids]
-        image, text = self._experts(self._routed_pass(inputs), self.config.num_image_tokens, len(ids))
         patches = [
             f"row {index // self.config.grid_size + 1}, column {index % self.config.grid_size + 1}"
             for index in range(self.config.grid_size**2)
         ]
+        image, text = self._experts(self._routed_pass(inputs), 1 + len(patches), len(ids))
         return RoutedTokens("image", ["[CLS]", *patches], *image), RoutedTokens("text", words, *text)
 
     def _routed_pass(self, inputs: dict[str, torch.Tensor]) -> Any:

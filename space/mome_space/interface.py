@@ -72,8 +72,8 @@ def build_demo(
                 caption_tab(engine, EXAMPLES)
             with gr.Tab("Classify", id="classify"):
                 classify_tab(engine, EXAMPLES)
-            with gr.Tab("Routing", id="routing"):
-                routing_tab(engine, index, EXAMPLES)
+            with gr.Tab("Routing", id="routing") as routing:
+                routing_tab(routing, engine, index, EXAMPLES)
             with gr.Tab("About", id="about"):
                 _about()
     demo.queue(max_size=limits.QUEUE, api_open=False, default_concurrency_limit=limits.QUICK_REQUESTS)

@@ -9,6 +9,7 @@ import numpy as np
 
 from . import markup
 from .engine import Engine, RoutedTokens
+from .explained import explain, patch_kinds
 from .gallery import Index
 from .limits import QUICK_REQUESTS, SESSION_SECONDS, TEXT_CHARACTERS, checked_number, checked_text
 from .style import expert_colour, picture_input
@@ -19,7 +20,7 @@ EMPTY = "Choose a picture to see which expert takes which of its patches."
 LEARNED = (
     "Every layer holds several feed-forward experts for picture patches and several others for words, and a learned "
     "router sends each patch and each word to the {k} it fits best. Move the slider to see who takes what in each "
-    "layer, and how evenly the work is shared."
+    "layer, and how evenly the work is shared. Nobody told the experts what to look for."
 )
 HARD = (
     "This checkpoint has one feed-forward expert for picture patches and one for words in every layer, so that the "
@@ -30,10 +31,19 @@ PICTURE_SIDE = 320
 
 @dataclass
 class Routed:
-    """A picture, its caption and where their tokens went: what the slider moves through."""
+    """A picture, its caption and where their tokens went: what the slider moves through.
+
+    Attributes:
+        picture: as a data URI.
+        caption: the visitor's, or the model's.
+        kinds: of the patches, see `patch_kinds`.
+        image: experts of `[CLS]` and the patches.
+        text: experts of the caption's tokens.
+    """
 
     picture: str
     caption: str
+    kinds: np.ndarray
     image: RoutedTokens
     text: RoutedTokens
 
@@ -58,13 +68,17 @@ class Routing:
         picture = self.engine.rgb(read_picture(upload))
         caption = caption or self.generate([picture], candidates=1)[0][0][0]
         shown = markup.thumbnail(picture, (PICTURE_SIDE, PICTURE_SIDE))  # squeezed to a square, as the model sees it
-        return Routed(shown, caption, *self.route(picture, caption))
+        return Routed(shown, caption, patch_kinds(picture, self.grid), *self.route(picture, caption))
 
     # What the page calls.
 
     def show(self, upload, caption, layer) -> tuple[Routed, str]:
         routed = self.routed(upload, caption)
         return routed, self.render(routed, layer)
+
+    def open(self, routed: Routed | None, upload, caption, layer) -> tuple:
+        """When the tab is opened: what stands there by default, unless something has been shown already."""
+        return (gr.skip(), gr.skip()) if routed is not None or upload is None else self.show(upload, caption, layer)
 
     def show_layer(self, routed: Routed | None, layer) -> str:
         return markup.nothing(EMPTY) if routed is None else self.render(routed, layer)
@@ -97,11 +111,18 @@ class Routing:
         )
         return (
             f'<div class="mome"><p class="mome-status" role="status">Layer {layer + 1} of {last}</p>'
+            f"{self._explained(routed, layer)}"
             f'<div class="mome-routing">{self._patches(routed, layer)}'
             f'<div class="mome-experts"><h3>Caption</h3>{self._tokens(routed.text, layer)}'
             f"<h3>Balance in this layer</h3>{balance}"
             f"<h3>All layers</h3>{self._layers(routed, layer)}</div></div></div>"
         )
+
+    def _explained(self, routed: Routed, layer: int) -> str:
+        if self.engine.experts == 1:
+            return ""
+        sentences = explain(routed.image, routed.text, routed.kinds, layer, self._name)
+        return f'<p class="mome-explained">{"<br>".join(map(markup.escape, sentences))}</p>'
 
     def _colour(self, group: str, expert: int) -> str:
         return expert_colour(expert + (self.engine.experts if group == "text" else 0))
@@ -185,16 +206,33 @@ class Routing:
         return f'<div class="mome-layers">{"".join(cells)}</div>'
 
 
-def routing_tab(engine: Engine, index: Index, examples: list[Path]):
-    """The tab's components and events; to be called within `gr.Blocks`."""
+def sentence_for(example: Path) -> str:
+    """ "1-circus-tent.png" → "an icon of a circus tent", "2-headphones.png" → "an icon of headphones" """
+    name = example.stem.split("-", 1)[-1].replace("-", " ")
+    article = "" if name.endswith("s") else "an " if name[:1] in "aeiou" else "a "
+    return f"an icon of {article}{name}"
+
+
+def routing_tab(tab: gr.Tab, engine: Engine, index: Index, examples: list[Path]):
+    """The tab's components and events; to be called within `gr.Blocks`.
+
+    Args:
+        tab: that opens with the first example.
+        engine: who routes.
+        index: whose embeddings know how the whole gallery was routed.
+        examples: pictures to try, each with a sentence; `sentence_for` makes it of the file's name.
+    """
     routing, layers = Routing(engine, index), engine.config.num_hidden_layers
     explained = HARD if engine.experts == 1 else LEARNED.format(k=engine.config.experts_per_token)
     gr.Markdown(explained, elem_classes="mome-note")
     state = gr.State(None, time_to_live=SESSION_SECONDS)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
-            picture = picture_input("Picture", "The picture whose patches are shown", "routing-picture")
+            picture = picture_input(
+                "Picture", "The picture whose patches are shown", "routing-picture", value=examples[0]
+            )
             caption = gr.Textbox(
+                sentence_for(examples[0]),
                 label="Caption",
                 info="Left empty, the model writes one.",
                 max_length=TEXT_CHARACTERS,
@@ -202,7 +240,10 @@ def routing_tab(engine: Engine, index: Index, examples: list[Path]):
             )
             button = gr.Button("Show the experts", variant="primary", elem_id="routing-button")
             tried = gr.Examples(
-                [[str(each)] for each in examples], [picture], label="Try a picture", elem_id="routing-try"
+                [[str(each), sentence_for(each)] for each in examples],
+                [picture, caption],
+                label="Try a picture and a sentence",
+                elem_id="routing-try",
             )
         with gr.Column(scale=2, min_width=320):
             layer = gr.Slider(1, layers, 1, step=1, label="Layer", elem_id="routing-layer")
@@ -210,6 +251,8 @@ def routing_tab(engine: Engine, index: Index, examples: list[Path]):
     quick = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": QUICK_REQUESTS}
     shown = {"inputs": [picture, caption, layer], "outputs": [state, results], "api_visibility": "private", **quick}
     button.click(routing.show, **shown, show_progress_on=results)
+    caption.submit(routing.show, **shown, show_progress_on=results)
+    tab.select(routing.open, **{**shown, "inputs": [state, picture, caption, layer]}, show_progress_on=results)
     tried.load_input_event.then(routing.show, **shown, show_progress_on=results)
     layer.change(
         routing.show_layer,

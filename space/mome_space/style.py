@@ -45,9 +45,10 @@ def theme() -> gr.themes.Base:
     )
 
 
-def picture_input(label: str, alt_text: str, elem_id: str, height: int = 220) -> gr.Image:
+def picture_input(label: str, alt_text: str, elem_id: str, height: int = 220, value: Path | None = None) -> gr.Image:
     """Where a visitor drops one picture. Its events set `preprocess=False`, and `uploads.read_picture` opens it."""
     return gr.Image(
+        None if value is None else str(value),
         label=label,
         type="filepath",
         image_mode=None,
