@@ -384,34 +384,15 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
                 position table, an id beyond the vocabulary, images of a wrong size.
         """
         options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-        if image_tokens_in_input:
-            raise ValueError("image_tokens_in_input=True: CoCa has no places for an image in input_ids, leave it out")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
-        if labels is not None:
-            check_labels(labels, input_ids, pixel_values)
-            use_cache = False
-        if input_ids is not None:
-            check_vocabulary(input_ids, self.model.vocabulary)
+        self._check(input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input)
+        use_cache = use_cache and labels is None
         if use_cache and cache is None:
             cache = MomeCache(self.config)
         position_ids = self._positions(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         image, key_values = self._image(pixel_values, image_outputs, cache, **kwargs)
-        rows, images = position_ids.shape[0], key_values[0][0].shape[0]
-        if not images or rows % images:
-            raise ValueError(f"{images} images and {rows} texts: pass one text for each image")
-
-        words = self.get_input_embeddings()
-        embeds = words(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states = self.model.text_embedding(embeds, position_ids)
-        is_filler = self._is_filler(input_ids, inputs_embeds)
-        text_mask, mask = self._masks(hidden_states, attention_mask, is_filler, cache)
-        text = self.model.text_encoder(hidden_states, text_mask, causal=True, cache=cache, return_dict=True, **kwargs)
-        caption = self.decoder(text.last_hidden_state, key_values, mask, cache=cache, return_dict=True, **kwargs)
-        if cache is not None:
-            cache.image_key_values, cache.num_image_tokens = key_values, key_values[0][0].shape[2]
-        states = caption.last_hidden_state
-        keep = logits_to_keep
+        words = input_ids, inputs_embeds, position_ids, attention_mask
+        text, caption = self.caption_pass(*words, key_values, cache, **kwargs)
+        states, keep = caption.last_hidden_state, logits_to_keep
         logits = self.lm_head(states[:, -keep:] if isinstance(keep, int) else states[:, keep])
         image_embeds = None if image is None else self.model.project_image(image.last_hidden_state)
         losses = {}
@@ -426,6 +407,41 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             image_embeds=image_embeds,
             **losses,
         )
+
+    def _check(self, input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input: bool | None):
+        if image_tokens_in_input:
+            raise ValueError("image_tokens_in_input=True: CoCa has no places for an image in input_ids, leave it out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
+        if labels is not None:
+            check_labels(labels, input_ids, pixel_values)
+        if input_ids is not None:
+            check_vocabulary(input_ids, self.model.vocabulary)
+
+    def caption_pass(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        key_values: tuple[KeyValues, ...],
+        cache: Cache | None,
+        **kwargs,
+    ) -> tuple[MomeEncoderOutput, MomeEncoderOutput]:
+        """Words and an image → states of the text encoder and of the decoder, (rows, tokens, width) each."""
+        rows, images = position_ids.shape[0], key_values[0][0].shape[0]
+        if not images or rows % images:
+            raise ValueError(f"{images} images and {rows} texts: pass one text for each image")
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.model.text_embedding(embeds, position_ids)
+        is_filler = self._is_filler(input_ids, inputs_embeds)
+        text_mask, mask = self._masks(hidden_states, attention_mask, is_filler, cache)
+        kwargs = {**kwargs, "cache": cache, "return_dict": True}
+        text = self.model.text_encoder(hidden_states, text_mask, causal=True, **kwargs)
+        caption = self.decoder(text.last_hidden_state, key_values, mask, **kwargs)
+        if cache is not None:
+            cache.image_key_values, cache.num_image_tokens = key_values, key_values[0][0].shape[2]
+        return text, caption
 
     def _image(
         self, pixel_values, image_outputs, cache: Cache | None, **kwargs

@@ -85,9 +85,8 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     ends = [(start, vocabulary[start]), (end, vocabulary[end])]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
-    # In the alphabet of bytes, Ġ is a space.
-    spaces = decoders.Replace(END_OF_WORD, "Ġ")
-    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteLevel(), decoders.Strip(" ", 0, 1)])
+    # In the alphabet of bytes, Ġ is a space. The one behind the last word stays, as in open_clip.
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(END_OF_WORD, "Ġ"), decoders.ByteLevel()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=start,
