@@ -65,6 +65,8 @@ from .towers_coca import (
     CocaPreTrainedModel,
     CocaTextEmbedding,
     KeyValues,
+    all_states,
+    asked_for,
 )
 
 
@@ -106,9 +108,10 @@ class CocaModel(CocaPreTrainedModel):
     def image_pass(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
         """pixel_values (images, channels, height, width) → states of the pooler's queries (images, queries, width)."""
         check_pixel_values(self.config, pixel_values)
-        outputs = self.image_encoder(self.image_embedding(pixel_values), return_dict=True, **kwargs)
+        hidden_states = self.image_embedding(pixel_values)
+        outputs = self.image_encoder(hidden_states, return_dict=True, **all_states(kwargs))
         outputs["last_hidden_state"] = self.image_pooler(outputs.last_hidden_state)
-        return outputs
+        return _selected(outputs, kwargs)
 
     def project_image(self, states: torch.Tensor) -> torch.Tensor:
         """States of an image pass (images, queries, width) → (images, projection_dim), L2-normalised."""
@@ -128,13 +131,13 @@ class CocaModel(CocaPreTrainedModel):
         seen = ~self.hidden_keys(is_filler)[:, None, None, :]
         seen = seen & seen.new_ones(seen.shape[-1], seen.shape[-1]).tril()  # (texts, 1, tokens, tokens)
         mask = additive_mask(seen, hidden_states.dtype)
-        outputs = self.text_encoder(hidden_states, mask, return_dict=True, **kwargs)
+        outputs = self.text_encoder(hidden_states, mask, return_dict=True, **all_states(kwargs))
         states = outputs.last_hidden_state
         words = states[:, :tokens]
         if order is not None:  # back to where the caller has them
             words = words.gather(1, order.argsort(dim=1)[..., None].expand(-1, -1, words.shape[-1]))
         outputs["last_hidden_state"] = torch.cat([words, states[:, -1:]], dim=1)
-        return outputs
+        return _selected(outputs, kwargs)
 
     def project_text(self, states: torch.Tensor) -> torch.Tensor:
         """States of a text pass (texts, tokens + 1, width) → (texts, projection_dim), L2-normalised."""
@@ -183,7 +186,8 @@ class CocaModel(CocaPreTrainedModel):
             ValueError: wrong number of dimensions, channels or pixels.
         """
         outputs = self.image_pass(pixel_values, **kwargs)
-        return _features(outputs, self.project_image(outputs.last_hidden_state))
+        states = outputs.last_hidden_state
+        return _features(outputs, states, self.project_image(states))
 
     @can_return_tuple
     def get_text_features(
@@ -199,14 +203,15 @@ class CocaModel(CocaPreTrainedModel):
             attention_mask: (texts, tokens), 0 where padding. Without it, texts are padded on the right.
 
         Returns:
-            `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens + 1, width),
-            `[CLS]` last; `hidden_states` without padding on the left and with one more filler token, if there is room.
+            `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width) of the
+            words; `hidden_states` of the encoder: padding on the right, a filler token more if there is room, `[CLS]`.
 
         Raises:
             ValueError: no text, an id beyond the vocabulary, or a text longer than the position table.
         """
         outputs = self.text_pass(input_ids, attention_mask, **kwargs)
-        return _features(outputs, self.project_text(outputs.last_hidden_state))
+        states = outputs.last_hidden_state
+        return _features(outputs, states[:, :-1], self.project_text(states))
 
     @can_return_tuple
     def forward(
@@ -269,9 +274,15 @@ class CocaModel(CocaPreTrainedModel):
         return self.get_input_embeddings().weight.shape[0] if self.looks_at_values else None
 
 
-def _features(outputs: MomeEncoderOutput, pooler_output: torch.Tensor) -> MomeFeatures:
+def _selected(outputs: MomeEncoderOutput, options: dict) -> MomeEncoderOutput:
+    if outputs.hidden_states is not None:
+        outputs["hidden_states"] = asked_for(outputs.hidden_states, options)
+    return outputs
+
+
+def _features(outputs: MomeEncoderOutput, states: torch.Tensor, pooler_output: torch.Tensor) -> MomeFeatures:
     return MomeFeatures(
-        last_hidden_state=outputs.last_hidden_state,
+        last_hidden_state=states,
         pooler_output=pooler_output,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
@@ -401,7 +412,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         return CocaCaptionOutput(
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},
-            hidden_states=text.hidden_states and text.hidden_states + caption.hidden_states[1:],
+            hidden_states=asked_for(text.hidden_states and text.hidden_states + caption.hidden_states[1:], kwargs),
             attentions=text.attentions and text.attentions + caption.attentions,
             cross_attentions=caption.cross_attentions,
             image_embeds=image_embeds,
@@ -436,7 +447,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         hidden_states = self.model.text_embedding(embeds, position_ids)
         is_filler = self._is_filler(input_ids, inputs_embeds)
         text_mask, mask = self._masks(hidden_states, attention_mask, is_filler, cache)
-        kwargs = {**kwargs, "cache": cache, "return_dict": True}
+        kwargs = {**all_states(kwargs), "cache": cache, "return_dict": True}
         text = self.model.text_encoder(hidden_states, text_mask, causal=True, **kwargs)
         caption = self.decoder(text.last_hidden_state, key_values, mask, **kwargs)
         if cache is not None:

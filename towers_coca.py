@@ -29,7 +29,26 @@ from .kernels_mome import MomeLinear
 from .loading_mome import MomeCompleteLoading
 from .outputs_mome import MomeEncoderOutput
 
+# transformers lets a model choose its attention if its file says `ALL_ATTENTION_FUNCTIONS.get_interface(`: the call is
+# in attention_mome.py.
+
 KeyValues = tuple[torch.Tensor, torch.Tensor]
+
+
+def all_states(options: dict) -> dict:
+    """Options of a pass that ask for all hidden states where the caller asks for some, see `asked_for`."""
+    wanted = options.get("output_hidden_states")
+    return options if wanted is None or isinstance(wanted, bool) else {**options, "output_hidden_states": True}
+
+
+def asked_for(states: tuple[torch.Tensor, ...] | None, options: dict) -> tuple[torch.Tensor | None, ...] | None:
+    """Hidden states with `None` for those that `output_hidden_states=[…]` leaves out; indices may be negative."""
+    wanted = options.get("output_hidden_states")
+    if states is None or wanted is None or isinstance(wanted, bool):
+        return states
+    count, wanted = len(states), [wanted] if isinstance(wanted, int) else wanted
+    kept = {index % count for index in wanted if -count <= index < count}
+    return tuple(each if index in kept else None for index, each in enumerate(states))
 
 
 @dataclass
@@ -377,4 +396,6 @@ __all__ = [
     "CocaPreTrainedModel",
     "CocaTextEmbedding",
     "KeyValues",
+    "all_states",
+    "asked_for",
 ]

@@ -38,6 +38,9 @@ from .routing_mome import MomeRouter
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
 
+# transformers lets a model choose its attention if its file says `ALL_ATTENTION_FUNCTIONS.get_interface(`: the call is
+# in attention_mome.py.
+
 # Up to so many experts of a group, a GPU takes all of them as one product. On an H200 with 4 experts: 1.8 times the
 # pairs a second of `eager` in training, 0.8 times the images in a pass without gradients.
 FEW_EXPERTS_ON_CUDA = 8
