@@ -19,6 +19,7 @@ from transformers import pipeline as stock_pipeline
 
 import mome
 import reference
+from loopback_hub import LoopbackHub
 from models import coca_batch, tiny_coca
 from mome import cli
 from mome.benchmarks.layouts import coca_config, coca_shapes, random_state
@@ -233,6 +234,35 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(case, tmp_path,
     captured = capsys.readouterr().err
     assert REFUSALS[case].format(folder=tmp_path) in captured and captured.count("\n") == 1, captured
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_repository_of_the_hub_is_converted_and_published_and_loads_elsewhere(tmp_path):
+    sizes = {**GOLDEN, "vocab": 560, "texts": 16}
+    write_upstream(tmp_path / "upstream", sizes, name="open_clip_pytorch_model.bin")
+    save_clip_tokenizer(tmp_path / "upstream")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    with LoopbackHub({"right": "ada"}) as hub:
+        hub.add("laion/coca", tmp_path / "upstream")
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "HF_TOKEN": "right"}
+
+        def python(*arguments, package: bool = True) -> subprocess.CompletedProcess:
+            own = {name: value for name, value in environment.items() if package or name != "PYTHONPATH"}
+            command = [sys.executable, *map(str, arguments)]
+            return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True)
+
+        output = tmp_path / "coca"
+        convert = "-m", "mome.convert", "coca", "--output", output, "--checkpoint"
+        done = python(*convert, "laion/nothing")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and not output.exists(), done.stderr
+        assert "laion/nothing is neither a folder nor a repository on the Hub that you can read" in done.stderr
+        done = python(*convert, "laion/coca")
+        assert done.returncode == 0, done.stderr
+        assert "`laion/coca`" in (output / "README.md").read_text()
+        done = python("-m", "mome.publish", output, "--repo-id", "ada/coca")
+        assert done.returncode == 0, done.stderr
+        done = python("-c", REMOTE, "ada/coca", tmp_path / "again", tmp_path / "red.png", package=False)
+        assert done.returncode == 0, done.stderr
+        assert "generated_text" in done.stdout and "blue dog" in done.stdout
 
 
 class Runs:
