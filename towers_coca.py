@@ -239,8 +239,12 @@ class CocaDecoderLayer(CocaLayer):
         self.cross_feed_forward = CocaFeedForward(config, width, intermediate_size)
 
     def keys_and_values(self, image_states: torch.Tensor) -> KeyValues:
-        """(images, queries but the first, width) → 2 × (images, heads, the same, head_dim)"""
-        return self.cross_attention.keys_and_values(self.image_norm(image_states))
+        """(images, queries but the first, width) → 2 × (images, heads, the same, head_dim), each head in one piece.
+
+        Every step of a caption reads all of it.
+        """
+        key, value = self.cross_attention.keys_and_values(self.image_norm(image_states))
+        return key.contiguous(), value.contiguous()
 
     def forward(
         self,
