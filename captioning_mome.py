@@ -5,6 +5,7 @@
   back;
 - `additive_mask`: a mask as numbers;
 - `extend_mask`: the rows and columns of the `[MASK]` tokens of the masked caption objective;
+- `start_captions`: `[BOS]` before captions, for models whose texts have none;
 - `prepare_prompt`: a prompt as `generate()` wants it: image tokens, padding on the left, no `[EOS]`.
 
 `input_ids` comes in three layouts (P padding, I image token, w text), the cache in the same order:
@@ -23,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
-from .inputs_mome import check_positions
+from .inputs_mome import check_positions, check_text_positions, text_mask
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -42,7 +43,8 @@ class MomeCacheLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (batch, heads, tokens, head_dim) and return all keys and values so far."""
-        if key_states.requires_grad:  # a buffer that is written to again has no gradient
+        # A buffer that is written to again has no gradient, and a graph can't ask where in memory a tensor lies.
+        if key_states.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -82,6 +84,21 @@ class MomeCache(DynamicCache):
         self.layers = [MomeCacheLayer() for _ in range(config.num_hidden_layers)]
         self.num_image_tokens = 0
 
+    @classmethod
+    def holding(cls, config: MomeConfig, key_values: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> "MomeCache":
+        """A cache that has seen an image and what came after it.
+
+        Args:
+            key_values: per layer, keys and values (batch, heads, tokens, head_dim), those of the image first, as
+                `image_pass(…, return_key_values=True)` gives them.
+        """
+        cache = cls(config)
+        for layer, (keys, values) in zip(cache.layers, key_values, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        cache.num_image_tokens = config.num_image_tokens
+        return cache
+
 
 def cached_image_tokens(cache: Cache | None) -> int:
     """Image tokens that a cache holds: none if it was reset for another call, whatever it says."""
@@ -99,12 +116,14 @@ class CaptionInputs:
         input_ids: (batch, tokens) int64.
         inputs_embeds: (batch, tokens, width), in place of `input_ids`.
         pixel_values: (images, channels, image_size, image_size); each image may serve `batch / images` rows.
-        attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out.
+        attention_mask: (batch, tokens seen so far), 0 where padding; image tokens may be left out. `None`: padding is
+            where `pad_token_id` stands at either end, in a call without a cache.
         position_ids: (batch, tokens), counting image tokens if `input_ids` or the cache holds them.
         cache: what earlier calls have seen, the image included; callers may say `past_key_values`.
         logits_to_keep: logits of the last so many tokens only, or of these positions; 0: all.
-        image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; when compiled nobody can look,
-            `None` is `False`, and image tokens must come first, before any padding.
+        image_tokens_in_input: whether `input_ids` holds the image tokens. `None`: look; a graph can't, so that `None`
+            is `False` when compiled, with an error if there are image tokens after all, and in an export, without.
+            When compiled, image tokens must come first, before any padding.
         image_tokens: of each image; fewer than `num_image_tokens` where patches were left out. `None`: all.
     """
 
@@ -168,6 +187,8 @@ class CaptionContext:
             raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
         if torch.compiler.is_compiling():  # a graph can't branch on ids
             self.placed = bool(inputs.image_tokens_in_input)
+            if inputs.image_tokens_in_input is None and not torch.compiler.is_exporting():
+                self._refuse_image_tokens_later(image_embedding, inputs)
         elif inputs.image_tokens_in_input is not False:
             is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
             self.placed, self.order = _locate_image(self.config, is_image, inputs.attention_mask)
@@ -176,6 +197,14 @@ class CaptionContext:
                 f"input_ids holds the image tokens, but image_outputs has {self.image_tokens} of {whole}: leave them "
                 "out of input_ids"
             )
+
+    def _refuse_image_tokens_later(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
+        """In a compiled graph that takes all tokens for text: an error when it runs, if they aren't."""
+        first = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
+        is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
+        is_run = is_image.sum(dim=1) >= min(self.config.num_image_tokens, first.shape[1])
+        problem = "compiled without a look at input_ids, which hold image tokens: pass image_tokens_in_input=True"
+        torch._assert_async(~is_run.any(), problem)
 
     @property
     def _last_logits(self) -> int:
@@ -292,7 +321,9 @@ class CaptionContext:
         else:
             row = self.order[:, self.image_tokens :]
         # The last token that is no padding tells where in the cache position 0 of the text lies.
-        last = self.position_ids.argmax(dim=1, keepdim=True)
+        mask = self.text_mask()
+        counted = self.position_ids if mask is None else mask.long().cumsum(dim=1)
+        last = counted.argmax(dim=1, keepdim=True)
         start = self.past_length + row.gather(1, last) - self.position_ids.gather(1, last)
         return torch.arange(keys, device=start.device) - start
 
@@ -351,6 +382,8 @@ class CaptionContext:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
             positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
+            if self.attention_mask is None or self.attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
+                check_text_positions(positions, self.text_mask(), counted)
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:
             positions = self.attention_mask.long().cumsum(dim=1)[:, -self.tokens :] - 1 - self.num_image_tokens
             positions = self.text_only(positions)
@@ -428,38 +461,92 @@ def extend_mask(mask: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:
         (batch, 1, rows + num_mask_tokens, keys + num_mask_tokens)
     """
     hidden, seen = (False, True) if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min, 0.0)
-    itself = torch.full((num_mask_tokens, num_mask_tokens), hidden, dtype=mask.dtype, device=mask.device)
-    itself = itself.fill_diagonal_(seen).expand(*mask.shape[:2], -1, -1)
+    number = torch.arange(num_mask_tokens, device=mask.device)
+    itself = torch.full((), hidden, dtype=mask.dtype, device=mask.device)
+    itself = itself.masked_fill(number[:, None] == number, seen).expand(*mask.shape[:2], -1, -1)
     rows = F.pad(mask, (0, num_mask_tokens), value=hidden)
     return torch.cat([rows, torch.cat([mask[:, :, -num_mask_tokens:], itself], dim=3)], dim=2)
 
 
+def start_captions(
+    config: MomeConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Puts `[BOS]` before captions of a model whose texts begin without (`text_start_token`); others stay as they are.
+
+        a cat [EOS] P  →  [BOS] a cat [EOS] P             P a cat  →  P [BOS] a cat
+
+    Args:
+        input_ids, attention_mask, labels: (batch, tokens); a row that begins with `[BOS]` or with the image gets
+            padding in its place.
+
+    Returns:
+        The same, (batch, 1 + tokens).
+    """
+    if config.text_start_token:
+        return input_ids, attention_mask, labels
+    if not input_ids.shape[1]:  # the tokenizer has made nothing of an empty prompt
+        start = input_ids.new_full((len(input_ids), 1), config.bos_token_id)
+        return start, torch.ones_like(start), labels
+    attention_mask = text_mask(config, input_ids, attention_mask)
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    first = attention_mask.argmax(dim=1, keepdim=True)
+    token = input_ids.gather(1, first)
+    missing = (token != config.bos_token_id) & (token != config.image_token_id)
+    # Shifted by one, the place of the first token is that before it.
+    ids, mask = F.pad(input_ids, (1, 0), value=config.pad_token_id), F.pad(attention_mask, (1, 0))
+    ids = ids.scatter(1, first, torch.where(missing, config.bos_token_id, ids.gather(1, first)))
+    mask = mask.scatter(1, first, torch.where(missing, 1, mask.gather(1, first)))
+    return ids, mask, None if labels is None else F.pad(labels, (1, 0), value=-100)
+
+
 def prepare_prompt(
-    config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos_token_ids: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    config: MomeConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    eos_token_ids: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Turn the text of a prompt into what a caption goes on from.
 
     Tokenizers end a text with `[EOS]` and pad it on the right; a caption goes on from the last word. A prompt of
-    which nothing is left becomes `[BOS]`.
+    which nothing is left becomes `[BOS]`. The width stays, so that a caption starts behind as many columns as its
+    prompt has.
 
     Args:
         input_ids: (batch, tokens), without image tokens.
-        attention_mask: (batch, tokens), or `None`: padding is a run of `pad_token_id` at either end.
+        attention_mask: (batch, tokens), or `None`, see `text_mask`.
+        position_ids: (batch, tokens), or `None`.
 
     Returns:
-        (batch, tokens) ids and mask, padded on the left.
+        (batch, tokens) ids, mask and positions, padded on the left.
     """
     if attention_mask is None:
-        is_text = (input_ids != config.pad_token_id).long()
-        attention_mask = is_text.cummax(dim=1).values * is_text.flip(1).cummax(dim=1).values.flip(1)
-    is_eos = torch.isin(input_ids, torch.tensor(eos_token_ids, device=input_ids.device)) & attention_mask.bool()
+        attention_mask = text_mask(config, input_ids, None)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        attention_mask = attention_mask * (input_ids != config.pad_token_id).any(dim=1, keepdim=True)
+    ends = torch.tensor(eos_token_ids, dtype=torch.long, device=input_ids.device)
+    is_eos = torch.isin(input_ids, ends) & attention_mask.bool()
     # [EOS] ends a text where no token follows it.
     following = attention_mask.flip(1).cumsum(dim=1).flip(1)
     attention_mask = attention_mask.masked_fill(is_eos & (following == 1), 0)
+    width = input_ids.shape[1]
+    started, mask, _ = start_captions(config, input_ids, attention_mask)
+    if bool((mask.sum(dim=1) > attention_mask.sum(dim=1)).any()):
+        if position_ids is not None:
+            raise ValueError("position_ids for a prompt without [BOS], which is put before it: leave position_ids out")
+        input_ids, attention_mask = started, mask
     order = attention_mask.long().argsort(dim=1, stable=True)
-    width = max(int(attention_mask.sum(dim=1).max()), 1)
-    input_ids, attention_mask = (each.gather(1, order)[:, -width:] for each in (input_ids, attention_mask))
+    input_ids, attention_mask = (each.gather(1, order) for each in (input_ids, attention_mask))
+    if not attention_mask[:, :-width].any():  # [BOS] has the place of an [EOS]
+        input_ids, attention_mask = input_ids[:, -width:], attention_mask[:, -width:]
+    input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
     nothing_left = attention_mask.sum(dim=1) == 0
     input_ids[nothing_left, -1] = config.bos_token_id
     attention_mask[nothing_left, -1] = 1
-    return input_ids, attention_mask
+    if position_ids is not None:
+        position_ids = position_ids.gather(1, order)
+        position_ids[nothing_left, -1] = 0
+    return input_ids, attention_mask, position_ids

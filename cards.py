@@ -187,8 +187,9 @@ def snippet(path: str, task: Task, revision: str | None = None) -> str:
         'outputs = model(**processor(text=["a cat", "a dog"], images=["image.png"], return_tensors="pt"))',
         "print(outputs.logits_per_image.softmax(dim=1), outputs.image_embeds.shape)",
         "",
-        f'classify = pipeline("{EMBEDDINGS}", model=path, **options)',
-        'print(classify("image.png", candidate_labels=["a cat", "a dog"], hypothesis_template="{}"))',
+        # Not transformers' own task, which drops the transparency of images.
+        'classify = pipeline("open-vocabulary-image-classification", model=path, **options)',
+        'print(classify("image.png", candidate_labels=["a cat", "a dog"]))',
     ]
     if task == CAPTIONS:
         lines += [

@@ -3,18 +3,23 @@
     mome embed pictures/ --output table.parquet
     mome search table.parquet "red bicycle" --top-k 20 --sheet hits.html
     mome search table.parquet --image bicycle.jpg --where license=CC0-1.0 --json
-    mome caption a.jpg b.jpg
+    mome caption a.jpg b.jpg pictures/
     mome classify a.jpg --labels "bicycle,car,tree"
 
-`python -m mome` is the same. Errors are one line; exit status 1 for what failed, 2 for a wrong command line, 130 for
-an interruption. `caption` and `classify` need only the base install, the others name the extra that they need.
+`python -m mome` is the same. Results alone are on stdout, all else is on stderr. Errors are one line; exit status 1
+for what failed, 2 for a wrong command line, 130 for an interruption, 141 when nobody reads the results any more.
+`caption` and `classify` need only the base install, the others name the extra that they need.
 """
 
+import contextlib
 import functools
 import json
+import logging as standard_logging
+import os
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,22 +28,37 @@ from transformers import Pipeline, pipeline
 from transformers.utils import logging
 
 from . import __version__
-from .errors import first_line, missing_package
+from .commands import explain
+from .data.images import images_below
+from .errors import first_line
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "mome-icons"
 
-app = typer.Typer(name="mome", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+RESUMABLE = {"embed": "; run the same command again to resume"}
+HUB_ID = r"[A-Za-z0-9_][\w.-]*/[\w.-]+"
+
+app = typer.Typer(
+    name="mome",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose frames break long lines, and need more than ASCII
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or Hub id of a checkpoint. Default: the one for icons.")
 ]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many to show.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Files = Annotated[
+    list[str], typer.Argument(help="Images: files, folders or URLs. After --, names may begin with a dash.")
+]
 
 
 def _show_version(wanted: bool):
     if wanted:
-        typer.echo(f"mome {__version__}")
+        print(f"mome {__version__}")
         raise typer.Exit()
 
 
@@ -58,14 +78,13 @@ def in_one_line(command: Callable) -> Callable:
     def run(*arguments, **options):
         try:
             return command(*arguments, **options)
-        except KeyboardInterrupt:
-            typer.echo("mome: interrupted; run the same command again to resume", err=True)
-            raise typer.Exit(130) from None
-        except ModuleNotFoundError as error:
-            typer.echo(f"mome: {missing_package(error, 'retrieval')}", err=True)
-            raise typer.Exit(1) from None
+        except (KeyboardInterrupt, BrokenPipeError, ModuleNotFoundError) as error:
+            status = explain("mome", error, RESUMABLE.get(command.__name__, ""))
+            if status is None:
+                raise
+            raise typer.Exit(status) from None
         except (ValueError, OSError) as error:
-            typer.echo(f"mome: {first_line(error)}", err=True)
+            print(f"mome: {first_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
 
     return run
@@ -75,9 +94,14 @@ def checkpoint(model: str | None) -> str:
     """The model that was asked for, or the one in a clone of the project.
 
     Raises:
-        ValueError: none was asked for, and an installed package has no weights.
+        ValueError: it can be neither a folder nor an id of the Hub; or none was asked for, and an installed package
+            has no weights.
     """
     if model is not None:
+        if Path(model).is_file():
+            raise ValueError(f"model {model!r} is a file: name the folder of the checkpoint")
+        if not re.fullmatch(HUB_ID, model) and not Path(model).is_dir():
+            raise ValueError(f"model {model!r}: no such folder, and an id of the Hub is OWNER/NAME")
         return model
     if (DEFAULT_MODEL / "config.json").exists():
         return str(DEFAULT_MODEL)
@@ -102,10 +126,10 @@ def embed(
     streaming: Annotated[bool, typer.Option("--streaming", help="Do not copy the data set to the disk.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads. Default: one for each core, up to 8.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Embed everything anew.")] = False,
     daft: Annotated[str | None, typer.Option(help="native or ray: embed with the workers of Daft.")] = None,
 ):
-    """Embed a corpus into a table. Run the same command again to resume."""
+    """Embed a corpus into a table. Run the same command again to resume, or when the corpus has changed."""
     options = {
         "split": split,
         "modalities": modality or None,
@@ -125,7 +149,7 @@ def embed(
         from .retrieval.embed_daft import embed_with_daft
 
         report = embed_with_daft(source, output, checkpoint(model), runner=daft, max_concurrency=workers, **options)
-    typer.echo(str(report))
+    print(str(report))
 
 
 @app.command()
@@ -167,14 +191,14 @@ def search(
     searcher = Searcher.open(opened, model or _model_of(opened), index)
     hits = searcher.search(**given, top_k=top_k, where=conditions, modality=modality)
     if as_json:
-        typer.echo(json.dumps([hit.as_dict() for hit in hits], default=str, ensure_ascii=False, indent=1))
+        print(_json([hit.as_dict() for hit in hits], default=str, indent=1))
     else:
         for hit in hits:
-            typer.echo(f"{hit.score:.3f}  {hit.modality}  {hit.id}" + (f"  {hit.text}" if hit.text else ""))
+            print(_line(f"{hit.score:.3f}  {hit.modality}  {hit.id}" + (f"  {hit.text}" if hit.text else "")))
     if open_sheet and sheet is None:
         sheet = Path(tempfile.mkdtemp(prefix="mome-")) / "hits.html"
     if sheet is not None:
-        typer.echo(f"sheet: {write_sheet(hits, sheet, next(iter(given.values())))}", err=True)
+        print(f"sheet: {write_sheet(hits, sheet, next(iter(given.values())))}", file=sys.stderr)
     if open_sheet:
         typer.launch(str(sheet))
 
@@ -192,48 +216,102 @@ def _model_of(table: Any) -> str:
 
 def _read_all(task: str, files: list[str], model: str | None, **options) -> Iterable[tuple[str, list[dict]]]:
     """Each file with a pipeline's answer; unreadable files are named, and make the command fail."""
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a file that can't be read is reported below
-    try:
+    files, failed = list(_expanded(files)), False
+    with _quiet_pipeline():
         run = _load(task, checkpoint(model))
-        answers = run(list(files), on_error="skip", **options)
-    finally:
-        logging.set_verbosity(verbosity)
-    failed = False
-    for file, answer in zip(files, answers):
-        if reason := answer[0].get("error"):
-            typer.echo(f"mome: {reason}", err=True)
-            failed = True
-        else:
-            yield file, answer
+        # A generator, so that each answer comes as soon as it is there.
+        for file, answer in zip(files, run((file for file in files), on_error="skip", **options)):
+            if reason := answer[0].get("error"):
+                print(f"mome: {reason}", file=sys.stderr)
+                failed = True
+            else:
+                yield file, answer
     if failed:
         raise typer.Exit(1)
 
 
+def _expanded(files: list[str]) -> Iterator[str]:
+    """The files, with the images in and below a folder in its place; each once.
+
+    Raises:
+        ValueError: there is no image in a folder.
+    """
+    seen = set()
+    for name in files:
+        found = images_below(Path(name)) if os.path.isdir(name) else [name]
+        if not found:
+            raise ValueError(f"no image in folder {name!r}: PNG, JPEG, WebP, GIF and the like are read")
+        for file in found:
+            if file not in seen:
+                seen.add(file)
+                yield file
+
+
+@contextlib.contextmanager
+def _quiet_pipeline() -> Iterator[None]:
+    """No progress bars, and bad files told once, by us; other warnings of the pipeline are told."""
+    bars = logging.is_progress_bar_enabled()
+    logger = standard_logging.getLogger("mome.pipeline_mome")
+
+    def told_elsewhere(record: standard_logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("skipped ")
+
+    logging.disable_progress_bar()
+    logger.addFilter(told_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(told_elsewhere)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _load(task: str, model: str) -> Pipeline:
-    """The pipeline of a checkpoint; an error names the checkpoint, which those of transformers do not always."""
+    """The pipeline of a checkpoint; an error names the checkpoint, which those of transformers do not always.
+
+    What transformers warns of while it loads is not told unless TRANSFORMERS_VERBOSITY asks for it.
+    """
+    verbosity = logging.get_verbosity()
+    if not os.environ.get("TRANSFORMERS_VERBOSITY"):
+        logging.set_verbosity_error()
     try:
         return pipeline(task, model=model)
     except (ValueError, OSError) as error:
         reason = first_line(error)
         raise ValueError(reason if model in reason else f"model {model!r} can't be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _show(results: Iterable[tuple[str, list[dict]]], key: str, as_json: bool):
     for file, answers in results:
         if as_json:
             found = [{key: answer[key], "score": answer["score"]} for answer in answers]
-            typer.echo(json.dumps({"file": file, "results": found}, ensure_ascii=False))
+            print(_json({"file": file, "results": found}))
         else:
             for answer in answers:
-                typer.echo(f"{file}: {answer[key]}  ({answer['score']:.3f})")
+                print(_line(f"{file}: {answer[key]}  ({answer['score']:.3f})"))
+
+
+def _json(value: Any, **options) -> str:
+    """JSON in the characters of stdout's encoding; all others are escaped as JSON has it."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, **options)
+    return text
+
+
+def _line(text: str) -> str:
+    """The text as one line: what would break it or steer the terminal, in a file's name or a text, is escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 @app.command()
 @in_one_line
 def caption(
-    files: Annotated[list[str], typer.Argument(help="Images: files or URLs.")],
+    files: Files,
     model: Model = None,
     num_captions: Annotated[
         int | None, typer.Option("--num-captions", "-n", min=1, help="Captions of each image.")
@@ -253,7 +331,7 @@ def caption(
 @app.command()
 @in_one_line
 def classify(
-    files: Annotated[list[str], typer.Argument(help="Images: files or URLs.")],
+    files: Files,
     labels: Annotated[str, typer.Option("--labels", "-l", help="Labels to choose from, separated by commas.")],
     model: Model = None,
     template: Annotated[list[str] | None, typer.Option(help='Such as "a photo of a {}"; may be repeated.')] = None,

@@ -79,9 +79,9 @@ class CocaConfig(MomePublishedConfig, PreTrainedConfig):
         logit_scale_init_value: start value of the log of the inverse temperature (CLIP: ln(1/0.07)).
         contrastive_loss_weight, caption_loss_weight: weights of the two parts of the joint loss (2205.01917: 1 and 2).
         use_cache: keep keys and values while generating.
-        bos_token_id, eos_token_id: special tokens of the text.
+        bos_token_id, eos_token_id: special tokens of the text; several may end it.
         pad_token_id: what tokenizer and `generate()` fill a batch with. The model looks at the mask, not at the id,
-            and tells padding from text without a mask only at the end of a text.
+            and tells padding from text without a mask only at the ends of a text.
         filler_token_id: what stands behind a text in the model, as in open_clip's training. In CLIP's vocabulary the
             id is also a piece of words with `!`, and as such hides the token behind it, as it does upstream.
         tie_word_embeddings: share the matrix of the caption head with the word embedding; no published model does.
@@ -97,6 +97,10 @@ class CocaConfig(MomePublishedConfig, PreTrainedConfig):
     experts_per_group: ClassVar[int] = 1
     num_image_tokens: ClassVar[int] = 0
     image_token_id: ClassVar[None] = None
+    token_groups: ClassVar[tuple[str, ...]] = ("image", "text")
+    text_start_token: ClassVar[bool] = True
+    fixed_text_length: ClassVar[bool] = False
+    contrastive_objective: ClassVar[str] = "softmax"
 
     vocab_size: int = 49408
     image_size: int = 224
@@ -127,7 +131,7 @@ class CocaConfig(MomePublishedConfig, PreTrainedConfig):
     caption_loss_weight: float | int = 2.0
     use_cache: bool = True
     bos_token_id: int = 49406
-    eos_token_id: int = 49407
+    eos_token_id: int | list[int] | None = 49407
     pad_token_id: int = 49407
     filler_token_id: int = 0
     tie_word_embeddings: bool = False

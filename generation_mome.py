@@ -15,13 +15,16 @@ from transformers.utils import logging
 from .captioning_mome import MomeCache, cached_image_tokens, is_image_token, prepare_prompt
 from .compatibility_mome import CACHE_NAME, take_cache
 from .guidance_mome import CaptionGuidance, ClassifierFreeGuidance, MomeGenerationConfig, eos_token_ids
-from .inputs_mome import check_pixel_values
+from .inputs_mome import check_pixel_values, check_position_ids
 
 logger = logging.get_logger(__name__)
 
 
 class MomeGenerationMixin(GenerationMixin):
     """`generate()` of `MomeForConditionalGeneration`."""
+
+    # Whether a draft model that transformers calls sees the image as well.
+    drafts_see_image = False
 
     def adjust_generation_fn(self, *args, **kwargs):
         """transformers reads `generation_config.json` into its own class."""
@@ -34,8 +37,9 @@ class MomeGenerationMixin(GenerationMixin):
     ):
         """Captions, through `GenerationMixin.generate` with all its options and those of `MomeGenerationConfig`.
 
-        Without a prompt a caption starts from `[BOS]`. A prompt may be what the tokenizer returns: `[EOS]` at its end
-        is dropped, padding moves to the left. The image is encoded once for all beams, candidates and guidance.
+        Without a prompt a caption starts from `[BOS]`. A prompt may be what the tokenizer returns: padding moves to
+        the left, and so does `[EOS]` at its end, as padding; what is generated starts behind as many columns as the
+        prompt has. The image is encoded once for all beams, candidates and guidance.
 
         Args:
             inputs: (batch, tokens) prompt; the same as `input_ids`.
@@ -52,13 +56,16 @@ class MomeGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: another number of prompts than images, or a prompt that fills the position table; guidance
-                without what it needs. A caption that reaches the table's end stops there.
+                without what it needs; a draft model for an image, which it would not see; `position_ids` that start
+                again within a row. A caption that reaches the table's end stops there.
         """
         cache = take_cache(kwargs)
         has_image = kwargs.get("pixel_values") is not None or cached_image_tokens(cache) > 0
         options, kwargs = self._merge_options(generation_config, self._with_prompt(inputs, kwargs))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
+        if has_image:
+            self._check_drafts(options, kwargs)
         added = self._place_image(cache, options, kwargs) if has_image else 0
         self._bound_lengths(has_image, added, options, kwargs)
         guidance = CaptionGuidance(self, options, has_image, kwargs)
@@ -94,17 +101,28 @@ class MomeGenerationMixin(GenerationMixin):
             setattr(options, key, value)
         return options, options.update(**asked)
 
+    def _check_drafts(self, options: MomeGenerationConfig, kwargs: dict):
+        """transformers hands the ids to a draft model, but no image: no draft would be accepted."""
+        for name in (
+            ("assistant_early_exit",) if self.drafts_see_image else ("assistant_model", "assistant_early_exit")
+        ):
+            if kwargs.get(name) is not None or getattr(options, name, None) is not None:
+                raise ValueError(
+                    f"{name} drafts captions without seeing the image: leave it out, or pass prompt_lookup_num_tokens"
+                )
+
     def _place_image(self, cache: Cache | None, options: MomeGenerationConfig, kwargs: dict) -> int:
         """Puts the image tokens in front of a prompt without them; returns how many ids were added."""
         config, tokens = self.config, self.config.num_image_tokens
-        names = ("pixel_values", "input_ids", "inputs_embeds", "attention_mask")
-        pixel_values, input_ids, embeds, mask = (kwargs.get(name) for name in names)
+        names = ("pixel_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        pixel_values, input_ids, embeds, mask, positions = (kwargs.get(name) for name in names)
         kwargs["image_tokens_in_input"] = True
         prompt = input_ids if embeds is None else embeds
         if pixel_values is not None and prompt.shape[0] != pixel_values.shape[0]:
             raise ValueError(
                 f"{pixel_values.shape[0]} images and {prompt.shape[0]} prompts: pass one prompt for each image"
             )
+        positions = None if positions is None else check_position_ids(positions, prompt).expand(prompt.shape[0], -1)
         image_embedding = self.get_input_embeddings().weight[config.image_token_id]
         if is_image_token(config, image_embedding, input_ids if embeds is None else None, embeds).any():
             return 0
@@ -112,8 +130,12 @@ class MomeGenerationMixin(GenerationMixin):
             image = image_embedding.to(embeds).expand(embeds.shape[0], tokens, -1)
             kwargs["inputs_embeds"] = torch.cat([image, embeds], dim=1)
         elif cache is None or not int(cache.get_seq_length()):
-            input_ids, mask = prepare_prompt(config, input_ids, mask, eos_token_ids(config, options))
-        mask = torch.ones_like(prompt[..., 0] if embeds is not None else input_ids).long() if mask is None else mask
+            prompt = input_ids, mask, positions
+            input_ids, mask, positions = prepare_prompt(config, *prompt, eos_token_ids(config, options))
+        if positions is not None:  # those of the image, then the text's behind them
+            image = torch.arange(tokens, device=positions.device).expand(positions.shape[0], -1)
+            kwargs["position_ids"] = torch.cat([image, positions + tokens], dim=1)
+        mask = torch.ones_like(embeds[..., 0] if embeds is not None else input_ids).long() if mask is None else mask
         kwargs["attention_mask"] = F.pad(mask, (tokens, 0), value=1)
         if input_ids is None:  # the ids of generated tokens alone come back
             return 0
@@ -125,7 +147,10 @@ class MomeGenerationMixin(GenerationMixin):
         longest = self.config.max_position_embeddings
         ids = 0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
         embeds = kwargs.get("inputs_embeds")
-        prompt = (ids if embeds is None else embeds.shape[1]) - (self.config.num_image_tokens if has_image else 0)
+        prompt, mask = ids if embeds is None else embeds.shape[1], kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:  # padding has no positions
+            prompt = int(mask.sum(dim=1).max())
+        prompt -= self.config.num_image_tokens if has_image else 0
         room = longest - prompt
         if room < 1:
             raise ValueError(

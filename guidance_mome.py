@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput
 
 from .captioning_mome import is_image_token
 from .configuration_mome import MomeConfig, did_you_mean
+from .inputs_mome import text_tokens
 
 GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
     "none": {"guidance_scale": 1.0, "contrastive_weight": 0.0, "rerank_weight": 0.0},
@@ -205,9 +206,19 @@ class CaptionPrompt:
 
 def embed_captions(captioner, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(captions, tokens) `[BOS] words [EOS]` → (captions, projection_dim) float32; an `[EOS]` too many is left out."""
+    ids, mask = text_tokens(captioner.config, ids, mask)
+    if mask is None:  # of fixed length
+        return captioner.get_text_features(ids).pooler_output.float()
     longest = captioner.config.max_position_embeddings
     embeds = captioner.get_text_features(ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
     return embeds.float()
+
+
+def closing_token_id(config: MomeConfig, eos_token_ids: list[int]) -> int | None:
+    """What closes a text that is embedded: the model's `[EOS]`, its first one, or that of the options; or nothing."""
+    own = config.eos_token_id
+    own = own[0] if isinstance(own, (list, tuple)) and own else own
+    return own if isinstance(own, int) else next(iter(eos_token_ids), None)
 
 
 # ------------------------------------------------------------------------------------------------ step by step
@@ -260,9 +271,11 @@ class ContrastiveGuidance(LogitsProcessor):
         candidates = likeliest.indices.reshape(-1, 1)
         ids = torch.cat([ids.repeat_interleave(k, dim=0), candidates], dim=1)
         mask = F.pad(mask.repeat_interleave(k, dim=0), (0, 1), value=1)
-        ends = torch.isin(candidates, torch.tensor(self.eos_token_ids, device=ids.device))
-        ids = F.pad(ids, (0, 1), value=self.captioner.config.eos_token_id)
-        mask = torch.cat([mask, (~ends).long()], dim=1)
+        ends = torch.isin(candidates, torch.tensor(self.eos_token_ids, dtype=torch.long, device=ids.device))
+        closing = closing_token_id(self.captioner.config, self.eos_token_ids)
+        if closing is not None:
+            ids = F.pad(ids, (0, 1), value=closing)
+            mask = torch.cat([mask, (~ends).long()], dim=1)
         text_embeds = embed_captions(self.captioner, ids, mask).view(rows, k, -1)
         image_embeds = self.image_embeds.repeat_interleave(rows // self.image_embeds.shape[0], dim=0)
         cosines = (text_embeds @ image_embeds[:, :, None]).squeeze(2)
@@ -287,7 +300,7 @@ class CaptionCandidates:
         self, captioner, prompt: CaptionPrompt, sequences: torch.Tensor, eos_token_ids: list[int], pad_token_id: int
     ):
         new = sequences[:, prompt.length :]
-        is_eos = torch.isin(new, torch.tensor(eos_token_ids, device=new.device))
+        is_eos = torch.isin(new, torch.tensor(eos_token_ids, dtype=torch.long, device=new.device))
         ended = is_eos.any(dim=1, keepdim=True)
         behind_eos = is_eos.long().cumsum(dim=1) - is_eos.long() > 0
         # Without [EOS], a caption that another criterion stopped has padding up to the longest of the batch.
@@ -296,10 +309,12 @@ class CaptionCandidates:
         self.is_caption = ~torch.where(ended, behind_eos, behind_last)
         lengths = self.is_caption.sum(dim=1, keepdim=True)
         closed = F.pad(new, (0, 1), value=pad_token_id)
-        closing = torch.where(ended, closed.gather(1, lengths), captioner.config.eos_token_id)
+        closing = closing_token_id(captioner.config, eos_token_ids)
+        added = (~ended).long() * (closing is not None)
+        closing = torch.where(ended, closed.gather(1, lengths), pad_token_id if closing is None else closing)
         closed = closed.scatter(1, lengths, closing)
         position = torch.arange(closed.shape[1], device=closed.device)
-        self.ids, self.mask = prompt.followed_by(closed, position < lengths + (~ended).long())
+        self.ids, self.mask = prompt.followed_by(closed, position < lengths + added)
 
     def cosines(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """image_embeds (images, projection_dim), L2-normalised → (candidates,) cosines of image and caption."""
@@ -338,9 +353,11 @@ class CaptionCandidates:
 
 
 def eos_token_ids(config: MomeConfig, options: GenerationConfig) -> list[int]:
-    """The ids that end a caption: those of the options, or else the model's."""
+    """The ids that end a caption: those of the options, or else the model's; none where neither names one."""
     eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
-    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    if isinstance(eos, torch.Tensor):
+        eos = eos.flatten().tolist()
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
 
 
 class CaptionGuidance:

@@ -1,7 +1,16 @@
-"""What is refused before any heavy work, each in one line that names the value; and where tokens stand."""
+"""What is refused before any heavy work, each in one line that names the value; pictures in any collection; and where
+tokens stand.
+"""
 
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from .configuration_mome import MomeConfig
 
@@ -41,12 +50,26 @@ def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int
     """A text of its own: not empty, not longer than the position table, and within the vocabulary."""
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1")
-    if input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} tokens, max_position_embeddings is "
-            f"{config.max_position_embeddings}: shorten the text or tokenize it with truncation=True"
-        )
+    if not config.fixed_text_length:  # else `text_tokens` counts, which leaves out padding
+        _check_length(input_ids.shape[1], config.max_position_embeddings)
     check_vocabulary(input_ids, vocabulary)
+
+
+def _check_length(tokens: int, longest: int):
+    if tokens > longest:
+        raise ValueError(
+            f"input_ids has {tokens} tokens, max_position_embeddings is {longest}: shorten the text, or let the "
+            "checkpoint's processor cut it"
+        )
+
+
+def check_no_other_inputs(options: dict):
+    """Inputs that other models take and the text pass would leave out without a word."""
+    for name in ("position_ids", "inputs_embeds", "head_mask", "token_type_ids"):
+        given = options.get(name)
+        if given is None or name == "token_type_ids" and not bool(given.any()):  # zeros: one kind of text, as here
+            continue
+        raise ValueError(f"{name} changes nothing in the text pass: leave it out, a row of input_ids is one text")
 
 
 def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
@@ -76,6 +99,34 @@ def check_positions(config: MomeConfig, positions: torch.Tensor, tokens: int):
         )
 
 
+def check_text_positions(positions: torch.Tensor, mask: torch.Tensor | None, counted: int = 0):
+    """Refuse rows that hold several texts, which would see each other, and positions that leave out the image.
+
+    Args:
+        positions: (batch, tokens) int64, the caller's, less what is counted before a text.
+        mask: (batch, tokens), 0 where padding; `None`: no padding.
+        counted: tokens of the image that the caller's positions count.
+    """
+    if torch.compiler.is_compiling() or positions.device.type == "meta":
+        return
+    if positions.shape[1] == 1 and positions.device.type != "cpu":  # a step of decoding must not wait for a device
+        return
+    is_text = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.bool()
+    if bool((is_text & (positions < 0)).any()):
+        found = int(positions[is_text].min()) + counted
+        if not counted:
+            raise ValueError(f"position_ids holds {found}: the text starts at 0")
+        raise ValueError(
+            f"position_ids holds {found}, but the {counted} tokens of the image come before the text: count them, the "
+            f"text starts at {counted}"
+        )
+    if bool((is_text[:, 1:] & is_text[:, :-1] & (positions.diff(dim=1) <= 0)).any()):
+        raise ValueError(
+            "position_ids start again within a row: texts packed in a row would see each other, pass a row for "
+            "each or a 4D attention_mask"
+        )
+
+
 def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None):
     images, texts = (0 if given is None else given.shape[0] for given in (pixel_values, input_ids))
     if images != texts or not images:
@@ -94,9 +145,92 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_val
     check_pairs(pixel_values, input_ids)
 
 
-def image_places(kept_patches: torch.Tensor) -> torch.Tensor:
-    """Places of patches in the grid (images, kept) → of tokens in the image (images, 1 + kept), `[CLS]` first."""
-    return F.pad(kept_patches + 1, (1, 0))
+def check_position_ids(position_ids: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """`position_ids` (batch or 1, tokens) for a prompt (batch, tokens, …), as they are."""
+    batch, tokens = prompt.shape[:2]
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, expected one for each token of the prompt: "
+            f"{(batch, tokens)}"
+        )
+    return position_ids
+
+
+def check_number_of_labels(num_items: int | torch.Tensor | None):
+    if num_items is None or torch.compiler.is_compiling():
+        return
+    if not (torch.as_tensor(num_items).device.type == "meta" or bool((torch.as_tensor(num_items) > 0).all())):
+        raise ValueError(
+            "num_items_in_batch=0: all labels are -100, so no caption is learnt; to learn embeddings alone train a "
+            "MomeModel with return_loss=True"
+        )
+
+
+def image_places(config: MomeConfig, kept_patches: torch.Tensor) -> torch.Tensor:
+    """Places of patches in the grid (images, kept) → of tokens in the image, `[CLS]` first if there is one."""
+    return F.pad(kept_patches + 1, (1, 0)) if config.image_cls_token else kept_patches
+
+
+def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Where a text has words: the caller's mask, or else all but the padding at its ends.
+
+        [PAD] [BOS] a cat [EOS] [PAD]  →  0 1 1 1 1 0
+
+    `pad_token_id` inside a text is a token like others. A tokenizer that pads with its `[EOS]` or `[BOS]` has one of
+    them at the end of each text that is none. A row of nothing but padding counts as a text.
+
+    Args:
+        input_ids: (texts, tokens) int64.
+        attention_mask: (texts, tokens), or `None`.
+
+    Returns:
+        (texts, tokens) int64, 0 where padding; `None` without any, unless the call is traced.
+    """
+    if attention_mask is not None:
+        return attention_mask
+    is_pad = input_ids == config.pad_token_id
+    traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
+    if not traced and not is_pad.any():
+        return None
+    before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
+    if config.pad_token_id == config.bos_token_id:
+        before = before * F.pad(before[:, 1:], (0, 1))
+    ends = config.eos_token_id
+    if config.pad_token_id in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        behind = behind * F.pad(behind[:, :-1], (1, 0))
+    return 1 - torch.maximum(before, behind) * (1 - is_pad.long().amin(dim=1, keepdim=True))
+
+
+def text_tokens(
+    config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A text as the text pass sees it, with the mask of `text_mask`; SigLIP's is the same whatever it comes with.
+
+        text_start_token=False      [BOS] a cat [EOS]  →  a cat [EOS]
+        fixed_text_length=True      a cat [EOS]        →  a cat [EOS] [PAD] … [PAD], `max_position_embeddings` tokens
+
+    Args:
+        input_ids: (texts, tokens).
+        attention_mask: (texts, tokens), or `None`.
+
+    Returns:
+        Ids (texts, tokens) and their mask, `None` for all.
+    """
+    attention_mask = text_mask(config, input_ids, attention_mask)
+    if not config.text_start_token:
+        is_text = input_ids != config.bos_token_id
+        attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
+    if not config.fixed_text_length:
+        return input_ids, attention_mask
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    # Words to the left in their order, padding behind them.
+    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
+    ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id).gather(1, order)
+    length = config.max_position_embeddings
+    if ids.shape[1] > length:
+        _check_length(int(attention_mask.sum(dim=1).max()), length)
+    return F.pad(ids[:, :length], (0, max(length - ids.shape[1], 0)), value=config.pad_token_id), None
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -104,3 +238,73 @@ def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None)
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape[0], -1)
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Pictures(Dataset):
+    """Pictures of a data set, one by one; one that can't be decoded is the error, so that the others can be read.
+
+    Args:
+        values: anything that has a length and is indexed by numbers.
+    """
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        try:
+            return self.values[place]
+        except IndexError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            return error
+
+
+def pictures_of(images: Any) -> list | Pictures | Iterator | None:
+    """Several pictures in whatever form they come, or `None` if `images` is a single one.
+
+    Args:
+        images: a list or tuple; an array or tensor of four dimensions; a data set of `datasets`, with the first column
+            of type Image or else the one called `image`; a column of one; a data set of torch or of transformers'
+            pipelines; a stream, generator or other iterable. Nothing is decoded before its turn.
+
+    Raises:
+        ValueError: a dict of splits, or a data set without images.
+    """
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return list(images) if images.ndim == 4 else None
+    if hasattr(images, "column_names") and hasattr(images, "cast_column"):
+        return _pictures_of_data_set(images)
+    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, dict)) or hasattr(
+        images, "read"
+    ):
+        return None
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if isinstance(images, Dataset) or _is_column(images):
+        return Pictures(images) if hasattr(images, "__len__") else iter(images)
+    return iter(images) if hasattr(images, "__iter__") else None
+
+
+def _is_column(images: Any) -> bool:
+    """Whether this is a column of a data set, or a slice of one, which is indexed by row numbers."""
+    return type(images).__module__.partition(".")[0] == "datasets" and hasattr(images, "__getitem__")
+
+
+def _pictures_of_data_set(data: Any) -> Pictures | Iterator:
+    if isinstance(data, dict):
+        raise ValueError(f"this is a dict of splits, {', '.join(data)}: pass one of them")
+    features = data.features or {}
+    names = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    column = (names or ["image"])[0]
+    if features and column not in features:
+        raise ValueError(f"the data set has no column of images among {', '.join(features)}: pass one, data['...']")
+    if names:
+        data = data.cast_column(column, type(features[column])(decode=False))
+    if hasattr(data, "__len__"):
+        return Pictures(data[column])
+    return (row[column] for row in data)

@@ -103,7 +103,10 @@ def _with_heads_in_line(states: torch.Tensor) -> torch.Tensor:
 
 def is_faster_as_matmul(query: torch.Tensor, keys: torch.Tensor) -> bool:
     """Half precision on a CPU, while the scores are small enough to write down."""
-    return query.device.type == "cpu" and query.dtype != torch.float32 and keys.shape[2] <= 1024
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return False
+    # An exported graph with any number of keys must not be bound to a part of them.
+    return not isinstance(keys.shape[2], int) or keys.shape[2] <= 1024
 
 
 # ---------------------------------------------------------------------------------------------------- experts

@@ -1,7 +1,9 @@
 """Every loss, once: pure functions of tensors, without communication between processes.
 
 - `contrastive_loss`: multi-positive InfoNCE of a batch; `info_nce` is one direction of it, row by row;
+- `sigmoid_loss`: each pair for itself, match or no match; `sigmoid_terms` of it, row by row;
 - `caption_loss`: next-token cross-entropy, as a mean or as a sum over a number of tokens;
+- `label_share`: what a part of a batch counts for, where gradients of parts are added up;
 - `router_loss`: balance loss and z-loss of the experts of a group, from sums over its tokens (`router_sums`);
 - `distillation_loss`: distance to the embeddings of a teacher.
 
@@ -60,6 +62,39 @@ def info_nce(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
+def sigmoid_loss(logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """−Σ_ij log σ(z_ij logits_ij) / images, z_ij = 1 for positives and −1 for other pairs (2303.15343, algorithm 1).
+
+    Several positives of an image all count.
+
+    Args:
+        logits_per_image: (images, texts), cosine times inverse temperature, plus the bias.
+        positives: (images, texts) bool.
+
+    Returns:
+        (), float32 at least.
+    """
+    return sigmoid_terms(at_least_float32(logits_per_image), positives).sum(dim=1).mean()
+
+
+def sigmoid_terms(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """−log σ(z logits) of every pair, (rows, columns); arguments as those of `sigmoid_loss`."""
+    return -F.logsigmoid(torch.where(positives, logits, -logits))
+
+
+def pair_loss(config, logits_per_image: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """`contrastive_loss` or `sigmoid_loss`, as the `contrastive_objective` of a `MomeConfig` says."""
+    loss = sigmoid_loss if config.contrastive_objective == "sigmoid" else contrastive_loss
+    return loss(logits_per_image, positives)
+
+
+def pair_scores(config, logits_per_image: torch.Tensor) -> torch.Tensor:
+    """Probabilities (images, texts): of each text among all, or of each pair to match, by `contrastive_objective`."""
+    if config.contrastive_objective == "sigmoid":
+        return logits_per_image.sigmoid()
+    return logits_per_image.softmax(dim=1)
+
+
 def distillation_loss(text_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
     """Sum of 1 − cosine over the rows that the teacher knows, ().
 
@@ -86,7 +121,8 @@ def caption_loss(
     Args:
         logits: (batch, tokens, vocabulary).
         labels: (batch, tokens) int64, in line with `logits`; -100 is ignored.
-        num_items: the sum over tokens is divided by it: 1 for the sum itself. `None`: the mean over the tokens.
+        num_items: the sum over tokens is divided by it: 1 for the sum itself. `None`: the mean over the tokens, 0 if
+            there is none to predict.
         shift_labels: (batch, tokens), what each position predicts, in place of the next label.
         label_smoothing: share of the target mass that all tokens of the vocabulary get.
 
@@ -95,13 +131,30 @@ def caption_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    shift_labels = shift_labels.flatten().to(logits.device)
     loss = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1),
-        shift_labels.flatten().to(logits.device),
-        reduction="mean" if num_items is None else "sum",
-        label_smoothing=label_smoothing,
+        at_least_float32(logits).flatten(0, 1), shift_labels, reduction="sum", label_smoothing=label_smoothing
     )
-    return loss if num_items is None else loss / num_items
+    return loss / ((shift_labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+
+def label_share(
+    labels: torch.Tensor, num_items: int | torch.Tensor, shift_labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The share of its labels that a part of a batch holds, (): those of all parts add up to 1.
+
+    Whoever adds up gradients of parts that each have a mean for a loss weights them so: however a batch is cut, the
+    sum is a mean over all of it. Labels are counted as transformers' `Trainer` does for models that predict the next
+    token: without the first one of each row.
+
+    Args:
+        labels, shift_labels: as in `caption_loss`.
+        num_items: labels of the whole batch, on all devices if losses are added up over them.
+    """
+    counted = labels[:, 1:] if shift_labels is None else shift_labels
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(counted.device).reshape(())
+    return (counted != -100).sum() / num_items
 
 
 # ------------------------------------------------------------------------------------------------------- routing
@@ -178,15 +231,33 @@ def router_loss_of_passes(
     return total
 
 
+def joined_passes(
+    *passes: tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None],
+) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
+    """Passes of one group as one, for `router_loss_of_passes`: the tokens of the first, then those of the next."""
+    if any(router_logits is None for router_logits, _ in passes):
+        return None, None
+    mask = None
+    if any(mask is not None for _, mask in passes):
+        mask = torch.cat([logits[0].new_ones(logits[0].shape[:2]) if m is None else m for logits, m in passes], dim=1)
+    return tuple(torch.cat(layer, dim=1) for layer in zip(*(logits for logits, _ in passes))), mask
+
+
 __all__ = [
     "at_least_float32",
     "caption_loss",
     "contrastive_loss",
     "distillation_loss",
     "info_nce",
+    "joined_passes",
+    "label_share",
+    "pair_loss",
+    "pair_scores",
     "router_loss",
     "router_loss_of_passes",
     "router_losses",
     "router_sums",
     "same_caption",
+    "sigmoid_loss",
+    "sigmoid_terms",
 ]

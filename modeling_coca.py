@@ -49,13 +49,18 @@ from .guidance_mome import MomeGenerationConfig, eos_token_ids
 from .inputs_mome import (
     check_input_ids,
     check_labels,
+    check_no_other_inputs,
+    check_number_of_labels,
     check_pairs,
     check_pixel_values,
+    check_position_ids,
     check_positions,
+    check_text_positions,
     check_vocabulary,
+    text_mask,
 )
 from .kernels_mome import MomeLinear
-from .losses_mome import caption_loss, contrastive_loss, same_caption
+from .losses_mome import caption_loss, contrastive_loss, label_share, same_caption
 from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
 from .towers_coca import (
     CocaAttentionPooler,
@@ -77,6 +82,9 @@ class CocaModel(CocaPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^decoder\."]
     # Whether the values of ids and masks are looked at, see `MomeModel`.
     looks_at_values = True
+    # transformers' `Trainer` divides the mean over pairs by the steps it accumulates, see `MomeModel`.
+    accepts_loss_kwargs = False
+    logit_bias = None  # of the sigmoid objective, which CoCa has not
 
     def __init__(self, config: CocaConfig):
         super().__init__(config)
@@ -121,8 +129,9 @@ class CocaModel(CocaPreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
         """input_ids (texts, tokens) → states (texts, tokens + 1, width), `[CLS]` last."""
+        check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
-        ids, order = self._fill(input_ids, attention_mask)
+        ids, order = self._fill(input_ids, text_mask(self.config, input_ids, attention_mask))
         tokens = input_ids.shape[1]
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         hidden_states = self.text_embedding(self.get_input_embeddings()(ids), positions)
@@ -146,20 +155,12 @@ class CocaModel(CocaPreTrainedModel):
     def _fill(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Texts with nothing but filler behind them, at least one if there is room; and the order of their tokens.
-
-        Without a mask, padding is a run of `pad_token_id` at the end, of which the first is `[EOS]` if it is that.
-        """
+        """Texts with nothing but filler behind them, at least one if there is room; and the order of their tokens."""
         config, order = self.config, None
         if attention_mask is not None:
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
-            input_ids = input_ids.gather(1, order)
             is_padding = attention_mask.gather(1, order) == 0
-        else:
-            is_padding = (input_ids == config.pad_token_id).long().flip(1).cummin(dim=1).values.flip(1).bool()
-            if config.pad_token_id == config.eos_token_id:
-                is_padding = F.pad(is_padding, (1, 0))[:, :-1] & is_padding
-        input_ids = input_ids.masked_fill(is_padding, config.filler_token_id)
+            input_ids = input_ids.gather(1, order).masked_fill(is_padding, config.filler_token_id)
         room = min(config.max_position_embeddings - input_ids.shape[1], 1)
         return F.pad(input_ids, (0, room), value=config.filler_token_id), order
 
@@ -200,7 +201,7 @@ class CocaModel(CocaPreTrainedModel):
 
         Args:
             input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
-            attention_mask: (texts, tokens), 0 where padding. Without it, texts are padded on the right.
+            attention_mask: (texts, tokens), 0 where padding; `None`: where `pad_token_id` stands at either end.
 
         Returns:
             `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width) of the
@@ -227,7 +228,7 @@ class CocaModel(CocaPreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64.
             pixel_values: (images, channels, image_size, image_size) float.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: as in `get_text_features`.
             return_loss: contrastive loss with image i and text i a pair.
 
         Raises:
@@ -240,6 +241,7 @@ class CocaModel(CocaPreTrainedModel):
             check_pairs(pixel_values, input_ids)
         if input_ids is not None:
             check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
+            attention_mask = text_mask(self.config, input_ids, attention_mask)
         features = {}
         if pixel_values is not None:
             features["image"] = self.get_image_features(pixel_values, return_dict=True, **kwargs)
@@ -306,6 +308,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
     """Captions images, and trains embeddings and captions together. `input_ids` hold text alone."""
 
     _auto_class = "AutoModelForImageTextToText"
+    drafts_see_image = True
     generation_config_class = MomeGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.text_embedding.word_embeddings.weight"}
 
@@ -380,7 +383,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         Args:
             input_ids: (rows, tokens) int64.
             pixel_values: (images, channels, image_size, image_size); each image may serve `rows / images` rows.
-            attention_mask: (rows, tokens seen so far), 0 where padding.
+            attention_mask: (rows, tokens seen so far), 0 where padding; `None`: as in `CaptionInputs`.
             position_ids: (rows, tokens), `[BOS]` is 0.
             cache: what earlier calls have seen, the image included; callers may say `past_key_values`.
             inputs_embeds: (rows, tokens, width), in place of `input_ids`.
@@ -396,6 +399,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         """
         options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
         self._check(input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input)
+        if attention_mask is None and input_ids is not None and (cache is None or not cache.get_seq_length()):
+            attention_mask = text_mask(self.config, input_ids, None)
         use_cache = use_cache and labels is None
         if use_cache and cache is None:
             cache = MomeCache(self.config)
@@ -473,6 +478,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is not None:
             positions = position_ids.expand(rows, -1)
+            if attention_mask is None or attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
+                check_text_positions(positions, None if attention_mask is None else attention_mask[:, -tokens:])
         elif attention_mask is not None and attention_mask.ndim == 2:
             positions = attention_mask.long().cumsum(dim=1)[:, -tokens:] - 1
         else:
@@ -518,20 +525,29 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         return seen if self.config._attn_implementation == "sdpa" else additive_mask(seen, like.dtype)
 
     def _losses(self, input_ids, attention_mask, image_embeds, logits, labels, options) -> dict[str, torch.Tensor]:
-        """The joint loss (2205.01917, eq. 4) and its parts, by their names in the output."""
+        """The joint loss (2205.01917, eq. 4) and its parts, by their names in the output.
+
+        As a part of a batch with `num_items_in_batch` labels, as transformers' `Trainer` passes it, all of them count
+        by the share that this call holds: see `label_share`.
+        """
         num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
-        captions = caption_loss(logits, labels, num_items, shift_labels)
+        if self.model.looks_at_values:
+            check_number_of_labels(num_items)
+        share = 1.0 if num_items is None else label_share(labels, num_items, shift_labels)
+        captions = caption_loss(logits, labels, shift_labels=shift_labels)
         text_embeds = self.get_text_features(input_ids, attention_mask).pooler_output
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
         contrastive = contrastive_loss(logits_per_image, same_caption(input_ids, attention_mask))
         loss = self.config.contrastive_loss_weight * contrastive + self.config.caption_loss_weight * captions
-        return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        losses = {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        return {name: share * each for name, each in losses.items()}
 
     def _place_image(self, cache: Cache | None, options: MomeGenerationConfig, kwargs: dict) -> int:
         """There is no place for it: it is encoded, and the prompt is made what a caption goes on from.
 
         Raises:
-            ValueError: another number of prompts than images; classifier-free guidance.
+            ValueError: another number of prompts than images; `position_ids` of another shape than the prompt;
+                classifier-free guidance.
         """
         if options.guidance_scale not in (None, 1):
             raise ValueError(
@@ -544,10 +560,15 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             raise ValueError(
                 f"{pixel_values.shape[0]} images and {prompt.shape[0]} prompts: pass one prompt for each image"
             )
+        positions = kwargs.get("position_ids")
+        positions = None if positions is None else check_position_ids(positions, prompt).expand(prompt.shape[0], -1)
         if embeds is None and (cache is None or not int(cache.get_seq_length())):
-            ids, mask = prepare_prompt(self.config, ids, mask, eos_token_ids(self.config, options))
-            # What stands in place of padding must not look like the filler: compiled masks show padding no more.
-            ids = kwargs["input_ids"] = ids.masked_fill(mask == 0, self.config.pad_token_id)
+            given = ids, mask, positions
+            # Padding does not look like the filler any more: masks that are compiled don't show it.
+            ids, mask, positions = prepare_prompt(self.config, *given, eos_token_ids(self.config, options))
+            kwargs["input_ids"] = ids
+        if positions is not None:
+            kwargs["position_ids"] = positions
         if pixel_values is not None and not cached_image_tokens(cache):
             # Not left to the first forward: an assistant, and steps without a cache, have it only from here.
             kwargs["image_outputs"] = self.image_pass_for_captions(pixel_values)

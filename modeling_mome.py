@@ -1,13 +1,13 @@
 """MoME: one transformer for images and text whose feed-forwards are experts of a modality.
 
-- one trunk: VLMo (2111.02358) and BEiT-3 (2208.10442) are two of its configurations;
+- one trunk: VLMo (2111.02358), BEiT-3 (2208.10442) and SigLIP (2303.15343) are three of its configurations;
 - hard modality routing as contiguous slices, learned top-k routing inside a modality where the config asks for it;
 - `MomeModel`: image, text and fused features, one embedding space, multi-positive contrastive loss;
 - `MomeForConditionalGeneration`: captions through the stock `generate()`, the image encoded once.
 
-    pixel_values ─ image embedding ─┐                     ┌─ first token ─ project ─ image_embeds ─┐
-                                    ├─ N × (attention,    │                                        ├─ logits_per_image
-    input_ids ──── text embedding ──┘   routed experts) ──┼─ first token ─ project ─ text_embeds ──┘
+    pixel_values ─ image embedding ─┐                     ┌─ pool ─ project ─ image_embeds ─┐
+                                    ├─ N × (attention,    │                                 ├─ logits_per_image
+    input_ids ──── text embedding ──┘   routed experts) ──┼─ pool ─ project ─ text_embeds ──┘
                                                           └─ lm_head ─ caption logits
 
 Four passes go through the trunk:
@@ -41,25 +41,36 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
-from .captioning_mome import CaptionContext, CaptionInputs, MomeCache, additive_mask, cached_image_tokens
+from .captioning_mome import (
+    CaptionContext,
+    CaptionInputs,
+    MomeCache,
+    additive_mask,
+    cached_image_tokens,
+    start_captions,
+)
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
-from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPooler, first_token
+from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPooler, image_pooling, text_pooling
 from .inputs_mome import (
     check_input_ids,
     check_joint_experts,
     check_kept_patches,
     check_labels,
     check_masked_patches,
+    check_no_other_inputs,
+    check_number_of_labels,
     check_pairs,
     check_pixel_values,
     check_vocabulary,
     image_places,
+    text_mask,
     text_positions,
+    text_tokens,
 )
-from .losses_mome import caption_loss, contrastive_loss, router_loss_of_passes, same_caption
+from .losses_mome import caption_loss, joined_passes, label_share, pair_loss, router_loss_of_passes, same_caption
 from .outputs_mome import MomeCaptionOutput, MomeEncoderOutput, MomeFeatures, MomeOutput
 from .trunk_mome import MomeEncoder, MomeImageEmbedding, MomeLayer, MomePreTrainedModel, MomeTextEmbedding
 
@@ -77,15 +88,20 @@ class MomeModel(MomePreTrainedModel):
     # Whether the values of ids and masks are looked at: for a helpful error, and to leave out a mask that hides
     # nothing. A look waits for the device: a training loop over ids that it made itself may set it to False.
     looks_at_values = True
+    # transformers' `Trainer` divides the mean over pairs by the steps it accumulates: labels don't count here.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MomeConfig):
         super().__init__(config)
         self.image_embedding = MomeImageEmbedding(config)
         self.text_embedding = MomeTextEmbedding(config)
         self.encoder = MomeEncoder(config)
-        self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.image_pooling, self.text_pooling = image_pooling(config), text_pooling(config)
+        projection = config.hidden_size, config.projection_dim, config.projection_bias
+        self.image_projection = nn.Linear(*projection) if config.image_projection else nn.Identity()
+        self.text_projection = nn.Linear(*projection)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = nn.Parameter(torch.empty(())) if config.contrastive_objective == "sigmoid" else None
         self.joint_projection = MomeJointProjection(config) if config.joint_projection else None
         self.multimodal_pooler = MomeMultimodalPooler(config) if config.multimodal_pooler else None
         self.matching_head = nn.Linear(config.hidden_size, 2) if config.matching_head else None
@@ -96,6 +112,8 @@ class MomeModel(MomePreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (MomeModel, MomeJointProjection)):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        if isinstance(module, MomeModel) and module.logit_bias is not None:
+            init.constant_(module.logit_bias, self.config.logit_bias_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_embedding.word_embeddings
@@ -124,7 +142,7 @@ class MomeModel(MomePreTrainedModel):
             check_kept_patches(self.config, kept_patches, pixel_values)
         hidden_states, places = self.image_embedding(pixel_values, bool_masked_pos), None
         if kept_patches is not None:
-            places = image_places(kept_patches)
+            places = image_places(self.config, kept_patches)
             hidden_states = hidden_states.gather(1, places[..., None].expand(-1, -1, hidden_states.shape[-1]))
         biases = self.encoder.position_bias
         position_bias = None if biases is None else biases.image(pixel_values.device, places)
@@ -133,7 +151,7 @@ class MomeModel(MomePreTrainedModel):
 
     def project_image(self, states: torch.Tensor, joint_experts: bool = False) -> torch.Tensor:
         """States of an image pass (images, image tokens, width) → (images, projection_dim), L2-normalised."""
-        pooled = first_token(states)
+        pooled = self.image_pooling(states)
         if joint_experts:
             return self.joint_projection.image(pooled)
         return F.normalize(self.image_projection(pooled), dim=-1)
@@ -141,8 +159,10 @@ class MomeModel(MomePreTrainedModel):
     def text_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> MomeEncoderOutput:
-        """input_ids (texts, tokens) → states (texts, tokens, width)."""
+        """input_ids (texts, tokens) → states (texts, tokens, width), those that `text_tokens` makes of them."""
+        check_no_other_inputs(kwargs)
         check_input_ids(self.config, input_ids, self.vocabulary)
+        input_ids, attention_mask = text_tokens(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         hidden_states = self._embed_text(input_ids, position_ids, attention_mask)
         biases = self.encoder.position_bias
@@ -154,8 +174,11 @@ class MomeModel(MomePreTrainedModel):
     def project_text(
         self, states: torch.Tensor, attention_mask: torch.Tensor | None = None, joint_experts: bool = False
     ) -> torch.Tensor:
-        """States of a text pass (texts, tokens, width) → (texts, projection_dim), L2-normalised."""
-        pooled = first_token(states, attention_mask)
+        """States of a text pass (texts, tokens, width) and the mask of `text_tokens` → (texts, projection_dim).
+
+        The embeddings are L2-normalised.
+        """
+        pooled = self.text_pooling(states, attention_mask)
         if joint_experts:
             return self.joint_projection.text(pooled)
         return F.normalize(self.text_projection(pooled), dim=-1)
@@ -168,9 +191,11 @@ class MomeModel(MomePreTrainedModel):
         **kwargs,
     ) -> MomeEncoderOutput:
         """An image and a text each → states (batch, image tokens + text tokens, width), every token seeing all."""
+        check_no_other_inputs(kwargs)
         check_pixel_values(self.config, pixel_values)
         check_input_ids(self.config, input_ids, self.vocabulary)
         check_pairs(pixel_values, input_ids)
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         position_ids = text_positions(input_ids, attention_mask)
         image, text = self.image_embedding(pixel_values), self._embed_text(input_ids, position_ids, attention_mask)
         hidden_states = torch.cat([image, text.to(image.dtype)], dim=1)
@@ -234,18 +259,21 @@ class MomeModel(MomePreTrainedModel):
         """Text embeddings.
 
         Args:
-            input_ids: (texts, tokens) int64, `[BOS] words [EOS]`, padded on either side.
-            attention_mask: (texts, tokens), 0 where padding.
+            input_ids: (texts, tokens) int64, as the tokenizer writes them, padded on either side.
+            attention_mask: (texts, tokens), 0 where padding; `None`: where `pad_token_id` stands at either end.
             joint_experts: as in `get_image_features`.
 
         Returns:
-            `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width).
+            `pooler_output` (texts, projection_dim), L2-normalised; `last_hidden_state` (texts, tokens, width), with
+            `fixed_text_length` as many tokens as there are positions.
 
         Raises:
             ValueError: no text, an id beyond the vocabulary, a text longer than the position table, or an option that
                 the config does not provide for.
         """
         check_joint_experts(self.config, joint_experts)
+        check_input_ids(self.config, input_ids, self.vocabulary)
+        input_ids, attention_mask = text_tokens(self.config, input_ids, attention_mask)
         outputs = self.text_pass(input_ids, attention_mask, joint=joint_experts, **kwargs)
         embeds = self.project_text(outputs.last_hidden_state, attention_mask, joint_experts)
         return self._features(outputs, embeds, kwargs)
@@ -261,15 +289,16 @@ class MomeModel(MomePreTrainedModel):
         """Fused features of pairs: `last_hidden_state` (batch, image tokens + text tokens, width), image first.
 
         From `fusion_start_layer` up, all tokens use the `joint` experts. `pooler_output` (batch, width) is the
-        state of the image's `[CLS]` or, with `multimodal_pooler`, what the pooler makes of the text's first token;
+        pooled state of the image or, with `multimodal_pooler`, what the pooler makes of the text's first token;
         `matching_logits` (batch, 2), with `matching_head`, scores "no match" and "match".
         Raises ValueError as the other two, and when there is not one text per image.
         """
+        attention_mask = text_mask(self.config, input_ids, attention_mask)
         outputs = self.fused_pass(pixel_values, input_ids, attention_mask, **kwargs)
         states = outputs.last_hidden_state
         if self.multimodal_pooler is None:
-            return self._features(outputs, states[:, 0], kwargs)
-        text = first_token(states[:, self.config.num_image_tokens :], attention_mask)
+            return self._features(outputs, self.image_pooling(states[:, : self.config.num_image_tokens]), kwargs)
+        text = self.text_pooling(states[:, self.config.num_image_tokens :], attention_mask)
         features = self._features(outputs, self.multimodal_pooler(text), kwargs)
         if self.matching_head is not None:
             features["matching_logits"] = self.matching_head(features.pooler_output)
@@ -289,7 +318,7 @@ class MomeModel(MomePreTrainedModel):
         Args:
             input_ids: (texts, tokens) int64.
             pixel_values: (images, channels, image_size, image_size) float.
-            attention_mask: (texts, tokens), 0 where padding.
+            attention_mask: (texts, tokens), 0 where padding; `None`: as in `get_text_features`.
             return_loss: contrastive loss with image i and text i a pair, plus the router losses.
 
         Raises:
@@ -302,6 +331,7 @@ class MomeModel(MomePreTrainedModel):
             check_pairs(pixel_values, input_ids)
         if input_ids is not None:
             check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
+            input_ids, attention_mask = text_tokens(self.config, input_ids, attention_mask)
         passes, embeds = {}, {}
         if pixel_values is not None:
             passes["image"] = self.image_pass(pixel_values, **kwargs)
@@ -313,7 +343,7 @@ class MomeModel(MomePreTrainedModel):
         if len(embeds) == 2:
             logits_per_image = self.similarity(embeds["image"], embeds["text"])
         if return_loss:
-            loss = contrastive_loss(logits_per_image, same_caption(input_ids, attention_mask))
+            loss = pair_loss(self.config, logits_per_image, same_caption(input_ids, attention_mask))
             routing = (passes["image"].router_logits, None), (passes["text"].router_logits, attention_mask)
             loss = loss + router_loss_of_passes(self.config, *routing)
         return self._joined_outputs(passes, embeds, logits_per_image, loss, kwargs)
@@ -323,11 +353,13 @@ class MomeModel(MomePreTrainedModel):
     ) -> torch.Tensor:
         """(images, projection_dim), (texts, projection_dim) → (images, texts): cosine times inverse temperature.
 
-        `joint_experts`: as the embeddings were made; they have a temperature of their own.
+        With the sigmoid objective plus its bias. `joint_experts`: as the embeddings were made; they have a temperature
+        of their own, and no bias.
         """
         check_joint_experts(self.config, joint_experts)
         scale = self.joint_projection.logit_scale if joint_experts else self.logit_scale
-        return image_embeds @ text_embeds.T * scale.exp().to(image_embeds.device)
+        logits = image_embeds @ text_embeds.T * scale.exp().to(image_embeds.device)
+        return logits if self.logit_bias is None or joint_experts else logits + self.logit_bias.to(logits.device)
 
     # What is returned.
 
@@ -395,8 +427,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; beside the weights is all code that the config names."""
-        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports: without the line a
-        # fine-tuned model would be saved without the pipelines that its config names.
+        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports.
         from .pipeline_mome import MomeImageCaptioningPipeline  # noqa: F401
 
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -429,7 +460,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
     def image_pass_for_captions(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
-        """`MomeModel.image_pass`, and the keys and values of the image, which captions look at."""
+        """`MomeModel.image_pass` with keys and values of the image, which captions look at."""
         return self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
 
     @merge_with_config_defaults
@@ -453,11 +484,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
 
         Args: those of `CaptionInputs`, and
-            labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
-                predicted from the positions before it.
+            labels: (batch, tokens), as `input_ids`, predicted from what is before; -100 and image tokens are not.
             use_cache: return what was seen, the image included, for the next call.
-            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one;
-                with fewer tokens than an image has if it was given `kept_patches`.
+            image_outputs: what `image_pass_for_captions(pixel_values)` gave, with `kept_patches` fewer tokens.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -466,7 +495,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
         if labels is not None:
             check_labels(labels, input_ids, pixel_values)
-            use_cache = False
+            use_cache, tokens = False, input_ids.shape[1]
+            input_ids, attention_mask, labels = start_captions(self.config, input_ids, attention_mask, labels)
         if use_cache and cache is None:
             cache = MomeCache(self.config)
         if cached_image_tokens(cache):
@@ -477,21 +507,20 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
         image = image_embeds = None
         if pixel_values is not None:
-            image = image_outputs
-            if image is None:
-                image = self.image_pass_for_captions(pixel_values, **kwargs)
+            image = image_outputs or self.image_pass_for_captions(pixel_values, **kwargs)
             image_embeds = self.model.project_image(image.last_hidden_state)
         text = self.caption_pass(caption, image, **kwargs)
         logits = self.lm_head(caption.states_to_predict_from(image, text))
         losses = {}
         if labels is not None:
             losses = self._losses(caption, image, image_embeds, text, logits, labels, loss_options, **kwargs)
+            logits = logits[:, -tokens:]  # without what `start_captions` has put before them
         return MomeCaptionOutput(
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},
             hidden_states=caption.join_hidden_states(image, text),
             attentions=caption.join_attentions(image, text),
-            router_logits=self.model._by_group(kwargs, image=image, text=text),
+            router_logits=self.model._by_group(kwargs, **{"image": image, self.config.caption_group: text}),
             image_embeds=image_embeds,
             **losses,
         )
@@ -499,6 +528,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
+        if inputs.input_ids is not None and (inputs.cache is None or not inputs.cache.get_seq_length()):
+            inputs.attention_mask = text_mask(self.config, inputs.input_ids, inputs.attention_mask)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:
@@ -516,7 +547,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             mask = additive_mask(mask, hidden_states.dtype)
         outputs = self.model.encoder(
             hidden_states,
-            (("text", hidden_states.shape[1]),),
+            ((self.config.caption_group, hidden_states.shape[1]),),
             mask,
             position_bias,
             prefix=caption.prefix(image),
@@ -536,28 +567,34 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _losses(
         self, caption, image, image_embeds, captioned, logits, labels, options, **kwargs
     ) -> dict[str, torch.Tensor]:
-        """The joint loss and its parts, by their names in the output; the captions also go through the text pass."""
-        config, text_ids, text_mask = self.config, caption.text_ids, caption.text_mask()
+        """The joint loss and its parts, by their names in the output; the captions also go through the text pass.
+
+        As a part of a batch with `num_items_in_batch` labels, as transformers' `Trainer` passes it, all of them count
+        by the share that this call holds: see `label_share`.
+        """
+        config, text_ids, text_mask = self.config, *text_tokens(self.config, caption.text_ids, caption.text_mask())
         text_logits = logits[:, -caption.text_tokens :] if caption.placed else logits
         num_items, shift_labels = (options.get(name) for name in ("num_items_in_batch", "shift_labels"))
+        if self.model.looks_at_values:
+            check_number_of_labels(num_items)
+        counted = labels if config.text_start_token else labels[:, 1:]  # as the caller has counted them
+        share = 1.0 if num_items is None else label_share(counted, num_items, shift_labels)
         if shift_labels is not None:
-            shift_labels = caption.text_only(shift_labels)
-        captions = caption_loss(text_logits, caption.text_only(labels), num_items, shift_labels)
+            added = labels.shape[1] - shift_labels.shape[1]
+            shift_labels = caption.text_only(F.pad(shift_labels, (added, 0), value=-100))
+        captions = caption_loss(text_logits, caption.text_only(labels), shift_labels=shift_labels)
         text = self.model.text_pass(text_ids, text_mask, **kwargs)
         text_embeds = self.model.project_text(text.last_hidden_state, text_mask)
         logits_per_image = self.model.similarity(image_embeds, text_embeds)
-        contrastive = contrastive_loss(logits_per_image, same_caption(text_ids, text_mask))
-        loss = config.caption_loss_weight * captions + self._router_loss(image, text, captioned, text_mask)
+        contrastive = pair_loss(config, logits_per_image, same_caption(text_ids, text_mask))
+        passes = [(image.router_logits, None), (text.router_logits, text_mask)]
+        passes += [(captioned.router_logits, caption.text_mask())]
+        if config.caption_group == "text":  # it serves two passes: its tokens are those of both
+            passes[1:] = [joined_passes(*passes[1:])]
+        loss = config.caption_loss_weight * captions + router_loss_of_passes(config, *passes)
         loss = loss + config.contrastive_loss_weight * contrastive
-        return {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
-
-    def _router_loss(self, image, text, captioned, text_mask) -> torch.Tensor | float:
-        """Of all three passes. The text group serves two of them: its tokens are those of both."""
-        if self.config.experts_per_group == 1:
-            return 0.0
-        both = tuple(torch.cat(pair, dim=1) for pair in zip(text.router_logits, captioned.router_logits))
-        both_masks = None if text_mask is None else torch.cat([text_mask, text_mask], dim=1)
-        return router_loss_of_passes(self.config, (image.router_logits, None), (both, both_masks))
+        losses = {"loss": loss, "contrastive_loss": contrastive, "caption_loss": captions}
+        return {name: share * each for name, each in losses.items()}
 
 
 __all__ = ["MomeForConditionalGeneration", "MomeModel", "MomePreTrainedModel"]

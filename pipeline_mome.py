@@ -2,6 +2,8 @@
 
 - `MomeImageCaptioningPipeline`: captions with their fit to the image, guided if wanted, one image or thousands;
 - `MomeZeroShotImageClassificationPipeline`: any labels, thousands of them, embedded once;
+- `Mome...StockPipeline`: transformers' own, which drop transparency, with our way of opening pictures; a checkpoint
+  that is loaded with `trust_remote_code=True` brings them for the stock tasks;
 - they are named in the config of every checkpoint, and registered by `import mome` for those who have the package.
 
     image ── processor ── generate(), guided ── ids ── text
@@ -15,11 +17,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Pipeline
+from transformers import (
+    ImageFeatureExtractionPipeline,
+    ImageTextToTextPipeline,
+    Pipeline,
+    ZeroShotImageClassificationPipeline,
+)
 from transformers.utils import logging
 
 from .guidance_mome import guidance_options
-from .processing_mome import load_rgb_image, longest_text, tokenize_texts, warn_of_cut_texts
+from .inputs_mome import Pictures, pictures_of
+from .losses_mome import pair_scores
+from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
+from .texts_mome import (
+    ids_of_texts,
+    longest_text,
+    no_words,
+    tokenize_texts,
+    warn_of_cut_texts,
+    warn_of_equal_labels,
+    wordless_texts,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -36,16 +54,43 @@ class MomeImagePipeline(Pipeline):
         images = kwargs.pop("inputs", images)
         if images is None:
             raise ValueError("images=None: pass an image, a list of images, a data set or a generator")
-        if isinstance(images, (list, tuple)):
-            if not images:
+        several = pictures_of(images)
+        if isinstance(several, list):
+            if not several:
                 return []
-            images = [_named(image, f"images[{index}]") for index, image in enumerate(images)]
-        return super().__call__(images, **kwargs)
+            images = [_named(image, f"images[{index}]") for index, image in enumerate(several)]
+        elif isinstance(several, Pictures):
+            images = _NamedPictures(several)
+        elif several is not None:
+            images = (_named(image, f"images[{index}]") for index, image in enumerate(several))
+        self.blank = 0
+        results = super().__call__(images, **kwargs)
+        if not isinstance(results, list):  # of a data set or a generator, not begun yet
+            return _WithReport(results, self._report_blank)
+        self._report_blank()
+        return results
+
+    def _report_blank(self):
+        """One warning for all pictures of one single colour in a call."""
+        warn_of_blank(self.blank)
+        self.blank = 0
+
+    def _count_blank(self, inputs: dict[str, Any]):
+        """Counts a batch, without the places of pictures that can't be read."""
+        failures = inputs["failure"] if isinstance(inputs["failure"], list) else [inputs["failure"]]
+        self.blank += count_blank(inputs["pixel_values"][[failure is None for failure in failures]])
+
+    def _pixel_values(self, image: Any) -> dict[str, torch.Tensor]:
+        """An image → `pixel_values` (1, channels, height, width), without a warning for each."""
+        image_processor = self.processor.image_processor
+        return getattr(image_processor, "process", image_processor)([image], return_tensors="pt")
 
     def _read(self, image: Any, on_error: str) -> tuple[Any, str | None]:
         """An image, or one in its place and the reason why it can't be read."""
         item = _named(image, "image")
         try:
+            if isinstance(item["image"], Exception):  # a data set could not decode it
+                raise ValueError(f"{item['name']}: {item['image']}".splitlines()[0])
             return load_rgb_image(item["image"], item["name"]), None
         except ValueError as error:
             if on_error == "raise":
@@ -64,6 +109,13 @@ class MomeImagePipeline(Pipeline):
         super().save_pretrained(save_directory, **kwargs)
         kwargs.pop("max_shard_size", None)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class _NamedPictures(Pictures):
+    """With what an error calls each picture."""
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return _named(self.values[place], f"images[{place}]")
 
 
 def _check_on_error(on_error: str | None):
@@ -94,8 +146,9 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
         """Captions one image or many.
 
         Args:
-            images: an image (path, http(s) URL, PIL image, array or tensor), a list of images, a data set or a
-                generator. An item of a data set may be a dict with the image under `image`.
+            images: an image (path, http(s) URL, PIL image, array or tensor), a list of images, a data set, a stream, a
+                column `data["image"]`, a `KeyDataset` or a generator. Of a data set the first column of type Image is
+                taken; an item of anything else may be a dict with the image under `image`.
             kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
                 num_captions: captions per image. Default: 1, or what the checkpoint's generation config says.
                 guidance: `"rerank"`, `"classifier-free"`, `"contrastive"`, several of them in a list, `"none"`, or
@@ -109,7 +162,7 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
 
         Returns:
             For an image a list of `{"generated_text": str, "score": float}`; for a list, a list of those; for a data
-            set or a generator an iterator.
+            set or a generator an iterator, which reads and computes as it goes (`tqdm(caption(data))` shows a bar).
 
         Raises:
             ValueError: an image that can't be read, with its name and the reason; an option that can't be.
@@ -147,19 +200,23 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
     def _check_prompt(self, prompt: Any):
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
-        _, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
+        inputs, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
+        if prompt.strip() and wordless_texts(self.processor.tokenizer, inputs["input_ids"].tolist()):
+            raise ValueError(no_words(prompt, "prompt"))
         warn_of_cut_texts(len(cut), self.longest_text, "prompt")
 
     def preprocess(self, image: Any, prompt: str = "", on_error: str = "raise") -> dict[str, Any]:
         """An image → `pixel_values` (1, channels, height, width), `input_ids` (1, tokens); or why there are none."""
         image, failure = self._read(image, on_error)
         lengths = {"truncation": True, "max_length": self.longest_text}
-        inputs = self.processor(images=[image], text=prompt, caption_prompt=True, return_tensors="pt", **lengths)
+        inputs = self.processor(text=prompt, caption_prompt=True, return_tensors="pt", **lengths)
+        inputs = {**self._pixel_values(image), **inputs}
         inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
         return {**inputs, "failure": failure}
 
     def _forward(self, inputs: dict[str, Any], num_captions: int | None = None, **options) -> dict[str, Any]:
         """A batch → per image its captions, (ids, cosine) each, and why there are none."""
+        self._count_blank(inputs)
         failures = inputs["failure"] if isinstance(inputs["failure"], list) else [inputs["failure"]]
         readable = [row for row, failure in enumerate(failures) if failure is None]
         captions: list[list] = [[] for _ in failures]
@@ -235,18 +292,21 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         Args:
             images: as for captions.
             kwargs: those below, and for all pipelines `batch_size` (default 1) and `num_workers`.
-                candidate_labels: list of texts to choose from; those too long for the model are cut with a warning.
+                candidate_labels: list of texts to choose from; those too long for the model are cut with a warning,
+                    and a warning names those that are one to the model.
                 templates: a text with `{}` where the label goes, or several. Default: the label itself.
+                    `hypothesis_template` is another name for it.
                 top_k: the best so many of the labels. Default: 5.
                 on_error: as for captions.
 
         Returns:
-            For an image a list of `{"label": str, "score": probability}`, best first; for a list, a list of those;
-            for a data set or a generator an iterator.
+            For an image a list of `{"label": str, "score": probability}`, best first, where the probability is that of
+            the label among all or, with the sigmoid objective (SigLIP), that of the label alone; for a list, a list of
+            those; for a data set or a generator an iterator.
 
         Raises:
-            ValueError: an image that can't be read; no labels, one that is given twice or is no text; a template
-                without `{}`.
+            ValueError: an image that can't be read; no labels, one that is given twice, is no text or has no word that
+                the tokenizer knows; a template without `{}`.
         """
         return super().__call__(images, **kwargs)
 
@@ -256,10 +316,18 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         templates: str | Iterable[str] | None = None,
         top_k: int | None = None,
         on_error: str | None = None,
+        hypothesis_template: str | Iterable[str] | None = None,
         **unknown,
     ) -> tuple[dict, dict, dict]:
         if unknown:
-            raise ValueError(f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification")
+            raise ValueError(
+                f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification: it takes "
+                "candidate_labels, templates, top_k and on_error; labels that are too long are cut without being asked"
+            )
+        if hypothesis_template is not None:
+            if templates is not None:
+                raise ValueError("templates and hypothesis_template are the same option: pass one of them")
+            templates = hypothesis_template
         _check_on_error(on_error)
         labels = None if candidate_labels is None else _checked_labels(candidate_labels)
         templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
@@ -273,7 +341,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
 
     def preprocess(self, image: Any, on_error: str = "raise") -> dict[str, Any]:
         image, failure = self._read(image, on_error)
-        return {**self.processor(images=[image], return_tensors="pt"), "failure": failure}
+        return {**self._pixel_values(image), "failure": failure}
 
     def _forward(
         self,
@@ -284,35 +352,52 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         """A batch → probabilities (images, labels)."""
         if candidate_labels is None:
             raise ValueError("candidate_labels=None: pass the labels to choose from")
+        self._count_blank(inputs)
         failure = inputs["failure"]
         label_embeds = self._embed_labels(candidate_labels, templates)
         image_embeds = self.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output.float()
         logits = image_embeds @ label_embeds.T * self.model.logit_scale.float().exp()
-        return {"probabilities": logits.softmax(dim=1), "failure": failure if isinstance(failure, list) else [failure]}
+        if self.model.logit_bias is not None:
+            logits = logits + self.model.logit_bias.float()
+        return {
+            "probabilities": pair_scores(self.model.config, logits),
+            "failure": failure if isinstance(failure, list) else [failure],
+        }
 
     def _embed_labels(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
         """(labels, projection_dim), L2-normalised; computed once for the same labels and templates."""
         key = labels, templates
         if key not in self.label_embeds:
-            total, cut = 0.0, 0
+            self._check_words(labels)
+            total, cut, ids = 0.0, 0, [()] * len(labels)
             for template in templates:
-                embeds, too_long = self._embed_texts([template.replace("{}", label) for label in labels])
+                embeds, too_long, more = self._embed_texts([template.replace("{}", label) for label in labels])
                 total, cut = total + embeds, cut + too_long
+                ids = [(*each, some) for each, some in zip(ids, more)]
             warn_of_cut_texts(cut, self.longest_text)
+            warn_of_equal_labels(labels, ids)
             while len(self.label_embeds) >= self.label_sets_kept:
                 del self.label_embeds[next(iter(self.label_embeds))]
             self.label_embeds[key] = torch.nn.functional.normalize(total, dim=-1)
         return self.label_embeds[key]
 
-    def _embed_texts(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        """(texts, projection_dim), and how many texts were cut."""
-        embeds, size, cut = [], self.label_batch_size, 0
+    def _check_words(self, labels: tuple[str, ...]):
+        """Refuses a label of which nothing would be left: a template around it would hide that."""
+        tokenizer = self.processor.tokenizer
+        inputs, _ = tokenize_texts(tokenizer, list(labels), self.longest_text)
+        for number in wordless_texts(tokenizer, inputs["input_ids"].tolist())[:1]:
+            raise ValueError(no_words(labels[number], f"label {number}"))
+
+    def _embed_texts(self, texts: list[str]) -> tuple[torch.Tensor, int, list[tuple[int, ...]]]:
+        """(texts, projection_dim), how many texts were cut, and the ids of each."""
+        embeds, ids, size, cut = [], [], self.label_batch_size, 0
         for start in logging.tqdm(range(0, len(texts), size), desc="labels", disable=len(texts) <= 4 * size):
             some = texts[start : start + size]
             inputs, too_long = tokenize_texts(self.processor.tokenizer, some, self.longest_text)
             embeds.append(self.model.get_text_features(**inputs.to(self.device)).pooler_output.float())
+            ids += ids_of_texts(inputs)
             cut += len(too_long)
-        return torch.cat(embeds), cut
+        return torch.cat(embeds), cut, ids
 
     def postprocess(
         self, outputs: dict[str, Any], candidate_labels: tuple[str, ...] = (), top_k: int = 5
@@ -336,6 +421,54 @@ def _checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
     if twice is not None:
         raise ValueError(f"label {twice!r} is given twice: the probabilities would be shared between the two")
     return labels
+
+
+class _WithReport:
+    """Results of an iterator, as many as it has, with a report after the last."""
+
+    def __init__(self, results: Any, report: Any):
+        self.results, self.report = results, report
+        self.started = None
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self):
+        self.started = iter(self.results)
+        return self
+
+    def __next__(self):
+        if self.started is None:
+            iter(self)
+        try:
+            return next(self.started)
+        except StopIteration:
+            self.report()
+            raise
+
+
+class MomeZeroShotStockPipeline(ZeroShotImageClassificationPipeline):
+    """The task `zero-shot-image-classification`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, image: Any, *args, **kwargs) -> dict[str, Any]:
+        return super().preprocess(load_rgb_image(image), *args, **kwargs)
+
+
+class MomeFeatureStockPipeline(ImageFeatureExtractionPipeline):
+    """The task `image-feature-extraction`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, image: Any, *args, **kwargs) -> dict[str, Any]:
+        return super().preprocess(load_rgb_image(image), *args, **kwargs)
+
+
+class MomeTextStockPipeline(ImageTextToTextPipeline):
+    """The task `image-text-to-text`, with pictures as `load_rgb_image` opens them."""
+
+    def preprocess(self, inputs: Any = None, *args, **kwargs) -> dict[str, Any]:
+        if isinstance(inputs, dict) and inputs.get("images") is not None:
+            images = load_images(inputs["images"])
+            inputs = {**inputs, "images": images if isinstance(inputs["images"], (list, tuple)) else images[0]}
+        return super().preprocess(inputs, *args, **kwargs)
 
 
 def _named(image: Any, name: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """MoME processor: images and text to the tensors the models take.
 
-- images of any kind (path, URL, PIL, numpy, torch) become upright 8-bit RGB before the image processor sees them;
+- images of any kind become upright 8-bit RGB before the image processor sees them (`pictures_mome.py`);
 - texts become `[BOS] words [EOS]`, padded on the right; caption prompts `[BOS] words`, padded on the left;
+- texts that are too long are cut, with a warning;
+- several threads may use one processor;
 - what cannot be used is refused in one line that names the value.
 
     images ── load_rgb_image ── image_processor ── pixel_values
@@ -9,7 +11,6 @@
                           └─ caption prompt: left padding, no [EOS]
 """
 
-import io
 import json
 import os
 from pathlib import Path
@@ -17,16 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import get_session
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import logging
 
+from .pictures_mome import MomeImageProcessor, MomeImagesKwargs, load_images, load_rgb_image, rescaling
+from .svg_mome import SVG_SIDE
+from .texts_mome import TOKENIZING, UNLIMITED_LENGTH, no_words, warn_of_cut_texts, wordless_texts
+
 logger = logging.get_logger(__name__)
 
-URL_TIMEOUT_SECONDS = 30
-UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
 
 # How sentence-transformers calls the model. Left to guess, it averages the states of tokens, which `forward` has too.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -56,133 +57,23 @@ class MomeTextKwargs(TextKwargs, total=False):
 
 class MomeProcessorKwargs(ProcessingKwargs, total=False):
     text_kwargs: MomeTextKwargs
+    images_kwargs: MomeImagesKwargs
     _defaults = {"text_kwargs": {"padding": True}}
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Pixel values of any range as 0…255: floats and integers wider than 8 bits are scaled, never clipped."""
-    if values.dtype == np.uint8:
-        return values
-    values, kind, bits = values.astype(np.float64), values.dtype.kind, 8 * values.dtype.itemsize
-    ceilings = {"b": [1], "f": [1, 2**8 - 1, 2**16 - 1]}.get(kind, [2**8 - 1, 2**16 - 1, 2**31 - 1])
-    if kind == "u" and bits == 16:
-        ceilings = [2**16 - 1]  # the type tells the range, even if the picture is dark
-    ceiling = next((ceiling for ceiling in ceilings if values.max() <= ceiling), None)
-    if ceiling is None or not values.min() >= 0:  # `not >=` also catches NaN
-        raise ValueError(
-            f"pixel values from {values.min():g} to {values.max():g}: pass integers 0 to 255 or floats 0 to 1"
-        )
-    return (values * (255 / ceiling)).round().astype(np.uint8)
-
-
-def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    axes = (2, 0)  # where both ends could be the channels, numpy has them last and torch first
-    if isinstance(array, torch.Tensor):
-        axes = (0, 2)
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    readings = [(axis, counts) for counts in ((3, 4), (1,)) for axis in axes]
-    axis = next((axis for axis, counts in readings if array.ndim == 3 and array.shape[axis] in counts), None)
-    if array.size == 0 or (axis is None and array.ndim != 2):
-        raise ValueError(
-            f"shape {array.shape} is no picture: pass (height, width) or 1, 3 or 4 channels, first or last"
-        )
-    if axis is not None:
-        array = np.moveaxis(array, axis, 2)
-        array = array[:, :, 0] if array.shape[2] == 1 else array
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
-
-
-def _open_image(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _image_from_array(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        response = get_session().get(source, follow_redirects=True, timeout=URL_TIMEOUT_SECONDS)
-        return Image.open(io.BytesIO(response.raise_for_status().content))
-    if isinstance(source, (str, os.PathLike)):
-        return Image.open(source)
-    raise ValueError("pass a path, a URL, a PIL image, a numpy array or a torch tensor")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()  # before the EXIF look-up, so that a truncated file is reported and not taken for broken EXIF
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF raises nearly anything; the pixels are still good
-        pass
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_uint8(np.asarray(image)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_rgb_image(image: Any, name: str = "image") -> Image.Image:
-    """Reads one image and makes it upright 8-bit RGB.
-
-    EXIF orientation is applied, transparency laid over white, 16-bit and float pixels scaled to 8 bits; of an animated
-    file the first frame is taken.
-
-    Args:
-        image: path, http(s) URL, PIL image of any mode, or an array or tensor of shape (height, width),
-            (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels; integers or floats 0…1.
-        name: what error messages call the image.
-
-    Raises:
-        ValueError: the image cannot be used; one line with `name`, the file and the reason.
-    """
-    try:
-        return _to_rgb(_open_image(image))
-    except FileNotFoundError:
-        reason = "no such file"
-    except UnidentifiedImageError:
-        reason = "not an image that Pillow can read"
-    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    source = image if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", None)
-    raise ValueError(f"{name} ({os.fspath(source)!r}): {reason}" if source else f"{name} ({type(image)}): {reason}")
-
-
-def longest_text(tokenizer: Any, config: Any) -> int:
-    """The most tokens of a text, `[BOS]` and `[EOS]` counted, that both the tokenizer and the model take."""
-    return min(tokenizer.model_max_length, config.max_position_embeddings)
-
-
-def tokenize_texts(tokenizer: Any, texts: list[str], limit: int) -> tuple[BatchEncoding, list[int]]:
-    """Texts as model inputs, those of more than `limit` tokens cut to `limit`, `[EOS]` kept; and which were cut.
-
-    Returns:
-        `input_ids`, `attention_mask` (texts, tokens) int64, padded; the numbers of the texts that were cut.
-    """
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    inputs = tokenizer(texts, max_length=limit + 1, **options)  # one token more shows what is too long
-    if inputs["input_ids"].shape[1] <= limit:
-        return inputs, []
-    cut = (inputs["attention_mask"].sum(dim=1) > limit).nonzero().flatten().tolist()
-    return tokenizer(texts, max_length=limit, **options), cut
-
-
-def warn_of_cut_texts(count: int, limit: int, what: str = "text"):
-    """One warning for all texts that `tokenize_texts` has cut in a call."""
-    if count:
-        texts = f"1 {what} has" if count == 1 else f"{count} {what}s have"
-        logger.warning(f"{texts} more than {limit} tokens, the most that the model reads: the rest is cut off")
 
 
 class MomeProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
 
     Args:
-        image_processor: CLIP's, or another that gives `pixel_values`.
-        tokenizer: one that writes `[BOS] words [EOS]` and pads on the right.
+        image_processor: a `MomeImageProcessor`, CLIP's, which becomes one, or another that gives `pixel_values`.
+        tokenizer: one that writes `[BOS] words [EOS]`, or `words [EOS]`, and pads on the right.
     """
 
     valid_processor_kwargs = MomeProcessorKwargs
 
     def __init__(self, image_processor, tokenizer):
+        if type(image_processor).__name__.startswith("CLIPImageProcessor"):
+            image_processor = MomeImageProcessor.like(image_processor)
         super().__init__(image_processor, tokenizer)
 
     def __call__(
@@ -192,7 +83,7 @@ class MomeProcessor(ProcessorMixin):
 
         Args:
             images: one image or a list of images as `load_rgb_image` takes them, or a batch as a 4-d array.
-            text: one text or a list of texts.
+            text: one text or a list of texts; what is longer than `tokenizer.model_max_length` is cut with a warning.
             kwargs: those of the image processor and the tokenizer (`return_tensors`, `truncation`, ...), and
                 `caption_prompt`: True makes each text, or none, the beginning of a caption: `[BOS] words`, padded on
                 the left; one text serves all images. By default only for images with nothing but empty texts, as the
@@ -202,12 +93,18 @@ class MomeProcessor(ProcessorMixin):
             `pixel_values` (images, 3, height, width) float32; `input_ids`, `attention_mask` (texts, tokens) int64.
 
         Raises:
-            ValueError: nothing to process, an image that cannot be read, a text that is no string, or one of more
-                than `tokenizer.model_max_length` tokens without `truncation=True`.
+            ValueError: nothing to process, an image that cannot be read or rescaled as it is asked for, a text that is
+                no string, one without a word that the tokenizer knows, though not an empty one, or, with
+                `truncation=False`, one of more than `tokenizer.model_max_length` tokens.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given: pass images=..., text=... or both")
-        images = None if images is None else _load_images(images)
+        if images is not None:
+            nested = kwargs.get("images_kwargs") or {}
+            changed = rescaling(self.image_processor, images, {**kwargs, **nested})
+            kwargs = {key: value for key, value in kwargs.items() if key not in changed}
+            kwargs["images_kwargs"] = {**nested, **changed}
+            images = load_images(images, getattr(self.image_processor, "svg_side", SVG_SIDE))
         texts = None if text is None else _check_texts(text)
         text_kwargs = dict(kwargs.pop("text_kwargs", {}))
         caption_prompt = kwargs.pop("caption_prompt", text_kwargs.pop("caption_prompt", None))
@@ -216,18 +113,46 @@ class MomeProcessor(ProcessorMixin):
         if caption_prompt:
             texts = _one_prompt_per_image(texts or [""], images)
             kwargs["padding_side"] = "left"
-        inputs = super().__call__(images=images, text=texts, text_kwargs=text_kwargs, **kwargs)
+        inputs = BatchFeature() if images is None else super().__call__(images=images, **kwargs)
+        if texts is not None:
+            inputs.update(self._tokenize(texts, caption_prompt, text_kwargs, kwargs))
+        return inputs
+
+    def _tokenize(
+        self, texts: list[str], caption_prompt: bool, text_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> BatchFeature:
+        """Texts as they are padded, cut and ended; see `__call__`."""
+        options = {**kwargs, **text_kwargs}
+        text_kwargs.setdefault("verbose", False)  # of what is too long we speak ourselves
+        truncation, own_limit = options.get("truncation"), options.get("max_length") is not None
+        with TOKENIZING:
+            inputs = super().__call__(text=texts, text_kwargs=text_kwargs, **kwargs)
+            if not own_limit and (cut := self._longer_texts(inputs["input_ids"], texts, truncation)):
+                limit = self.tokenizer.model_max_length
+                if truncation is None:
+                    warn_of_cut_texts(len(cut), limit, "prompt" if caption_prompt else "text")
+                    text_kwargs = {**text_kwargs, "truncation": True}
+                    inputs = super().__call__(text=texts, text_kwargs=text_kwargs, **kwargs)
+                elif truncation in (False, "do_not_truncate"):
+                    text = texts[cut[0]]
+                    raise ValueError(
+                        f"text {cut[0]} ({text[:40]!r}...) has more than tokenizer.model_max_length = {limit} tokens: "
+                        "shorten it, or leave out truncation=False"
+                    )
+                else:
+                    logger.warning_once(f"texts of more than {limit} tokens, the most that the model reads, are cut")
+        self._check_words(inputs["input_ids"], texts, caption_prompt)
         if caption_prompt:
             self._drop_end_of_text(inputs)
-        if texts is not None:
-            self._check_lengths(inputs["input_ids"], texts)
+            self._put_start_of_text(inputs)
         return inputs
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs
     ) -> list[str]:
         """Generated ids, (batch, tokens) or (tokens,), as stripped texts; `kwargs` go to the tokenizer's `decode`."""
-        texts = self.tokenizer.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        with TOKENIZING:
+            texts = self.tokenizer.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
@@ -267,25 +192,48 @@ class MomeProcessor(ProcessorMixin):
                     rows = inputs[key]
                     inputs[key] = [row[:-1] for row in rows] if isinstance(rows, list) else rows[:, :-1]
 
-    def _check_lengths(self, input_ids, texts):
-        limit = self.tokenizer.model_max_length
-        if limit >= UNLIMITED_LENGTH or max(len(row) for row in input_ids) <= limit:
+    def _put_start_of_text(self, inputs):
+        """`[BOS]` before every prompt, if the tokenizer has one that it doesn't write (SigLIP's)."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        with TOKENIZING:
+            is_written = self.tokenizer("").input_ids[:1] == [bos]
+        if bos is None or is_written:
             return
-        for index, (row, text) in enumerate(zip(input_ids, texts, strict=False)):
-            count = sum(int(token) != self.tokenizer.pad_token_id for token in row)
-            if count > limit:
-                raise ValueError(
-                    f"text {index} ({text[:40]!r}...) has {count} tokens, tokenizer.model_max_length is {limit}: "
-                    "pass truncation=True or shorten it"
-                )
+        given = inputs["input_ids"]
+        rows = [[int(token) for token in row] for row in given]
+        masks = inputs.get("attention_mask") if hasattr(inputs, "get") else None
+        masks = [[token != pad for token in row] for row in rows] if masks is None else masks
+        counts = [int(sum(mask)) for mask in masks]  # of words, which are on the right
+        starts = [len(row) - count for row, count in zip(rows, counts)]
+        made = {
+            "input_ids": [[pad] * start + [bos] + row[start:] for row, start in zip(rows, starts)],
+            "attention_mask": [[0] * start + [1] * (count + 1) for start, count in zip(starts, counts)],
+        }
+        for key in made:
+            if key in inputs:
+                as_given = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(given), list)
+                inputs[key] = as_given(made[key])
 
+    def _longer_texts(self, input_ids, texts: list[str], truncation: Any) -> list[int]:
+        """The numbers of the texts that have more tokens than the model takes, whether they are cut by now or not."""
+        limit, pad = self.tokenizer.model_max_length, self.tokenizer.pad_token_id
+        if limit >= UNLIMITED_LENGTH or len(input_ids) != len(texts):
+            return []
+        counts = [sum(int(token) != pad for token in row) if len(row) >= limit else 0 for row in input_ids]
+        full = [number for number, count in enumerate(counts) if count >= limit]
+        if not full or truncation in (None, False, "do_not_truncate"):
+            return [number for number in full if counts[number] > limit]
+        whole = self.tokenizer([texts[number] for number in full], verbose=False)["input_ids"]
+        return [number for number, ids in zip(full, whole) if len(ids) > limit]
 
-def _load_images(images) -> list[Image.Image]:
-    if not isinstance(images, (list, tuple)) and getattr(images, "ndim", None) != 4:
-        return [load_rgb_image(images)]
-    if len(images) == 0:
-        raise ValueError("images is empty: pass at least one image")
-    return [load_rgb_image(image, name=f"images[{index}]") for index, image in enumerate(images)]
+    def _check_words(self, input_ids, texts: list[str], caption_prompt: bool):
+        """Refuses a text of which nothing is left; an empty one says so itself, and a prompt may be one."""
+        for number in wordless_texts(self.tokenizer, input_ids):
+            if number < len(texts) and texts[number].strip():
+                message = no_words(texts[number], f"{'prompt' if caption_prompt else 'text'} {number}")
+                if not caption_prompt:
+                    raise ValueError(message)
+                logger.warning(message)
 
 
 def _check_texts(text) -> list[str]:
@@ -309,11 +257,4 @@ def _one_prompt_per_image(prompts, images) -> list[str]:
 # `save_pretrained` then copies this module and writes its `auto_map`, whether it was imported or loaded from the Hub.
 MomeProcessor.register_for_auto_class()
 
-__all__ = [
-    "MomeProcessor",
-    "MomeProcessorKwargs",
-    "load_rgb_image",
-    "longest_text",
-    "tokenize_texts",
-    "warn_of_cut_texts",
-]
+__all__ = ["MomeProcessor", "MomeProcessorKwargs", "load_rgb_image"]

@@ -191,7 +191,7 @@ def _model_card(checkpoint: Path, model: PreTrainedModel, repo_id: str, license:
         return updated(text, repo_id, task, REVISION, figures=figures, metadata=metadata)
     name = repo_id.split("/")[-1]
     facts = facts_of(model.config, model.num_parameters(), getattr(model, "generation_config", None))
-    summary = SUMMARIES[model.config.model_type]
+    summary = SUMMARIES[type(model.config).model_type]
     return text_of(Card(name, repo_id, task, REVISION, summary, facts=facts, figures=figures, metadata=metadata))
 
 

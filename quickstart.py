@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
+from .data.images import image_suffixes
 from .data.sheet import GREY, Cell, Grid, Line, Row, contact_sheet
 from .embedder import Embedder
 from .modeling_mome import MomeForConditionalGeneration
@@ -64,9 +65,9 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}: name one with images")
-    known, images = Image.registered_extensions(), []
+    images = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in known:
+        if path.suffix.lower() not in image_suffixes():
             continue
         try:
             images.append((path.name, load_rgb_image(str(path))))

@@ -1,6 +1,7 @@
 """Learned routing inside a modality: which expert takes which token.
 
-- `MomeRouter`: softmax over the experts of one group, top-k, in fp32.
+- `MomeRouter`: softmax over the experts of one group, top-k, in fp32;
+- `run_experts`: what the experts make of it, in an exported graph too.
 
     hidden (tokens, width) ─ router ─ (tokens, k) expert ids and weights ─ `MomeExperts` ─ (tokens, width)
 
@@ -10,6 +11,8 @@ What keeps all experts in use is in `losses_mome.py`.
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .kernels_mome import all_experts_forward
 
 
 class MomeRouter(nn.Module):
@@ -35,3 +38,15 @@ class MomeRouter(nn.Module):
         if self.experts_per_token > 1:
             top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
         return logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+
+def run_experts(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`experts(…)`; but an exported graph can't hold the operators of products whose bounds are data: `all_experts`.
+
+    Arguments and result as those of `all_experts_forward`.
+    """
+    if torch.compiler.is_exporting() and experts.config._experts_implementation in (None, "eager", "grouped_mm"):
+        return all_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    return experts(hidden_states, top_k_index, top_k_weights)

@@ -28,7 +28,7 @@ from ..evaluation.results import append_rows
 from ..modeling_coca import CocaForConditionalGeneration
 from .captioning import generate_call, import_coca
 from .command import begin, parser_of
-from .conversion import measure_conversion
+from .conversion import time_conversion
 from .inference import CAPTION_BATCHES, CAPTION_TOKENS, IMAGES, TEXTS, Competitor, Race
 from .layouts import COCA, coca_config, coca_shapes, random_state
 
@@ -116,8 +116,10 @@ def caption(race: Race, models: tuple[CocaForConditionalGeneration, nn.Module], 
 
 def conversion(race: Race, sizes: dict[str, int]):
     with tempfile.TemporaryDirectory() as folder:
-        path = write_upstream(Path(folder), sizes)
-        measure_conversion(race, "CoCa ViT-B-32", "coca", path, ["--config", str(path.with_name(CONFIG_FILE))])
+        path, output = write_upstream(Path(folder), sizes), Path(folder) / "out"
+        command = ["coca", "--checkpoint", str(path), "--output", str(output), "--no-tokenizer"]
+        command += ["--config", str(path.with_name(CONFIG_FILE))]
+        time_conversion(race, "CoCa ViT-B-32", command, path, output)
 
 
 SECTIONS = {

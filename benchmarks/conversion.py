@@ -193,30 +193,31 @@ def conversion(race: Race, sizes: dict[str, int], quick: bool):
     for title, (kind, shapes) in list(files.items())[:: 2 if quick else 1]:
         options = ["--num-attention-heads", str(heads_of(sizes))] if quick else []
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "upstream.pth"
+            path, output = Path(folder) / "upstream.pth", Path(folder) / "out"
             torch.save({"model": random_state(shapes)}, path)
-            measure_conversion(race, title, kind, path, options)
+            command = [kind, "--checkpoint", str(path), "--output", str(output), "--no-tokenizer", *options]
+            time_conversion(race, title, command, path, output)
 
 
-def measure_conversion(race: Race, title: str, kind: str, path: Path, options: list[str]):
-    """Times `python -m mome.convert` of a file against a plain copy of it; its peak memory against the file's size."""
-    output = path.with_name("out")
-    command = [kind, "--checkpoint", str(path), "--output", str(output), "--no-tokenizer", *options]
+def time_conversion(race: Race, title: str, command: list[str], weights: Path, output: Path):
+    """Times `python -m mome.convert` with a command line, against a copy of the file of the weights."""
     seconds, peaks, copies = [], [], []
     for _ in range(race.rounds):
-        copies.append(timeit.timeit(lambda: shutil.copyfile(path, f"{path}.copy"), number=1))
+        copies.append(timeit.timeit(lambda: shutil.copyfile(weights, f"{weights}.copy"), number=1))
+        os.remove(f"{weights}.copy")
         run = [sys.executable, "-c", MEASURE, *command]
         printed = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
         took, peak = json.loads(printed.splitlines()[-1])
         seconds.append(took)
         peaks.append(peak / 1e6)
         shutil.rmtree(output)
-    megabytes = path.stat().st_size / 1e6
+    megabytes = weights.stat().st_size / 1e6
     name = f"conversion of {title}, {megabytes:.0f} MB"
     print(f"{name}: {statistics.median(seconds):.1f} s, peak {max(peaks) / megabytes:.2f} × the file")
     ratios = [took / copy for took, copy in zip(seconds, copies)]
-    median, copy = statistics.median(seconds), statistics.median(copies)
-    race.keep(f"{name}, seconds: MoME", median, "copy of the file", copy, ratios)
+    race.keep(
+        f"{name}, seconds: MoME", statistics.median(seconds), "copy of the file", statistics.median(copies), ratios
+    )
     shares = [peak / megabytes for peak in peaks]
     race.keep(f"{name}, peak memory in MB: MoME", max(peaks), "size of the file", megabytes, shares)
 

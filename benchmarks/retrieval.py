@@ -36,8 +36,8 @@ from ..modeling_mome import MomeModel
 from ..processing_mome import MomeProcessor
 from ..retrieval import Embedder, ExactIndex, embed_corpus, load_table
 from ..retrieval.corpus import open_source
+from ..retrieval.format import TableInfo, table_schema, to_table, write_table
 from ..retrieval.items import read_pixels
-from ..retrieval.table import TableInfo, table_schema, to_table, write_table
 from .command import begin, parser_of
 from .training import QUICK, SMALL
 
@@ -161,7 +161,7 @@ def random_table(path: Path, rows: int) -> Path:
         for start in range(0, rows, WRITTEN_AT_ONCE):
             count = min(WRITTEN_AT_ONCE, rows - start)
             columns = {"id": [str(row) for row in range(start, start + count)], "modality": ["image"] * count}
-            columns |= dict.fromkeys(("uri", "text", "error"), [None] * count)
+            columns |= dict.fromkeys(("uri", "text"), [None] * count)
             yield to_table(columns, random_vectors(count, start), schema)
 
     write_table(path, blocks(), schema)

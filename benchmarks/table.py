@@ -5,6 +5,7 @@
 Each stands between two comments, such as `<!-- speed -->` and `<!-- /speed -->`, in the files of `TABLES`.
 """
 
+import argparse
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ TABLES = {
         "icons",
         "searches",
         "experts a token",
+        "query forms",
         "speed",
         "speed gpu",
         "training gpu",
@@ -54,6 +56,7 @@ EXPERTS_A_TOKEN = {
     "greedy captions per second at batch 1": "captions/s, batch 1",
     "greedy captions per second at batch 32": "batch 32",
 }
+FORMS = "query forms, R@1 of "  # begins the metrics of `mome.experiments.query_forms`
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
@@ -114,6 +117,14 @@ def experts_table(rows: Iterable[dict]) -> str:
     return _table(["experts a token", *EXPERTS_A_TOKEN.values()], lines)
 
 
+def forms_table(rows: Iterable[dict]) -> str:
+    """R@1 of names in each form, and its ratio to that of the plain name."""
+    found = {row["metric"].removeprefix(FORMS): float(row["value"]) for row in rows if row["metric"].startswith(FORMS)}
+    plain = found.get("name")
+    lines = [[f"`{form}`", f"{100 * value:.1f} %", f"{100 * value / plain:.0f} %"] for form, value in found.items()]
+    return _table(["query", "R@1", "of the name's"], lines)
+
+
 def device_table(rows: Iterable[dict]) -> str:
     """Pairs per second of `mome.training.device` after each measure, and the ratio to the first row."""
     latest = {row["metric"].removeprefix(DEVICE): row for row in rows if row["metric"].startswith(DEVICE)}
@@ -171,6 +182,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "icons": figures_table(icons_figures(rows, [*HEADINGS])),
         "searches": searches_table(rows),
         "experts a token": experts_table(rows),
+        "query forms": forms_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
         "training gpu": device_table(rows),
@@ -197,7 +209,8 @@ def filled(rows: list[dict], root: Path = ROOT) -> dict[Path, str]:
     return texts
 
 
-def main():
+def main(argv: list[str] | None = None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     with RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for path, text in filled(rows).items():

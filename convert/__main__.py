@@ -1,4 +1,4 @@
-"""python -m mome.convert (beit3|vlmo|coca|mome) --checkpoint FILE --output DIR [...]"""
+"""python -m mome.convert (beit3|vlmo|siglip|coca|mome) --checkpoint FILE --output DIR [...]"""
 
 import argparse
 import signal
@@ -20,10 +20,13 @@ from .upcycling import upcycle_checkpoint
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mome.convert",
-        description="Makes checkpoints for transformers of those of BEiT-3, VLMo and CoCa, and routed MoME ones.",
+        description="Makes checkpoints of those of BEiT-3, VLMo, SigLIP and CoCa, and routed MoME ones.",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{beit3,vlmo,coca,mome}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{beit3,vlmo,siglip,coca,mome}")
+    _add_siglip(kinds.add_parser("siglip", help="a SigLIP or SigLIP 2 checkpoint of fixed resolution"))
     for kind, source in SOURCES.items():
+        if source.load is not None:
+            continue
         sub = kinds.add_parser(kind, help=f"a {source.name} checkpoint as published")
         sub.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights (.pth, .safetensors)")
         sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -53,6 +56,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     _add_routing(sub, required=True)
     return parser
+
+
+def _add_siglip(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR|ID", help="folder, or id of a repository on the Hub"
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: that of the checkpoint")
+    parser.add_argument("--no-tokenizer", action="store_true", help="make a checkpoint without a tokenizer")
+    parser.add_argument("--image-size", type=int, metavar="N", help="resize the position table to N pixels")
+    parser.add_argument("--strip-punctuation", action="store_true", help="SigLIP 2: leave punctuation out of texts")
+    parser.add_argument(
+        "--caption",
+        action="store_true",
+        help="add what captions are learnt with: experts of their own, copies of those of texts, and a caption head",
+    )
+    _add_routing(parser, required=False)
 
 
 def _add_coca(parser: argparse.ArgumentParser):
@@ -118,11 +139,13 @@ def _run(arguments: argparse.Namespace):
         tokenizer=arguments.tokenizer,
         with_tokenizer=not arguments.no_tokenizer,
         options=Options(
-            num_attention_heads=arguments.num_attention_heads,
+            num_attention_heads=getattr(arguments, "num_attention_heads", None),
             image_size=arguments.image_size,
             checkpoint_image_size=getattr(arguments, "checkpoint_image_size", None),
             caption=arguments.caption,
+            strip_punctuation=getattr(arguments, "strip_punctuation", False),
         ),
+        revision=getattr(arguments, "revision", None),
         **routing,
     )
 

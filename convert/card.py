@@ -8,8 +8,8 @@ from .operations import Conversion, Sizes, Source
 
 ENDING = """## Licence and citation
 
-The weights are those of {name}, published by Microsoft under the MIT License in
-[microsoft/unilm](https://github.com/microsoft/unilm); the code beside them is MoME's, Apache-2.0.
+The weights are those of {name}, {origin};
+the code beside them is MoME's, Apache-2.0.
 
 ```bibtex
 {citation}
@@ -52,7 +52,7 @@ def model_card(
         summary=summary,
         facts=facts,
         sections={"Notes on the conversion": "\n".join(lines)} if lines else {},
-        ending=ENDING.format(name=source.name, citation=source.citation),
+        ending=ENDING.format(name=source.name, origin=source.origin, citation=source.citation),
         metadata={"license": source.license, "tags": [source.name.lower().replace("-", "")]},
     )
     return text_of(card)
@@ -61,7 +61,7 @@ def model_card(
 def _preprocessing(sizes: Sizes) -> str:
     if sizes.classifier:
         return ", cropped from the centre, ImageNet's mean and deviation"
-    return ", resized (bicubic), scaled to −1…1"
+    return f", resized ({sizes.resampling}), scaled to −1…1"
 
 
 def summarise(keys: list[str]) -> list[str]:

@@ -19,19 +19,23 @@ from tqdm import tqdm
 from ..configuration_mome import MomeConfig
 from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration
-from . import beit3, coca, vlmo
+from . import beit3, coca, siglip, vlmo
 from .card import model_card
-from .operations import CAVEATS, STAND_INS, Conversion, Options, Sizes, Source, pattern_of
+from .operations import CAVEATS, STAND_INS, Conversion, Loaded, Options, Request, Sizes, Source, pattern_of
 from .processors import build_processor, find_tokenizer, load_tokenizer, special_token_ids
 from .reading import Checkpoint, open_checkpoint
 from .saving import check_output, meta_model, save_model, whole_folder
 from .upcycling import routed_config, upcycle
 
-SOURCES: dict[str, Source] = {"beit3": beit3.SOURCE, "vlmo": vlmo.SOURCE}
+SOURCES: dict[str, Source] = {"beit3": beit3.SOURCE, "vlmo": vlmo.SOURCE, "siglip": siglip.SOURCE}
 # A key that every file of a project has, to name what a file of another one is.
-SIGNATURES = {"beit3": "beit3.vision_embed.proj.weight", "vlmo": "transformer.patch_embed.proj.weight"}
-SIGNATURES["coca"] = coca.SIGNATURE
-NAMES = {"beit3": "BEiT-3", "vlmo": "VLMo", "coca": "CoCa"}
+SIGNATURES = {
+    "beit3": "beit3.vision_embed.proj.weight",
+    "vlmo": "transformer.patch_embed.proj.weight",
+    "siglip": siglip.PROBE,
+    "coca": coca.SIGNATURE,
+}
+NAMES = {kind: source.name for kind, source in SOURCES.items()} | {"coca": "CoCa"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGE = 2**26  # bytes from which on a progress bar is worth its lines
 
@@ -45,30 +49,33 @@ def convert(
     options: Options | None = None,
     experts_per_group: int | None = None,
     experts_per_token: int = 2,
+    revision: str | None = None,
 ) -> Conversion:
     """Makes a MoME folder of an upstream checkpoint.
 
     Args:
-        kind: `beit3` or `vlmo`.
-        checkpoint: file with the upstream weights, safetensors or a pickle.
+        kind: `beit3`, `vlmo` or `siglip`.
+        checkpoint: file with the upstream weights, safetensors or a pickle; of SigLIP a folder or a Hub id.
         output: folder to make; must not exist, and does only once all of it is written.
         tokenizer: file or folder; `None`: what lies beside the checkpoint under its published name.
         with_tokenizer: `False`: do without one. Texts are then the caller's to turn into ids.
         options: what the shapes do not tell.
         experts_per_group: make a routed checkpoint with so many copies of every expert.
         experts_per_token: how many of them a token uses.
+        revision: of a checkpoint on the Hub: branch, tag or commit.
 
     Raises:
         ConversionError: anything that stops the conversion, in one line; nothing is left behind.
     """
     if kind not in SOURCES:
         raise ConversionError(f"unknown kind {kind!r}: choose one of {', '.join(SOURCES)}")
-    source, path, output = SOURCES[kind], Path(checkpoint), Path(output)
+    source, output = SOURCES[kind], Path(output)
     check_output(output)
-    opened = open_checkpoint(path)
-    check_kind(kind, opened)
-    sizes = source.measure(opened, options or Options())
-    config, processor = _configure(source, sizes, path, tokenizer, with_tokenizer)
+    tokenizer = None if tokenizer is None else Path(tokenizer)
+    request = Request(checkpoint, options or Options(), tokenizer, with_tokenizer, revision)
+    loaded = source.load(request) if source.load else _load_file(kind, request)
+    opened, sizes, path = loaded.checkpoint, loaded.sizes, loaded.checkpoint.path
+    config = _config(loaded)
     final = routed_config(config, experts_per_group, experts_per_token) if experts_per_group is not None else config
     expected = _expected(config)
     plan, dropped = plan_of(source, sizes, opened, expected)
@@ -79,7 +86,7 @@ def convert(
     done = Conversion(output, final, dropped, notes)
     with whole_folder(output) as folder:
         save_model(MomeForConditionalGeneration, final, state, folder)
-        processor.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
         parameters = sum(tensor.numel() for tensor in state.values())
         card = model_card(source, sizes, done, path, parameters, with_tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -112,18 +119,24 @@ def check_kind(kind: str, checkpoint: Checkpoint):
     raise ConversionError(f"checkpoint {checkpoint.path} has no {SIGNATURES[kind]}, it {found}")
 
 
-def _configure(source: Source, sizes: Sizes, path: Path, tokenizer, with_tokenizer: bool):
-    """Config and processor, which have to agree on lengths and special tokens."""
-    loaded = None
-    if with_tokenizer:
+def _load_file(kind: str, request: Request) -> Loaded:
+    """A file with the weights, and its processor, which have to agree on lengths and special tokens."""
+    source, path, tokenizer = SOURCES[kind], Path(request.checkpoint), None
+    opened = open_checkpoint(path)
+    check_kind(kind, opened)
+    sizes = source.measure(opened, request.options)
+    if request.with_tokenizer:
         length = sizes.text_length or sizes.config["max_position_embeddings"]
-        loaded = load_tokenizer(find_tokenizer(source, path) if tokenizer is None else Path(tokenizer), length)
-    ids = special_token_ids(loaded, source, sizes.config["vocab_size"])
+        tokenizer = load_tokenizer(request.tokenizer or find_tokenizer(source, path), length)
+    ids = special_token_ids(tokenizer, source, sizes.config["vocab_size"])
+    return Loaded(opened, sizes, ids, build_processor(tokenizer, sizes))
+
+
+def _config(loaded: Loaded) -> MomeConfig:
     try:
-        config = MomeConfig(**sizes.config, **ids)
+        return MomeConfig(**loaded.sizes.config, **loaded.ids)
     except ValueError as error:
-        raise ConversionError(f"checkpoint {path} describes an impossible model: {error}") from error
-    return config, build_processor(loaded, sizes)
+        raise ConversionError(f"checkpoint {loaded.checkpoint.path} describes an impossible model: {error}") from error
 
 
 def _expected(config: MomeConfig) -> dict[str, torch.Size]:
@@ -174,7 +187,7 @@ def plan_of(
     if left:
         names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         raise ConversionError(f"checkpoint {checkpoint.path} has keys that {source.name} does not have: {names}")
-    plan |= {target: fill for head in sizes.absent for target, fill in STAND_INS[head].items()}
+    plan |= {target: fill for head in sizes.absent for target, fill in STAND_INS[head].items()} | sizes.stand_ins
     _check_complete(source, checkpoint, plan, expected)
     return plan, dropped
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,13 +31,15 @@ class Options:
         image_size: pixels of the output, whose position tables are resized; `None`: those of the checkpoint.
         checkpoint_image_size: pixels of the checkpoint, where a relative position table leaves them in doubt.
         caption: give a file without a caption head one of its own, a copy of the word embeddings, in place of one tied
-            to them.
+            to them; SigLIP gets experts of captions as well, see `caption_experts`.
+        strip_punctuation: a tokenizer that leaves out punctuation, where the published one keeps it.
     """
 
     num_attention_heads: int | None = None
     image_size: int | None = None
     checkpoint_image_size: int | None = None
     caption: bool = False
+    strip_punctuation: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Sizes:
         classifier: an image classifier, whose images are normalised otherwise.
         absent: heads that the file doesn't hold, keys of `STAND_INS`.
         notes: what the user should know, such as what had to be guessed.
+        resampling: how images are resized, for the model card.
+        stand_ins: target key → function of what is there, as in `STAND_INS`, where the targets depend on the file.
     """
 
     config: dict
@@ -62,6 +67,8 @@ class Sizes:
     classifier: bool = False
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    resampling: str = "bicubic"
+    stand_ins: dict[str, Callable] = field(default_factory=dict)
 
     @property
     def new_grid(self) -> int:
@@ -89,6 +96,42 @@ Operation = Callable[[list[torch.Tensor], Sizes], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is to be converted.
+
+    Attributes:
+        checkpoint: file, folder or Hub id.
+        options: what the shapes do not tell.
+        tokenizer: file or folder; `None`: the checkpoint's own.
+        with_tokenizer: `False`: do without one.
+        revision: of a repository on the Hub.
+    """
+
+    checkpoint: str | Path
+    options: Options = field(default_factory=Options)
+    tokenizer: Path | None = None
+    with_tokenizer: bool = True
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint and what belongs to it.
+
+    Attributes:
+        checkpoint: its tensors.
+        sizes: what they tell.
+        ids: fields of the MomeConfig that name ids.
+        processor: a MomeProcessor or, without a tokenizer, what turns images into pixels.
+    """
+
+    checkpoint: Checkpoint
+    sizes: Sizes
+    ids: dict[str, int]
+    processor: Any
+
+
+@dataclass(frozen=True)
 class Source:
     """One upstream project.
 
@@ -97,18 +140,20 @@ class Source:
         key_map: see `KeyMap`.
         operations: target key → operation; without one, a target is its only tensor as it is.
         measure: reads the sizes of a checkpoint.
+        load: opens a checkpoint of more than one file; `None`: a file with the weights.
         vocab_size: rows of the published word embedding.
         special_tokens: ids of the published vocabulary by name, for conversions without a tokenizer.
         other_special_tokens: the same for another vocabulary, a guess; `[MASK]` is its last id.
         tokenizer_files: names under which the tokenizer lies beside a checkpoint.
         tokenizer_hint: where to get the tokenizer.
-        paper, citation, license: for the model card.
+        paper, citation, license, origin: for the model card.
     """
 
     name: str
     key_map: KeyMap
     measure: Callable[[Checkpoint, Options], Sizes]
     operations: dict[str, Operation]
+    load: Callable[[Request], Loaded] | None = None
     vocab_size: int = 0
     special_tokens: dict[str, int] = field(default_factory=dict)
     other_special_tokens: dict[str, int] = field(default_factory=dict)
@@ -117,6 +162,9 @@ class Source:
     paper: str = ""
     citation: str = ""
     license: str = ""
+    origin: str = (
+        "published by Microsoft under the MIT License in [microsoft/unilm](https://github.com/microsoft/unilm)"
+    )
 
 
 def pattern_of(key: str) -> re.Pattern:
@@ -202,6 +250,11 @@ def image_positions(start: int) -> Operation:
     return resize
 
 
+def patch_positions(tensors: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    """Positions of patches alone, for the output's resolution: (1, patches, width)."""
+    return resize_grid(tensors[0], sizes.grid, sizes.new_grid)[None]
+
+
 def relative_positions(tensors: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     """VLMo's table: the offsets between patches come first and are resized, the rest stays."""
     offsets = (2 * sizes.grid - 1) ** 2
@@ -209,11 +262,6 @@ def relative_positions(tensors: list[torch.Tensor], sizes: Sizes) -> torch.Tenso
 
 
 # Stand-ins for heads that a file doesn't hold: absent head → target key → function of what is there.
-
-
-def identity_projection(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
-    """Embeddings are the first token's state itself."""
-    return torch.eye(sizes.config["hidden_size"])
 
 
 def initial_temperature(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
@@ -229,13 +277,32 @@ def copied_words(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
     return state["model.text_embedding.word_embeddings.weight"].clone()
 
 
+def identity_matrix(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    return torch.eye(sizes.config["hidden_size"])
+
+
+def ones(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    return torch.ones(sizes.config["hidden_size"])
+
+
+def zeros(state: dict[str, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    return torch.zeros(sizes.config["hidden_size"])
+
+
 STAND_INS: dict[str, dict[str, Callable[[dict[str, torch.Tensor], Sizes], torch.Tensor]]] = {
     "projections": {
-        "model.image_projection.weight": identity_projection,
-        "model.text_projection.weight": identity_projection,
+        "model.image_projection.weight": identity_matrix,
+        "model.text_projection.weight": identity_matrix,
         "model.logit_scale": initial_temperature,
     },
     "tied caption head": {"lm_head.decoder.bias": zero_bias},
+    "caption transform": {
+        "lm_head.transform.0.weight": identity_matrix,
+        "lm_head.transform.0.bias": zeros,
+        "lm_head.transform.2.weight": ones,
+        "lm_head.transform.2.bias": zeros,
+        "lm_head.decoder.bias": zero_bias,
+    },
     "own caption head": {"lm_head.decoder.bias": zero_bias, "lm_head.decoder.weight": copied_words},
 }
 
@@ -243,6 +310,8 @@ STAND_INS: dict[str, dict[str, Callable[[dict[str, torch.Tensor], Sizes], torch.
 CAVEATS = {
     "projections": "embeddings are the first token's state: the file has no trained projection",
     "tied caption head": "the caption head is untrained, tied to the word embeddings: fine-tune it before captioning",
+    "caption transform": "captions are not learnt yet: their experts are copies of those of texts; train them with "
+    "training/recipes/caption-siglip.yaml",
     "own caption head": "the caption head is untrained, a copy of the word embeddings: fine-tune it before captioning",
 }
 

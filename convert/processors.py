@@ -18,7 +18,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from ..errors import ConversionError, first_sentence, missing_package
+from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
+from .hub import CheckpointFiles
 from .operations import Sizes, Source
 
 # Roles of special tokens and the names under which tokenizers have them.
@@ -143,15 +145,41 @@ def _spare_id(used: set[int], vocab_size: int) -> int:
     return next((index for index in reversed(range(vocab_size)) if index not in used), vocab_size - 1)
 
 
+def published_image_processor(files: CheckpointFiles, side: int, new_side: int) -> ImageProcessingMixin:
+    """What turns images into pixels, as the checkpoint's `preprocessor_config.json` says; images become squares.
+
+    Args:
+        side: pixels of the checkpoint's images.
+        new_side: of the output's.
+
+    Raises:
+        ConversionError: no such file, or one that is for other images.
+    """
+    file = files.need("preprocessor_config.json", "processor_config.json", hint="it tells how images are prepared")
+    fields = files.json(file)
+    fields = fields.get("image_processor", fields)
+    size = fields.get("size", side)
+    sides = (size.get("height"), size.get("width")) if isinstance(size, dict) else (size, size)
+    if sides != (side, side):
+        raise ConversionError(
+            f"checkpoint {files.name}: {file.name} makes images of size {size}, config.json has {side} × {side} pixels"
+        )
+    names = "do_resize do_rescale do_normalize rescale_factor resample image_mean image_std".split()
+    options = {name: fields[name] for name in names if fields.get(name) is not None}
+    options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | options  # where SigLIP's class has its defaults
+    try:
+        return MomeImageProcessor(size={"height": new_side, "width": new_side}, do_center_crop=False, **options)
+    except Exception as error:  # a value that can't be
+        raise ConversionError(f"checkpoint {files.name}: {file.name}: {first_sentence(error)}") from error
+
+
 def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:
     """What turns images and texts into the model's inputs; without a tokenizer only what turns images."""
-    from transformers import CLIPImageProcessor  # not above: without torchvision its import comes with a remark
-
     side = sizes.config["image_size"]
     square = {"height": side, "width": side}
     if sizes.classifier:
         options = {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, **IMAGENET}
     else:
         options = {"size": square, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    images = CLIPImageProcessor(**options)
+    images = MomeImageProcessor(**options)
     return images if tokenizer is None else MomeProcessor(images, tokenizer)

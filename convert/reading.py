@@ -84,6 +84,23 @@ class PickledCheckpoint(Checkpoint):
         return self._tensors[key].detach()
 
 
+class JoinedCheckpoint(Checkpoint):
+    """The tensors of some files, as of one."""
+
+    def __init__(self, parts: list[Checkpoint], name: str):
+        self.path, self.bytes, self.settings = Path(name), sum(part.bytes for part in parts), {}
+        self._part_of = {key: part for part in parts for key in part.shapes}
+        self.shapes = {key: part.shapes[key] for key, part in self._part_of.items()}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._part_of[key].tensor(key)
+
+
+def open_checkpoints(paths: list[Path], name: str) -> Checkpoint:
+    """As `open_checkpoint`, of a checkpoint in parts; messages call it `name`."""
+    return JoinedCheckpoint([open_checkpoint(path) for path in paths], name)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a file, whatever its name: safetensors or a pickle that torch wrote.
 

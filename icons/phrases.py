@@ -10,6 +10,7 @@ A sentence is a row of `SLOTS`, each empty or a phrase from one table, around th
     the   red                icon  shows     a        bicycle
                                              a        bicycle  in red
     this                           is a ...  a        bicycle                                   .
+    a photo of                               a        apple                                          (as templates do)
 
 The words and their rules are those of `captions.py`; the frames are what people ask with.
 """
@@ -30,9 +31,11 @@ EMOJI = KINDS.index("emoji")
 EMPTY = 0  # the number of the phrase that is none
 ADJECTIVES = tuple(adjective for each in STYLE_ADJECTIVES.values() for adjective in each)
 LINKS = ("of", "for", "stands for", "shows")
-FRAMES = ("a photo of", "this is a photo of", "a picture of")
-STOPPED = "this is a photo of"  # the frame that is a whole sentence
 ICON_OF = "an icon of"
+FRAMES = ("a photo of", "this is a photo of", "a picture of", ICON_OF)
+STOPPED = "this is a photo of"  # the frame that is a whole sentence
+# Templates know no grammar: "This is a photo of {}." is filled with "bicycle", "a photo of a {}." with "apple".
+BARE_IN_FRAME, ALWAYS_A = 0.35, 0.15  # shares of the frames with no article, and with "a" whatever follows
 NOUN_FORMS, OTHER_FORMS = 7, 4  # of `captions.sentence`
 SENTENCE_AT_FIRST = 0.05  # share of the sentences at no strength
 
@@ -46,7 +49,7 @@ class Phrasing:
         related: share that are searched by a synonym or broader word of their name, if there is one.
         gloss: share that are searched by the definition of their name, if there is one.
         sentence: share of the texts that are put into a sentence; no definition is.
-        frame: share of the sentences that are one of `FRAMES`.
+        frame: share of the sentences that are one of `FRAMES`, half of them with the article that the text wants.
         stop: share of all texts that end in a full stop; most of the frame "this is a photo of {}" do.
         caption_name: share of the captions that are names; the others are any text of their picture.
     """
@@ -59,8 +62,8 @@ class Phrasing:
     stop: float = 0.05
     caption_name: float = 0.85
 
-    def eased(self, strength: float) -> "Phrasing":
-        """The same at a strength in 0…1: at 0 names and tags, hardly sentences."""
+    def eased(self, strength: float | torch.Tensor) -> "Phrasing":
+        """The same at a strength in 0…1, or a tensor () on the texts' device: at 0 names and tags, few sentences."""
         first = min(SENTENCE_AT_FIRST, self.sentence)
         sentence = first + (self.sentence - first) * strength
         others = {name: getattr(self, name) * strength for name in ("related", "gloss", "stop")}
@@ -92,7 +95,7 @@ class Phrases:
 
     def __init__(self, tokenizer, device: torch.device | str):
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        phrases = ["", *ARTICLES[1:], *NAMES, *ADJECTIVES, *KINDS, *LINKS, *FRAMES, ICON_OF, "."]
+        phrases = ["", *ARTICLES[1:], *NAMES, *ADJECTIVES, *KINDS, *LINKS, *FRAMES, "."]
         phrases += [f"in {name}" for name in NAMES] + [f"on {article(name)} background" for name in NAMES]
         self.numbers = {phrase: number for number, phrase in enumerate(phrases)}
         encoded = [tokenizer(phrase, add_special_tokens=False)["input_ids"] for phrase in phrases]
@@ -147,7 +150,7 @@ def bare_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, length:
 
 
 def framed_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, lead: str, length: int) -> Texts:
-    """The texts of these numbers (rows,) behind `ICON_OF` or one of `FRAMES`: "an icon of a bicycle"."""
+    """The texts of these numbers (rows,) behind one of `FRAMES`, with their article: "an icon of a bicycle"."""
 
     def everywhere(phrase: str) -> torch.Tensor:
         return phrases.tokens[phrases.numbers[phrase]].expand(len(text), -1)
@@ -180,9 +183,11 @@ def descriptions(
     frame = phrases.of("frame", (draws[2] * len(FRAMES)).long())
     stop = (draws[7] < options.stop) | (framed & (frame == phrases.numbers[STOPPED]) & (draws[7] < 0.9))
     slots = {slot: where(sentence & ~framed, number, EMPTY) for slot, number in slots.items()}
-    noun_article = phrases.of("article", icons.noun[text].long() - 2)
+    in_frame = phrases.of("article", icons.noun[text].long() - 2)
+    in_frame = where(draws[3] < BARE_IN_FRAME + ALWAYS_A, phrases.numbers["a"], in_frame)
+    in_frame = where(draws[3] < BARE_IN_FRAME, EMPTY, in_frame)
     slots["lead"] = where(framed, frame, slots["lead"])
-    slots["article"] = where(framed, noun_article, slots["article"])
+    slots["article"] = where(framed, in_frame, slots["article"])
     slots["end"] = where(stop, phrases.numbers["."], EMPTY)
     before = [phrases.tokens[slots[slot]] for slot in ("lead", "colour", "adjective", "kind", "link", "article")]
     behind = [phrases.tokens[slots[slot]] for slot in ("behind", "place", "end")]

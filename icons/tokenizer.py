@@ -3,36 +3,41 @@
 python -m mome.icons.tokenizer --data DIR --output DIR [--cache DIR] [--vocabulary 6000] [--max-tokens 16]
 
 General English words are learnt from as well, each counted once, so that words which no icon is called by fall into
-natural pieces.
+natural pieces. How texts are spelt before that is in `spelling.py`.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import datasets
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
 from .captions import STYLE_ADJECTIVES
 from .palette import NAMES
 from .sources import SOURCES, fetch_source
+from .spelling import emoji_names, spelling
 
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "<image>", "[UNK]", "[MASK]")
 SENTENCE = "a an the icon of on in with left right above below to next and {} background at top bottom between"
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, max_tokens: int) -> PreTrainedTokenizerFast:
-    """Lower-case WordPiece; a text becomes `[BOS] words [EOS]`.
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, max_tokens: int, emoji: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Lower-case WordPiece of words in one spelling; a text becomes `[BOS] words [EOS]`.
 
     Args:
         texts: what to learn the pieces from; a text that occurs more often counts more.
         vocabulary: number of ids, special tokens included.
         max_tokens: length of the longest text that a model takes, `[BOS]` and `[EOS]` counted.
+        emoji: names by emoji; default: emoji are marks like others.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = spelling(emoji or {})
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
     trainer = trainers.WordPieceTrainer(
@@ -58,11 +63,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, max_tokens: int) -> P
     )
 
 
-def build_processor(texts: Iterable[str], vocabulary: int, max_tokens: int, side: int = 64) -> MomeProcessor:
-    image_processor = CLIPImageProcessor(
+def build_processor(
+    texts: Iterable[str], vocabulary: int, max_tokens: int, side: int = 64, emoji: Mapping[str, str] | None = None
+) -> MomeProcessor:
+    """The tokenizer, see `train_tokenizer`, beside an image processor for pictures of `side` pixels."""
+    image_processor = MomeImageProcessor(
         size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_center_crop=False
     )
-    return MomeProcessor(image_processor, train_tokenizer(texts, vocabulary, max_tokens))
+    return MomeProcessor(image_processor, train_tokenizer(texts, vocabulary, max_tokens, emoji))
 
 
 def english_words(cache: Path) -> list[str]:
@@ -90,8 +98,10 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     files = {"train": str(options.data / "train-*.parquet")}
     rows = datasets.load_dataset("parquet", data_files=files, split="train").select_columns("texts")
-    words = english_words(options.cache or options.data / "cache")
-    processor = build_processor(texts_to_learn_from(rows, words), options.vocabulary, options.max_tokens)
+    cache = options.cache or options.data / "cache"
+    emoji = emoji_names(fetch_source(SOURCES["emojibase-data"], cache))
+    texts = texts_to_learn_from(rows, english_words(cache))
+    processor = build_processor(texts, options.vocabulary, options.max_tokens, emoji=emoji)
     processor.save_pretrained(options.output)
     print(f"{len(processor.tokenizer):,} tokens in {options.output}")
 

@@ -30,7 +30,7 @@ from ..data.pairs import BUILDERS, Rows, texts_of
 from ..errors import RetrievalError, first_line, unknown_name
 from ..processing_mome import load_rgb_image
 from .folder import image_folder, list_folder
-from .table import MODALITIES, RESERVED_COLUMNS
+from .format import MODALITIES, RESERVED_COLUMNS, is_table
 
 logger = logging.get_logger(__name__)
 
@@ -110,7 +110,6 @@ class Corpus:
         data: its rows, images still encoded.
         options: with the columns of images and texts that were found; `None` where there are none.
         metadata: names and types of the metadata columns.
-        digest: changes when the corpus does.
         left_out: reason → number of files and links in a folder that are not rows.
     """
 
@@ -118,13 +117,18 @@ class Corpus:
     data: Rows
     options: CorpusOptions
     metadata: datasets.Features
-    digest: str
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """What error messages call it."""
         return self.name or "the data set"
+
+    @property
+    def split(self) -> str:
+        """The split that is read; a data set that was passed in knows its own."""
+        own = None if self.name else getattr(self.data, "split", None)
+        return self.options.split if own is None else str(own)
 
     @property
     def count(self) -> int | None:
@@ -268,12 +272,12 @@ def open_corpus(source: str | Path | Rows, options: CorpusOptions) -> Corpus:
     """As `open_source`, by its options."""
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise RetrievalError(f"source is a dict of splits, {', '.join(source)}: pass one of them")
-    name, digest, left_out = "", "", {}
+    name, left_out = "", {}
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         data = source
     else:
         name = str(Path(source).resolve()) if Path(source).exists() else str(source)
-        data, digest, left_out = _read(name, options.split, options.streaming)
+        data, left_out = _read(name, options.split, options.streaming)
     if data.features is None:  # a stream tells its columns only with its first row
         data = data._resolve_features()
     where = repr(name) if name else "the data set"
@@ -281,8 +285,7 @@ def open_corpus(source: str | Path | Rows, options: CorpusOptions) -> Corpus:
     metadata = _metadata_features(data.features, options)
     if options.image_column:
         data = _encoded(data, options.image_column, where)
-    digest = digest_of(digest, getattr(data, "_fingerprint", "") if isinstance(data, datasets.Dataset) else "")
-    corpus = Corpus(name, data, options, metadata, digest, left_out)
+    corpus = Corpus(name, data, options, metadata, left_out)
     if corpus.count == 0:
         raise corpus.empty()
     return corpus
@@ -346,8 +349,8 @@ def _metadata_features(features: datasets.Features, options: CorpusOptions) -> d
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read(name: str, split: str, streaming: bool) -> tuple[Rows, str, dict[str, int]]:
-    """The rows of a corpus by its name, a digest of its files, and how much was left out of it, by reason.
+def _read(name: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]:
+    """The rows of a corpus by its name, and how much was left out of it, by reason.
 
     Raises:
         RetrievalError: no such corpus or split, a damaged file.
@@ -363,7 +366,7 @@ def _read(name: str, split: str, streaming: bool) -> tuple[Rows, str, dict[str, 
             raise RetrievalError(f"{name} is of no kind that can be read: {kinds}, or a folder of images")
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise RetrievalError(f"{name!r} is not there")
-        return datasets.load_dataset(name, split=split, streaming=streaming), "", {}
+        return datasets.load_dataset(name, split=split, streaming=streaming), {}
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise _cache_error(error) or RetrievalError(f"{name!r} is not there: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
@@ -384,43 +387,46 @@ def _cache_error(error: Exception) -> RetrievalError | None:
     )
 
 
-def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, str, dict[str, int]]:
+def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]:
     if (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
             raise unknown_name(split, saved, f"{path}, among its splits,")
-        return saved[split], "", {}
+        return saved[split], {}
     if (path / "dataset_info.json").exists():
-        return datasets.load_from_disk(str(path)), "", {}
+        return datasets.load_from_disk(str(path)), {}
     listing = list_folder(path)
-    if listing.containers.get(".parquet"):
-        return datasets.load_dataset(str(path), split=split, streaming=streaming), "", {}
+    tables = [file for file in listing.containers.get(".parquet", ()) if is_table(file) or _is_in_index(file, path)]
+    if tables:  # made from what is here
+        listing.left_out["files of tables and indexes"] += len(tables)
+    shards = [file for file in listing.containers.get(".parquet", ()) if file not in set(tables)]
+    if shards and tables:
+        data_files = {split: shards}
+        return datasets.load_dataset("parquet", data_files=data_files, split=split, streaming=streaming), {}
+    if shards:
+        return datasets.load_dataset(str(path), split=split, streaming=streaming), {}
     if listing.containers.get(".tar"):
         return _read_files(listing.containers[".tar"], "webdataset", split, True)
     if not listing.images:
-        raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files")
-    return image_folder(path, listing), _digest_of_files(listing.images), dict(listing.left_out)
+        others = ", ".join(f"{count:,} {reason}" for reason, count in listing.left_out.items())
+        only = f", only {others}" if others else ""
+        raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files{only}")
+    rows = image_folder(path, listing)  # which counts more that is left out
+    return rows, dict(listing.left_out)
 
 
-def _read_files(files: list[str], builder: str, split: str, streaming: bool) -> tuple[Rows, str, dict[str, int]]:
+def _is_in_index(file: str, folder: Path) -> bool:
+    """Whether a file belongs to a Milvus Lite index, which is a folder."""
+    return any(above.suffix == ".db" for above in Path(file).relative_to(folder).parents)
+
+
+def _read_files(files: list[str], builder: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]:
     for file in files:
         if os.path.islink(file) and not os.path.exists(file):
             raise RetrievalError(f"{file!r} is a dead link: remove it, or put back the file that it leads to")
-    digest = _digest_of_files(files)
     streaming = streaming or builder == "webdataset"  # or a copy of all shards would be made
     data_files = {split: [str(Path(file).resolve()) for file in files]}
-    return datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming), digest, {}
-
-
-def _digest_of_files(files: list[str]) -> str:
-    return digest_of([(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, map(_stat, files))])
-
-
-def _stat(file: str) -> os.stat_result:
-    try:
-        return os.stat(file)
-    except OSError:  # a dead link: of the link itself
-        return os.lstat(file)
+    return datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming), {}
 
 
 # ----------------------------------------------------------------------------------------------- images by URI

@@ -1,9 +1,10 @@
 """Embeds a corpus with Daft: on the cores of one machine, or on a Ray cluster (extra `daft`).
 
-    corpus ── items (parquet, images still encoded) ── Daft: @daft.cls UDF ── sorted parquet ── table
-                                                       a model in each worker
+    missing items ── parquet, images still encoded ── Daft: @daft.cls UDF ── parquet ── parts ── table
+    (embed.py)       a block at a time                a model in each worker
 
-The table is row for row that of `embed_corpus`. `daft_embedder` is the UDF alone, for your own data frames:
+The table is row for row that of `embed_corpus`, and resumes and grows as that does, by blocks. `daft_embedder` is the
+UDF alone, for your own data frames:
 
 ```python
 embedder = daft_embedder("me/my-model")
@@ -13,17 +14,14 @@ frame.write_parquet("s3://bucket/embedded")
 ```
 """
 
-import shutil
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import daft
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -31,15 +29,21 @@ from daft import DataType, Series
 
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError, first_line
-from .corpus import Corpus, CorpusOptions, Rows, digest_of, open_corpus, records_of
-from .embed import EmbeddingReport, report_of
-from .items import Item, columns_of, embed_items, items_of
-from .table import TableInfo, table_schema, to_table, write_table
+from .corpus import CorpusOptions, Rows, open_corpus, records_of
+from .embed import MOST_WORKERS, PART_ROWS, Engine, run_job
+from .items import Item, embed_items, load_bytes
+from .job import EmbeddingReport, TableJob
 
 ITEM_ROWS = 4096  # of a file of items, which a worker reads at a time
+FILE_BYTES, BLOCK_BYTES = 64 << 20, 2 << 30  # of encoded images in a file, and in all files of a block
+BLOCK_ROWS = 65_536  # a kill loses at most a block
 RESULT = DataType.struct({"embedding": DataType.list(DataType.float32()), "error": DataType.string()})
 RESULT_NAMES = ["embedding", "error"]
 RUNNERS = ("native", "ray")
+KEPT_COLUMNS = ("uri", "file_stamp", "content_digest")
+ITEM_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in (*KEPT_COLUMNS, "modality", "text")] + [("image", pa.large_binary())]
+)
 
 
 def daft_embedder(
@@ -75,7 +79,10 @@ def daft_embedder(
         @daft.method.batch(return_dtype=RESULT, batch_size=batch_size)
         def embed(self, modalities: Series, images: Series, texts: Series) -> pa.Array:
             rows = zip(modalities.to_pylist(), images.to_pylist(), texts.to_pylist())
-            items = [_text_item(text) if kind == "text" else Item("", kind, image=image) for kind, image, text in rows]
+            items = [
+                _text_item(text) if kind == "text" else Item("", kind, image=_encoded(image))
+                for kind, image, text in rows
+            ]
             return _results(items, self.embedder)
 
     return MomeEmbedder(str(Path(model).resolve()) if Path(model).is_dir() else str(model))
@@ -103,7 +110,7 @@ class DaftOptions:
     Attributes:
         runner: `"native"` or `"ray"`; default: what `DAFT_RUNNER` or `daft.set_runner_...` says.
         ray_address: of the cluster; default: by Ray's own rules, which end with a new one on this machine.
-        work_folder: for intermediate files, visible to all workers; default: a new folder beside the output.
+        work_folder: for intermediate files, visible to all workers; default: beside the output.
         gpus, max_concurrency: see `daft_embedder`.
     """
 
@@ -127,48 +134,26 @@ def embed_with_daft(
 
     Args:
         source: see `open_source`.
-        output: a `.parquet` file.
+        output: a `.parquet` file; any other name is a folder of parquet files.
         model: folder or Hub id, the same for every worker.
-        batch_size: rows that go through the model together.
-        overwrite: replace what is at `output`, once the new table is complete.
+        batch_size: images or texts that go through the model together.
+        overwrite: embed everything anew, and replace what is at `output` once the new table is complete.
         options: the fields of `DaftOptions` and `CorpusOptions`.
 
     Raises:
-        RetrievalError: a corpus, column, option, runner or output that can't be used. MomeError: a model that can't be
-            loaded.
+        RetrievalError: a corpus, column, option or runner that can't be used; a table at `output` that can't grow into
+            this one. MomeError: a model that can't be loaded.
     """
-    began = time.monotonic()
-    output = Path(output)
     daft_options, corpus_options = records_of(options, "embed_with_daft", DaftOptions, CorpusOptions)
-    if output.suffix != ".parquet":
-        raise RetrievalError(f"output {str(output)!r}: choose a name that ends in .parquet")
-    if output.exists() and not overwrite:
-        raise RetrievalError(f"{output} is there already: choose another output, or overwrite it (overwrite=True)")
     corpus = open_corpus(source, corpus_options)
     corpus.check()
     local = Embedder.load(model)  # for its dimension and fingerprint; a model that doesn't load is refused at once
+    job = TableJob(Path(output), corpus, local, PART_ROWS)
     _choose_runner(daft_options.runner, daft_options.ray_address)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    schema = table_schema(_info(local, corpus), corpus.metadata)
-    embedder = daft_embedder(local.name, batch_size, daft_options.gpus, daft_options.max_concurrency)
-    folder = Path(tempfile.mkdtemp(prefix=f"{output.name}.daft-", dir=daft_options.work_folder or output.parent))
-    try:
-        write_items(corpus, folder / "items", schema)
-        frame = daft.read_parquet(str(folder / "items" / "*.parquet"))
-        result = embedder.embed(frame["modality"], frame["image"], frame["text"])
-        frame = frame.with_column("result", result).exclude("image").sort("row")
-        frame.write_parquet(str(folder / "results"))
-        write_table(output, _sorted_tables(folder / "results", schema), schema)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return report_of([output], output, corpus, began, 0)
-
-
-def _info(embedder: Embedder, corpus: Corpus) -> TableInfo:
-    options = corpus.options
-    columns = [options.image_column, options.text_column, options.id_column]
-    job = digest_of(corpus.name, corpus.digest, options.split, corpus.modalities, columns, embedder.fingerprint)
-    return TableInfo(embedder.name, embedder.fingerprint, embedder.dimension, corpus.name, job)
+    with job.locked(), ThreadPoolExecutor(MOST_WORKERS) as pool:
+        embedder = daft_embedder(local.name, batch_size, daft_options.gpus, daft_options.max_concurrency)
+        engine = _engine(embedder, daft_options.work_folder or job.parts, local.dimension)
+        return run_job(job, engine, pool, MOST_WORKERS, overwrite, False)
 
 
 def _choose_runner(runner: str | None, ray_address: str | None):
@@ -185,55 +170,93 @@ def _choose_runner(runner: str | None, ray_address: str | None):
         raise RetrievalError(f"runner {runner!r} can't be used: {first_line(error)}") from None
 
 
-def write_items(corpus: Corpus, folder: Path, schema: pa.Schema) -> int:
-    """Writes what is to be embedded as parquet files of `ITEM_ROWS` items each; returns the number of items.
+def _engine(embedder: Any, place: str | Path, dimension: int) -> Engine:
+    """Embeds items with Daft, a block at a time, which lies in a folder in `place`."""
 
-    Columns: `row`, the place in the table; the table's columns without the embedding; `image`, still encoded.
+    def embed(items: Iterator[Item]) -> Iterator[tuple[Sequence[Item], torch.Tensor]]:
+        count, unread = 1, []
+        while count or unread:
+            with tempfile.TemporaryDirectory(prefix="daft-", dir=place, ignore_cleanup_errors=True) as folder:
+                block = Path(folder)
+                count, unread = write_items(items, block / "items")
+                if unread:
+                    yield unread, torch.zeros(len(unread), dimension)
+                if count:
+                    frame = daft.read_parquet(str(block / "items" / "*.parquet"))
+                    result = embedder.embed(frame["modality"], frame["image"], frame["text"])
+                    frame = frame.with_column("result", result).select(*KEPT_COLUMNS, "result")
+                    frame.write_parquet(str(block / "results"))
+                    yield from _results_of(block / "results", count, dimension)
+
+    return embed
+
+
+def write_items(items: Iterator[Item], folder: Path) -> tuple[int, list[Item]]:
+    """Writes a block of items as parquet files; returns how many, and those that could not be read again.
+
+    Columns: those of `ITEM_SCHEMA`, images still encoded, with their bytes.
     """
-    fields = [schema.field(name) for name in schema.names if name != "embedding"]
-    written = pa.schema(
-        [pa.field("row", pa.int64()), *fields, pa.field("image", datasets.Image(decode=False).pa_type)]
-    )
     folder.mkdir(parents=True)
-    items: Iterable[Item] = (item for row in corpus.rows() for item in items_of(row, corpus))
-    count = 0
-    while some := list(islice(items, ITEM_ROWS)):
+    count, block_bytes, unread = 0, 0, []
+    waiting: list[Item] = []
+    waiting_bytes = 0
+
+    def write():
+        nonlocal count, waiting, waiting_bytes
         columns = {
-            "row": range(count, count + len(some)),
-            **columns_of(some, schema),
-            "image": [item.image for item in some],
+            "uri": [item.uri for item in waiting],
+            "file_stamp": [item.stamp for item in waiting],
+            "content_digest": [item.digest for item in waiting],
+            "modality": [item.modality for item in waiting],
+            "text": [item.text for item in waiting],
+            "image": [item.image and item.image["bytes"] for item in waiting],
         }
-        table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in written})
+        table = pa.table({each.name: pa.array(columns[each.name], each.type) for each in ITEM_SCHEMA})
         pq.write_table(table, folder / f"items-{count:012d}.parquet", compression="none")
-        count += len(some)
-    if not count:
-        raise corpus.empty()
-    return count
+        count, waiting, waiting_bytes = count + len(waiting), [], 0
+
+    for item in items:
+        if item.modality == "image":
+            load_bytes(item)
+        if item.error is not None:
+            unread.append(item)
+        else:
+            size = len(item.image["bytes"]) if item.modality == "image" else 0
+            waiting.append(item)
+            waiting_bytes, block_bytes = waiting_bytes + size, block_bytes + size
+        if len(waiting) >= ITEM_ROWS or waiting_bytes >= FILE_BYTES:
+            write()
+        if count + len(waiting) + len(unread) >= BLOCK_ROWS or block_bytes >= BLOCK_BYTES:
+            break
+    if waiting:
+        write()
+    return count, unread
 
 
-def _sorted_tables(folder: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows that Daft wrote, in the order of the table; each file holds a range of them."""
-    firsts = {}
-    for file in folder.rglob("*.parquet"):
-        rows = pq.read_table(file, columns=["row"])["row"]
-        if len(rows):
-            firsts[file] = rows[0].as_py()
-    expected = 0
-    dimension = schema.field("embedding").type.list_size
-    for file in sorted(firsts, key=firsts.__getitem__):
-        table = pq.read_table(file)
-        rows = table["row"].to_pylist()
-        if rows != list(range(expected, expected + len(rows))):
-            raise RetrievalError(f"Daft returned rows {rows[0]} to {rows[-1]} where {expected} was next")
-        expected += len(rows)
-        columns = {name: table[name].to_pylist() for name in schema.names if name != "embedding"}
-        results = table["result"].to_pylist()
-        columns["error"] = [each["error"] for each in results]
-        embeddings = torch.zeros(len(rows), dimension)
+def _results_of(folder: Path, count: int, dimension: int) -> Iterator[tuple[Sequence[Item], torch.Tensor]]:
+    """What Daft wrote, a file at a time.
+
+    Raises:
+        RetrievalError: it lost or repeated rows.
+    """
+    returned = 0
+    for file in sorted(folder.rglob("*.parquet")):
+        rows = pq.read_table(file)
+        if not len(rows):
+            continue
+        returned += len(rows)
+        results = rows["result"].to_pylist()
+        columns = zip(*(rows[name].to_pylist() for name in KEPT_COLUMNS), results)
+        items = [
+            Item("", "", uri, stamp=stamp, digest=digest, error=each["error"]) for uri, stamp, digest, each in columns
+        ]
+        embeddings = torch.zeros(len(items), dimension)
         good = [place for place, each in enumerate(results) if each["error"] is None]
         if good:
             embeddings[good] = torch.tensor([results[place]["embedding"] for place in good])
-        yield to_table(columns, embeddings, schema)
+        yield items, embeddings
+    if returned != count:
+        raise RetrievalError(f"Daft returned {returned} of {count} items: run it again")
 
 
 __all__ = ["DaftOptions", "daft_embedder", "embed_with_daft", "write_items"]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import RetrievalError, first_line, unknown_name
+from .metadata import is_number
 
 COMPARISONS = {
     "==": pc.equal,
@@ -27,6 +28,7 @@ COMPARISONS = {
     ">": pc.greater,
     ">=": pc.greater_equal,
 }
+ORDERINGS = ("<", "<=", ">", ">=")
 OPERATORS = (*COMPARISONS, "in")
 Where = Mapping[str, Any]
 
@@ -124,6 +126,7 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
     if condition.value is None:
         mask = column.is_null() if condition.operator == "==" else column.is_valid()
         return mask.to_numpy().astype(bool)
+    _check_order(condition, column.type)
     try:
         if condition.operator == "in":
             mask = pc.is_in(column, value_set=pa.array(condition.value).cast(column.type))
@@ -133,6 +136,17 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
         reason = f"{condition.value!r} doesn't fit: {first_line(error)}"
         raise RetrievalError(f"filter on {condition.column!r} of type {column.type}: {reason}") from None
     return pc.fill_null(mask, False).to_numpy().astype(bool)
+
+
+def _check_order(condition: Condition, kind: pa.DataType):
+    """Refuses to compare words with a number by size: as words, 999 is more than 1000."""
+    value, words = condition.value, pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    numeric = isinstance(value, (int, float)) or (isinstance(value, str) and is_number(value))
+    if words and numeric and condition.operator in ORDERINGS:
+        raise RetrievalError(
+            f"filter on {condition.column!r}: the column holds words, of which {condition.operator} {value} would "
+            "compare the letters; embed the corpus again with numbers in it"
+        )
 
 
 __all__ = ["OPERATORS", "Condition", "Where", "matching_rows", "parse_expressions", "parse_where"]

@@ -1,33 +1,29 @@
 """A folder of images as a data set: every image in it and below, with what its metadata files say.
 
     folder/
-        metadata.jsonl or metadata.csv     rows with a `file_name`, relative to the metadata file; optional, also below
-        a.png  red/b.jpg ...               every file that Pillow may read, whatever its subfolder is called
+        metadata.jsonl, .csv or .tsv    rows with a `file_name`, relative to the metadata file; optional, also below
+        a.png  red/b.svg ...            every file that Pillow or resvg may read, whatever its subfolder is called
 
 The images are listed here, not by `datasets`, which takes the names of subfolders for splits. Nothing is decoded.
 """
 
-import csv
-import functools
-import json
 import os
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
-from PIL import Image
 
-from ..errors import RetrievalError, first_line
+from ..data.images import image_suffixes, optional_kinds
+from .metadata import METADATA_FILES, read_metadata
 
-NOT_PICTURES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}  # Pillow lists them, but can't read them
 CONTAINERS = (".parquet", ".tar")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+OUR_FILES = ("metadata.parquet",)
 REPEATED = "links to what is listed already"
 CLOSED = "folders that can't be opened"
+UNSPELLABLE = "files whose names are not UTF-8"  # a table's texts are
 
 
 @dataclass
@@ -47,15 +43,19 @@ class FolderListing:
     metadata: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, path: str):
-        """Adds a file to those of its kind; files of other kinds are skipped."""
-        kind = _kind_of(path)
-        if kind == "metadata":
+    def add(self, path: str, kind: str | None = None):
+        """Adds a file to those of its kind; files of other kinds are counted by their suffix."""
+        kind = kind or _kind_of(path)
+        if kind is not None and any("\ud800" <= letter <= "\udfff" for letter in path):
+            self.left_out[UNSPELLABLE] += 1
+        elif kind == "metadata":
             self.metadata.append(Path(path))
         elif kind == "image":
             self.images.append(path)
         elif kind is not None:
             self.containers.setdefault(kind, []).append(path)
+        elif os.path.basename(path) not in OUR_FILES:
+            self.left_out[_reason_of(path)] += 1
 
 
 def _kind_of(path: str) -> str | None:
@@ -63,16 +63,19 @@ def _kind_of(path: str) -> str | None:
     name = os.path.basename(path)
     if name in METADATA_FILES:
         return "metadata"
-    if name.startswith(".") or name == "metadata.parquet":
+    if name.startswith(".") or name in OUR_FILES:
         return None
     suffix = os.path.splitext(path)[1].lower()
-    return "image" if suffix in _image_suffixes() else suffix if suffix in CONTAINERS else None
+    return "image" if suffix in image_suffixes() else suffix if suffix in CONTAINERS else None
 
 
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    Image.init()
-    return frozenset(Image.registered_extensions()) - NOT_PICTURES
+def _reason_of(path: str) -> str:
+    """Why a file is left out: what its kind needs, or its suffix."""
+    suffix = os.path.splitext(path)[1].lower()
+    needs = next((hint for kinds, usable, hint in optional_kinds() if suffix in kinds and not usable), None)
+    if needs is not None:
+        return f"{suffix} files ({needs})"
+    return f"{suffix} files" if suffix else "files without a suffix"
 
 
 def list_folder(path: Path) -> FolderListing:
@@ -117,10 +120,10 @@ def _add_links(links: list[str], opened: set[str], listing: FolderListing):
     for link in links:
         kind, target = _kind_of(link), os.path.realpath(link)
         if not os.path.exists(link):
-            listing.add(link) if os.path.splitext(link)[1] else listing.images.append(link)
+            listing.add(link, None if os.path.splitext(link)[1] else "image")
         elif target in targets or (kind and os.path.dirname(target) in opened and _kind_of(target) == kind):
             listing.left_out[REPEATED] += 1
-        elif kind is not None:
+        else:
             targets.add(target)
             listing.add(link)
 
@@ -131,41 +134,14 @@ def image_folder(path: Path, listing: FolderListing) -> datasets.Dataset:
     Raises:
         RetrievalError: a metadata file that can't be read.
     """
-    described = _read_metadata(listing.metadata)
-    columns = {}
-    for name in {name: None for row in described.values() for name in row if name not in ("file_name", "image")}:
-        columns[name] = [described.get(image, {}).get(name) for image in listing.images]
-    try:
-        arrays = {name: pa.array(values) for name, values in columns.items()}
-    except pa.ArrowException as error:
-        raise RetrievalError(f"{path}: a metadata column mixes several types: {first_line(error)}") from None
+    arrays, left_out = read_metadata(listing.metadata, listing.images)
+    listing.left_out.update(left_out)
     metadata = datasets.Features.from_arrow_schema(pa.table(arrays).schema)
     kind = datasets.Image(decode=False)
     images = pa.array([{"bytes": None, "path": image} for image in listing.images], kind.pa_type)
     features = datasets.Features({"image": kind, **metadata})
     rows = pa.table({"image": images, **arrays}, schema=features.arrow_schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(rows))
-
-
-def _read_metadata(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Path of an image → its row in a metadata file."""
-    rows = {}
-    for file in files:
-        try:
-            with file.open(newline="") as lines:
-                for row in _metadata_rows(lines, file.suffix):
-                    rows[str(file.parent / row["file_name"])] = row
-        except OSError as error:
-            raise RetrievalError(f"{file} can't be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise RetrievalError(f"{file} can't be read, each row needs a file_name: {first_line(error)}") from None
-    return rows
-
-
-def _metadata_rows(lines: Iterator[str], suffix: str) -> Iterator[dict[str, Any]]:
-    if suffix == ".csv":
-        return csv.DictReader(lines)
-    return (json.loads(line) for line in lines if line.strip())
+    return datasets.Dataset(datasets.table.InMemoryTable(rows), fingerprint=uuid.uuid4().hex)
 
 
 __all__ = ["FolderListing", "image_folder", "list_folder"]

@@ -16,7 +16,8 @@ import torch
 
 from ..errors import RetrievalError
 from .filters import Condition, Where, matching_rows, parse_where
-from .table import RESERVED_COLUMNS, EmbeddingTable
+from .format import RESERVED_COLUMNS
+from .table import EmbeddingTable
 
 FILTERS_KEPT = 8
 

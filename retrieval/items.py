@@ -1,8 +1,17 @@
-"""From rows of a corpus to rows of a table: each image and text is decoded and embedded, or gets a reason why not.
+"""From rows of a corpus to rows of a table: each image and text is identified, decoded and embedded, or gets a reason
+why not.
 
-CorpusRow ── items_of ── Item ── embed_items ── (items, dimension) ── to_table ── rows of the table
+CorpusRow ── items_of ── Item ── identify ── embed_items ── (items, dimension) ── to_table ── rows of the table
+
+An item is known by its content: a digest of the encoded image, or of the text. A file is not read again while its size
+and times are the same; the time of the last change of its inode is one of them, which no program can set, so a file
+that is rewritten at the same size and given its old time is read nonetheless. (Windows has no such time.)
 """
 
+import hashlib
+import os
+import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +24,11 @@ from ..data.images import decode_image, pixel_scale, to_pixels
 from ..embedder import Embedder
 from ..errors import first_line
 from .corpus import Corpus, CorpusRow
-from .table import to_table
+from .format import LEADING_COLUMNS
+
+READING = 1  # raise it when the same file or text gives other pixels or tokens: tables then don't mix the two
+KEPT_BYTES = 1 << 18  # a larger file is read again when its turn comes: many wait at the same time
+SETTLED = 2_000_000_000  # ns without a change before a stamp counts: file systems round times
 
 
 @dataclass
@@ -26,6 +39,8 @@ class Item:
         id, modality, uri, text, metadata: see `mome.retrieval.table`.
         image: encoded, as `datasets` holds it.
         error: why it can't be embedded; `None` for a good one.
+        digest: of the content, 32 hexadecimal digits; `None` until `identify` has seen it.
+        stamp: of a file, see `stamp_of`.
     """
 
     id: str
@@ -35,6 +50,8 @@ class Item:
     image: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    digest: str | None = None
+    stamp: str | None = None
 
 
 def items_of(row: CorpusRow, corpus: Corpus) -> list[Item]:
@@ -66,36 +83,102 @@ def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int
             texts.append(item.text)
             text_places.append(place)
             continue
-        pixels, item.error = read_pixels(item.image, embedder.processor.image_processor)
+        pixels, item.error = _pixels_of(item, embedder)
         if item.error is None:
             images.append(pixels)
             image_places.append(place)
     embeddings = torch.zeros(len(items), embedder.dimension)
     if images:
         embeddings[image_places] = embed_pixels(torch.cat(images), embedder)
+    for number in reversed(embedder.wordless(texts)):
+        items[text_places.pop(number)].error = "no word that the tokenizer knows"
+        del texts[number]
     if texts:
         embeddings[text_places] = embedder.embed_texts(texts, on_cut=on_cut)
     return embeddings
 
 
-def embed_rows(
-    rows: Sequence[CorpusRow],
-    corpus: Corpus,
-    embedder: Embedder,
-    schema: pa.Schema,
-    on_cut: Callable[[int], Any] | None = None,
-) -> pa.Table:
-    """Rows of a corpus → rows of a table with `schema`, in the same order; `on_cut` as in `Embedder.embed_texts`."""
-    items = [item for row in rows for item in items_of(row, corpus)]
-    embeddings = embed_items(items, embedder, on_cut)
-    return to_table(columns_of(items, schema), embeddings, schema)
-
-
 def columns_of(items: Sequence[Item], schema: pa.Schema) -> dict[str, list]:
-    """The columns of `schema` without the embeddings, for `to_table`."""
-    plain = {name: [getattr(item, name) for item in items] for name in ("id", "modality", "uri", "text", "error")}
+    """The columns of `schema` without the embeddings, for `to_table`; and the errors."""
+    plain = {name: [getattr(item, name) for item in items] for name in (*LEADING_COLUMNS, "error")}
+    plain |= {"content_digest": [item.digest for item in items], "file_stamp": [item.stamp for item in items]}
     metadata = [name for name in schema.names if name not in plain and name != "embedding"]
     return plain | {name: [item.metadata[name] for item in items] for name in metadata}
+
+
+def identify(item: Item, digest_of_file: Callable[[str, str | None], str | None] = lambda *_: None):
+    """Gives an item its digest; a file that has to be read for that is then held as bytes.
+
+    Args:
+        item: one that can't be read gets an `error`.
+        digest_of_file: URI and stamp of a file → its digest, if that is known.
+    """
+    if item.error is not None:
+        return
+    if item.modality == "text":
+        item.digest = _digest("text", item.text.encode(errors="surrogatepass"))
+        return
+    image = item.image if isinstance(item.image, dict) else {}
+    data, path = image.get("bytes"), image.get("path")
+    if data is None and path is None:
+        item.error = "no image"
+        return
+    try:
+        if data is None:
+            item.stamp = stamp_of(path)
+            item.digest = digest_of_file(item.uri, item.stamp)
+            if item.digest is not None:
+                return
+            with open(path, "rb") as file:
+                data = file.read()
+            if len(data) <= KEPT_BYTES:
+                item.image = {"bytes": data, "path": path}
+    except (OSError, ValueError) as error:
+        item.error = first_line(error)
+        return
+    item.digest = _digest("image", data)
+
+
+def _digest(kind: str, content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16, person=kind.encode()).hexdigest()
+
+
+def stamp_of(path: str) -> str | None:
+    """Size and times of a file; `None` if it changed just now, so that a further change might not show in its times.
+
+    Raises:
+        OSError: no such file. ValueError: a pipe, a device or a folder.
+    """
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("not a regular file")
+    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < SETTLED:
+        return None
+    return f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}"
+
+
+def _pixels_of(item: Item, embedder: Embedder) -> tuple[torch.Tensor | None, str | None]:
+    """`read_pixels` of an item, of the very content that its digest is of."""
+    load_bytes(item)
+    if item.error is not None:
+        return None, item.error
+    return read_pixels(item.image, embedder.processor.image_processor)
+
+
+def load_bytes(item: Item):
+    """Reads the file of an image that was identified and is not held as bytes; its `error` says if that failed."""
+    if item.digest is None or item.image.get("bytes") is not None:
+        return
+    try:
+        with open(item.image["path"], "rb") as file:
+            data = file.read()
+    except OSError as error:
+        item.error = first_line(error)
+        return
+    if _digest("image", data) != item.digest:
+        item.error = "changed while it was read"
+        return
+    item.image = {**item.image, "bytes": data}
 
 
 def read_pixels(value: Any, image_processor: Any) -> tuple[torch.Tensor | None, str | None]:
@@ -114,4 +197,14 @@ def embed_pixels(pixels: torch.Tensor, embedder: Embedder) -> torch.Tensor:
     return embedder.embed_pixel_values(scale(pixels) if pixels.dtype == torch.uint8 else pixels)
 
 
-__all__ = ["Item", "columns_of", "embed_items", "embed_rows", "items_of", "read_pixels"]
+__all__ = [
+    "READING",
+    "Item",
+    "columns_of",
+    "embed_items",
+    "identify",
+    "items_of",
+    "load_bytes",
+    "read_pixels",
+    "stamp_of",
+]

@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..embedder import Embedder
 from ..errors import RetrievalError, missing_package
+from ..texts_mome import no_words
 from .exact import ExactIndex
 from .filters import Where
+from .format import MODALITIES
 from .index import Hit, Index
-from .table import MODALITIES, EmbeddingTable, check_model, load_table
+from .table import EmbeddingTable, check_model, load_table
+
+logger = logging.get_logger(__name__)
 
 
 def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:
@@ -114,7 +119,7 @@ class Searcher:
         """The rows that are most similar to a text, an image or a row; give exactly one of the three.
 
         Args:
-            text: a text, or a list of texts.
+            text: a text, or a list of texts; one without a word that the tokenizer knows has no hits, and a warning.
             image: path, http(s) URL, PIL image, array or tensor; or a list of those.
             id: of a row, or a list of ids; the row itself is left out of its hits.
             top_k: the number of hits.
@@ -144,7 +149,13 @@ class Searcher:
         return hits[0] if single else hits
 
     def _by_text(self, texts: list[str], top_k: int, where: Where | None) -> list[list[Hit]]:
-        return self.index.search(self.embedder.embed_texts(texts), top_k, where)
+        wordless = set(self.embedder.wordless([text if isinstance(text, str) else "" for text in texts]))
+        wordless = {number for number in wordless if isinstance(texts[number], str) and texts[number].strip()}
+        for number in sorted(wordless):
+            logger.warning(no_words(texts[number], "the text" if len(texts) == 1 else f"text {number}"))
+        asked = [text for number, text in enumerate(texts) if number not in wordless]
+        found = iter(self.index.search(self.embedder.embed_texts(asked), top_k, where) if asked else [])
+        return [[] if number in wordless else next(found) for number in range(len(texts))]
 
     def _by_image(self, images: list, top_k: int, where: Where | None) -> list[list[Hit]]:
         return self.index.search(self.embedder.embed_images(images), top_k, where)

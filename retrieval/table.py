@@ -1,35 +1,24 @@
-"""The table of embeddings: parquet that `datasets` reads and from which any index can be rebuilt.
+"""An open table of embeddings: memory-mapped, checked, the source of any index.
 
-    TableInfo ── table_schema ── to_table ── write_table ── files ── load_table ── EmbeddingTable ── any index
+    files ── load_table ── EmbeddingTable ── any index
 
-    id         string, unique
-    modality   "image" or "text"
-    uri        where the item is: a file, a member of a tar file, or a row of a data set
-    text       the text itself, or the text of an image; may be null
-    ...        metadata: any columns of numbers, strings, booleans and dates
-    error      why there is no embedding; null for good rows
-    embedding  (dimension,) float32, L2-normalised; null for a row that could not be read
-
-A table is one file or a folder of files. The schema metadata of each file says which model made it (`TableInfo`), so
-that it can't be searched with another one by mistake. A table that pandas, DuckDB or Polars wrote again can be read,
-without that check. An open table is a memory-mapped Arrow file in the cache of `datasets`: it takes no memory, and
-rows are read from disk when they are needed.
+An open table is an Arrow file in the cache of `datasets`: it takes no memory, and rows are read from disk when they
+are needed. `mome.retrieval.format` says what is in the files.
 """
 
 import bisect
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -37,275 +26,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import RetrievalError, first_line, unknown_name
+from .format import RESERVED_COLUMNS, TableInfo, read_info, read_tables, table_files
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
-LEADING_COLUMNS = ("id", "modality", "uri", "text")
-RESERVED_COLUMNS = (*LEADING_COLUMNS, "error", "embedding")
-MODALITIES = ("image", "text")
-METADATA_KEY = b"mome"
-ROW_GROUP_ROWS = 16_384  # what reading and writing hold in memory
 ARROW_ROWS = 16_384  # rows that lie together in the memory-mapped file: a block of a matrix product
 NORM_TOLERANCE = 1e-3
 MANY_ROWS = 100_000  # take so long to open that a bar is welcome
-
-
-@dataclass(frozen=True)
-class TableInfo:
-    """What made a table.
-
-    Attributes:
-        model: folder or Hub id of the model.
-        fingerprint: of its weights (`model_fingerprint`).
-        dimension: of the embeddings.
-        source: what was embedded.
-        job: digest of source and settings, by which an interrupted job recognises its own output.
-        format_version: of the table.
-    """
-
-    model: str
-    fingerprint: str
-    dimension: int
-    source: str = ""
-    job: str = ""
-    format_version: int = FORMAT_VERSION
-
-
-def table_schema(info: TableInfo, metadata: datasets.Features | None = None) -> pa.Schema:
-    """The Arrow schema of a table; its metadata holds what `datasets` and this module need to know."""
-    metadata = metadata or datasets.Features()
-    if taken := set(metadata) & set(RESERVED_COLUMNS):
-        raise RetrievalError(f"metadata column {min(taken)!r} has the name of a column of the table: rename it")
-    string = datasets.Value("string")
-    features = datasets.Features(
-        {
-            **dict.fromkeys(LEADING_COLUMNS, string),
-            **metadata,
-            "error": string,
-            "embedding": datasets.List(datasets.Value("float32"), length=info.dimension),
-        }
-    )
-    schema = features.arrow_schema
-    return schema.with_metadata({**schema.metadata, METADATA_KEY: json.dumps(asdict(info)).encode()})
-
-
-def to_table(columns: dict[str, Sequence], embeddings: torch.Tensor, schema: pa.Schema) -> pa.Table:
-    """Rows of a table.
-
-    Args:
-        columns: all columns but `embedding`; a row with an `error` gets a null embedding.
-        embeddings: (rows, dimension) float32; of rows with an error, anything.
-        schema: `table_schema`'s.
-    """
-    bad = np.array([error is not None for error in columns["error"]], dtype=bool)
-    values = embeddings.detach().to("cpu", torch.float32).contiguous().numpy()
-    values = np.where(bad[:, None], np.float32(0), values)
-    kind = schema.field("embedding").type
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind, mask=pa.array(bad))
-    arrays = [
-        vectors if name == "embedding" else pa.array(columns[name], schema.field(name).type) for name in schema.names
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` in one step once everything is on disk."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_table(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
-    """Writes a parquet file that is either whole or not there; returns its number of rows.
-
-    Small tables are collected into row groups of `ROW_GROUP_ROWS`, so that memory stays bounded.
-    """
-    others = [name for name in schema.names if name != "embedding"]
-    compression = dict.fromkeys(others, "zstd") | {"embedding.list.element": "none"}  # random bits don't compress
-    count, waiting, rows = 0, [], 0
-    with replacing(path) as partial:
-        with pq.ParquetWriter(partial, schema, compression=compression, use_dictionary=others) as writer:
-            for table in tables:
-                waiting.append(table)
-                rows += len(table)
-                if rows >= ROW_GROUP_ROWS:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=ROW_GROUP_ROWS)
-                    count, waiting, rows = count + rows, [], 0
-            writer.write_table(pa.concat_tables([*waiting, schema.empty_table()]), row_group_size=ROW_GROUP_ROWS)
-    return count + rows
-
-
-# ------------------------------------------------------------------------------------------ files and footers
-
-
-def read_info(path: Path) -> tuple[TableInfo, pa.Schema]:
-    """What made the parquet file `path`, and its schema; reads the footer only.
-
-    Raises:
-        RetrievalError: not there, truncated, not a table of embeddings, or of a later format.
-    """
-    try:
-        schema = pq.read_schema(path)
-    except FileNotFoundError:
-        raise RetrievalError(f"table {str(path)!r} is not there") from None
-    except (pa.ArrowException, OSError) as error:
-        raise RetrievalError(f"{path} is truncated or not a parquet file: {first_line(error)}") from None
-    missing = [name for name in RESERVED_COLUMNS if name not in schema.names and name != "error"]
-    if missing:
-        raise RetrievalError(
-            f"{path} is not a table of embeddings: it lacks the column {missing[0]!r}; make one with `mome embed`"
-        )
-    kind = schema.field("embedding").type
-    if not _is_list(kind) or not pa.types.is_floating(kind.value_type):
-        raise RetrievalError(f"{path}: column 'embedding' is of type {kind}, not a list of floats")
-    return _info_of(path, schema), schema
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _info_of(path: Path, schema: pa.Schema) -> TableInfo:
-    kind = schema.field("embedding").type
-    dimension = kind.list_size if pa.types.is_fixed_size_list(kind) else None
-    written = (schema.metadata or {}).get(METADATA_KEY)
-    if written is None:  # rewritten by other software: everything but the origin is there
-        return TableInfo(model="", fingerprint="", dimension=dimension or _first_length(path))
-    given = json.loads(written)
-    if given.get("format_version", 0) > FORMAT_VERSION:
-        version = given["format_version"]
-        raise RetrievalError(f"{path} has format version {version}, this mome reads {FORMAT_VERSION}: update mome")
-    known = {each.name for each in fields(TableInfo)}
-    info = TableInfo(**{key: value for key, value in given.items() if key in known})
-    if dimension not in (None, info.dimension):
-        raise RetrievalError(f"{path}: embeddings have {dimension} dimensions, its metadata says {info.dimension}")
-    return info
-
-
-def _first_length(path: Path) -> int:
-    """The length of the first embedding in a file of lists of any length.
-
-    Raises:
-        RetrievalError: there is none, or the file is damaged.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=["embedding"], batch_size=64):
-                if lengths := pc.list_value_length(batch.column(0)).drop_null().to_pylist():
-                    return lengths[0]
-    except (pa.ArrowException, OSError) as error:
-        raise RetrievalError(f"{path} can't be read, it may be damaged: {first_line(error)}") from None
-    raise RetrievalError(f"{path} holds no embeddings: embed the corpus again")
-
-
-def read_tables(path: Path) -> Iterator[pa.Table]:
-    """The rows of a parquet file, a row group at a time, their embeddings as fixed-size lists of float32.
-
-    Other software writes embeddings as lists of any length, and pyarrow before 26 can't read a null among fixed-size
-    lists (apache/arrow#35692). So embeddings are always read as lists of any length, which is what the footer says of
-    them without Arrow's own schema.
-
-    Raises:
-        RetrievalError: the file is damaged, or its embeddings differ in length.
-    """
-    info, schema = read_info(path)
-    kind = schema.field("embedding").type
-    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
-        kind = pa.list_(pa.float32(), info.dimension)
-    others = [name for name in schema.names if name != "embedding"]
-    place = schema.names.index("embedding")
-    try:
-        with pq.ParquetFile(path) as file, pq.ParquetFile(path, metadata=_plain_footer(path)) as plain:
-            for group in range(file.num_row_groups):
-                vectors = plain.read_row_group(group, columns=["embedding"])["embedding"]
-                rows = file.read_row_group(group, columns=others)
-                yield rows.add_column(place, pa.field("embedding", kind), _fixed_size(vectors, kind, path))
-    except (pa.ArrowException, OSError) as error:
-        raise RetrievalError(f"{path} can't be read, it may be damaged: {first_line(error)}") from None
-
-
-def _plain_footer(path: Path) -> pq.FileMetaData:
-    """The footer of a parquet file without the Arrow schema: its key, of the same length, is unknown to pyarrow."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        footer = file.read(length).replace(b"ARROW:schema", b"arrow-schema")
-    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer + length.to_bytes(4, "little") + b"PAR1"))
-
-
-def _fixed_size(vectors: pa.ChunkedArray, kind: pa.FixedSizeListType, path: Path) -> pa.FixedSizeListArray:
-    """(rows,) lists of floats, some null → lists of the size and type that `kind` has."""
-    lengths = pc.list_value_length(vectors).to_numpy()  # NaN for null
-    valid = vectors.is_valid().to_numpy().astype(bool)
-    if (wrong := valid & (lengths != kind.list_size)).any():
-        length = int(lengths[wrong.argmax()])
-        raise RetrievalError(f"{path}: an embedding has {length} values, not {kind.list_size}: embed the corpus again")
-    values = np.zeros((len(vectors), kind.list_size), np.float32)
-    parts = [part.flatten().to_numpy(zero_copy_only=False) for part in vectors.chunks]  # without those of nulls
-    values[valid] = np.concatenate([np.zeros(0, np.float32), *parts]).reshape(-1, kind.list_size)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind, mask=pa.array(~valid))
-
-
-def table_files(source: str | Path) -> list[Path]:
-    """The parquet files of a table: a file, a folder, or a data set on the Hub.
-
-    Raises:
-        RetrievalError: there is no such table.
-    """
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        if not files:
-            raise RetrievalError(f"folder {str(path)!r} holds no parquet files: make a table with `mome embed`")
-        return files
-    if path.suffix == ".parquet" or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        hint = ""
-        if path.with_name(path.name + ".parts").is_dir():
-            hint = ": its job is not finished, run the same `mome embed` again"
-        raise RetrievalError(f"table {str(source)!r} is not there{hint}")
-    try:
-        folder = snapshot_download(str(source), repo_type="dataset", allow_patterns="*.parquet")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise RetrievalError(
-            f"table {str(source)!r} is not a file, and can't be downloaded from the Hub: {first_line(error)}"
-        ) from None
-    return table_files(folder)
-
-
-def push_table(source: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> CommitInfo:
-    """Uploads a table as a data set on the Hub; its files are unchanged, so that they still name their model.
-
-    Returns:
-        The commit.
-
-    Raises:
-        RetrievalError: no such table. HfHubHTTPError: no permission to write.
-    """
-    files = table_files(source)
-    operations = []
-    for number, path in enumerate(files):
-        read_info(path)
-        name = f"data/train-{number:05d}-of-{len(files):05d}.parquet"
-        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path))
-    api = HfApi(token=token)
-    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    return api.create_commit(repo_id, operations, commit_message="Embeddings", repo_type="dataset")
-
-
-# ---------------------------------------------------------------------------------------------------- opening
 
 
 def load_table(
@@ -357,8 +89,10 @@ def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]
     Raises:
         RetrievalError: a damaged file, or no place for the copy.
     """
-    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    copy = cache / f"{hashlib.sha256(repr([ARROW_ROWS, stamps]).encode()).hexdigest()[:32]}.arrow"
+    states = [path.stat() for path in files]
+    places = _digest([str(path.resolve()) for path in files])
+    stamps = [(state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
+    copy = cache / f"{places}-{_digest([ARROW_ROWS, stamps])}.arrow"
     if copy.exists():
         return copy, False
     try:
@@ -367,6 +101,7 @@ def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]
         try:
             _write_arrow(partial, files, count)
             os.replace(partial, copy)
+            _remove_others(copy, places)
         finally:
             partial.unlink(missing_ok=True)
         return copy, False
@@ -381,6 +116,18 @@ def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]
         reason = error.strerror or first_line(error)
         raise RetrievalError(f"neither the cache {cache} nor {folder} can be written: {reason}; set HF_HOME") from None
     return folder / copy.name, True
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:20]
+
+
+def _remove_others(copy: Path, places: str):
+    """Deletes copies of earlier states of the same files; who has one open keeps it."""
+    for other in copy.parent.glob(f"{places}-*.arrow"):
+        if other != copy:
+            with suppress(OSError):  # an open file can't be deleted on Windows
+                other.unlink()
 
 
 def _write_arrow(path: Path, files: list[Path], count: int):
@@ -536,19 +283,24 @@ def _read_only_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-__all__ = [
-    "MODALITIES",
-    "RESERVED_COLUMNS",
-    "EmbeddingTable",
-    "TableInfo",
-    "check_model",
-    "load_table",
-    "push_table",
-    "read_info",
-    "read_tables",
-    "replacing",
-    "table_files",
-    "table_schema",
-    "to_table",
-    "write_table",
-]
+def push_table(source: str | Path, repo_id: str, private: bool = False, token: str | None = None) -> CommitInfo:
+    """Uploads a table as a data set on the Hub; its files are unchanged, so that they still name their model.
+
+    Returns:
+        The commit.
+
+    Raises:
+        RetrievalError: no such table. HfHubHTTPError: no permission to write.
+    """
+    files = table_files(source)
+    operations = []
+    for number, path in enumerate(files):
+        read_info(path)
+        name = f"data/train-{number:05d}-of-{len(files):05d}.parquet"
+        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path))
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    return api.create_commit(repo_id, operations, commit_message="Embeddings", repo_type="dataset")
+
+
+__all__ = ["NORM_TOLERANCE", "EmbeddingTable", "check_model", "load_table", "push_table"]

@@ -109,7 +109,7 @@ def main(folder: Path):
     assert accelerator.num_processes == 2
     cases = {
         f"{variant}-{chunk}": gradients(variant, chunk, image_dropout=0.0)
-        for variant in ("dense", "routed")
+        for variant in ("dense", "routed", "siglip")
         for chunk in (None, 4)
     }
     for variant in ("dense", "routed"):

@@ -4,13 +4,15 @@ import functools
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
 from builders import build_processor
 from models import TINY, tiny_captioner
-from mome.retrieval.table import TableInfo, table_schema, to_table, write_table
+from mome.retrieval.format import TableInfo, table_schema, to_table, write_table
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
@@ -26,7 +28,8 @@ def make_table(
 ) -> Path:
     """A table of random embeddings; every third row is a text; metadata `year` (2000, 2001, ...) and `colour`.
 
-    `changes`: columns in place of the usual ones; `embeddings`, `info` as well.
+    `changes`: columns in place of the usual ones; `embeddings`, `info` as well. With `bad` rows, which have no
+    embedding, it is a table as earlier versions made them, its embeddings as lists of any length.
     """
     embeddings = changes.pop("embeddings", None)
     embeddings = random_vectors(rows, dimension) if embeddings is None else embeddings
@@ -39,11 +42,17 @@ def make_table(
         "text": [None if row % 2 else f"picture {row}" for row in range(rows)],
         "year": [2000 + row % 20 if row % 7 else None for row in range(rows)],
         "colour": [names[row % 4] for row in range(rows)],
-        "error": ["not an image" if row in bad else None for row in range(rows)],
     } | changes
     metadata = datasets.Features({"year": datasets.Value("int32"), "colour": datasets.Value("string")})
     schema = table_schema(info, metadata)
-    write_table(path, [to_table(columns, embeddings, schema)], schema)
+    table = to_table(columns, embeddings, schema)
+    if bad:
+        error = pa.array(["not an image" if row in bad else None for row in range(rows)], pa.string())
+        vectors = pa.array([None if row in bad else each for row, each in enumerate(embeddings.numpy())])
+        described = table.drop_columns(["content_digest", "file_stamp", "embedding"]).append_column("error", error)
+        pq.write_table(described.append_column("embedding", vectors.cast(pa.list_(pa.float32()))), path)
+    else:
+        write_table(path, [table], schema)
     return path
 
 

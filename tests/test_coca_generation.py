@@ -144,7 +144,8 @@ def test_a_static_cache_that_is_used_again_sees_the_new_image(batch):
 
 
 def test_assisted_decoding_gives_the_greedy_caption(batch):
-    captioner, assistant = favour_the_filler(tiny_coca()), tiny_coca(seed=1)
+    captioner, assistant, seen = favour_the_filler(tiny_coca()), tiny_coca(seed=1), []
+    assistant.model.image_embedding.register_forward_hook(lambda module, args, _: seen.append(args[0]))
     for row in range(2):
         inputs = {
             "pixel_values": batch["pixel_values"][row : row + 1],
@@ -152,6 +153,7 @@ def test_assisted_decoding_gives_the_greedy_caption(batch):
         }
         expected = captioner.generate(**inputs, **GREEDY)
         assert torch.equal(captioner.generate(**inputs, **GREEDY, assistant_model=assistant), expected)
+        assert seen and torch.equal(seen[-1], inputs["pixel_values"])  # its drafts are of this image
         assert torch.equal(captioner.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), expected)
 
 
@@ -171,13 +173,97 @@ def test_a_prompt_may_end_in_eos_and_be_padded_on_the_right(batch):
     captioner, pixel_values = tiny_coca(), batch["pixel_values"][:2]
     prompts = torch.tensor([[1, 20, 21, 2], [1, 22, 2, 2]])
     together = captioner.generate(pixel_values=pixel_values, input_ids=prompts, **GREEDY)
-    assert together[:, :3].tolist() == [[1, 20, 21], [2, 1, 22]]
+    assert together[:, :4].tolist() == [[2, 1, 20, 21], [2, 2, 1, 22]] and together.shape == (2, 4 + 6)
     for row, words in enumerate(([1, 20, 21], [1, 22])):
         alone = captioner.generate(pixel_values=pixel_values[row : row + 1], input_ids=torch.tensor([words]), **GREEDY)
         assert torch.equal(alone[0, -6:], together[row, -6:])
     empty = captioner.generate(pixel_values=pixel_values, input_ids=torch.tensor([[2], [2]]), **GREEDY)
     assert torch.equal(empty, captioner.generate(pixel_values=pixel_values, **GREEDY))
     assert (empty[:, 0] == captioner.config.bos_token_id).all()
+
+
+def test_positions_of_a_prompt_are_used(prompts):
+    captioner, mask = favour_the_filler(tiny_coca()), prompts["attention_mask"]
+    expected, logits = logits_of(captioner, **prompts, **GREEDY)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    embeds = captioner.get_input_embeddings()(prompts["input_ids"])
+    for cached in (True, False):
+        for given in (prompts, {**prompts, "input_ids": None, "inputs_embeds": embeds}):
+            close(logits_of(captioner, **given, position_ids=positions, **GREEDY, use_cache=cached)[1], logits)
+    ids, image = prompts["input_ids"][:1, :4], prompts["pixel_values"][:1]
+    later = {"pixel_values": image, "input_ids": ids, "position_ids": torch.arange(3, 7)[None]}
+    sequences, logits = logits_of(captioner, **later, **GREEDY)
+    behind = torch.arange(3, 12)[None]
+    close(captioner(pixel_values=image, input_ids=sequences[:, :-1], position_ids=behind).logits[:, 3:], logits)
+    default = logits_of(captioner, pixel_values=image, input_ids=ids, **GREEDY)[1]
+    assert (default[:, 0] - logits[:, 0]).abs().max() > 1e-3
+
+
+def test_texts_packed_in_a_row_are_refused(batch):
+    captioner, given = tiny_coca(), {name: batch[name][:1] for name in ("pixel_values", "input_ids")}
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    for call in (captioner, captioner.generate):
+        with pytest.raises(ValueError, match="position_ids start again within a row"):
+            call(**given, position_ids=packed)
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 3\), expected one for each token"):
+        captioner.generate(**given, position_ids=packed[:, :3])
+    with pytest.raises(ValueError, match="position_ids holds -1: the text starts at 0"):
+        captioner(**given, position_ids=torch.arange(-1, 6)[None])
+    with pytest.raises(ValueError, match="position_ids changes nothing in the text pass"):
+        captioner.get_text_features(given["input_ids"], position_ids=packed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos", [2, [2, 30]])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_found_without_a_mask(side, eos, batch):
+    """`[EOS]` is the padding, and the one that ends the text stays."""
+    captioner, pixel_values = tiny_coca(eos_token_id=eos), batch["pixel_values"][:1]
+    text = torch.tensor([[1, 20, 2, 21, 2]])
+    padded = F.pad(text, (3, 0) if side == "left" else (0, 3), value=2)
+    words = slice(3, 8) if side == "left" else slice(0, 5)
+    close(captioner.get_text_features(padded).pooler_output, captioner.get_text_features(text).pooler_output)
+    alone = captioner(pixel_values=pixel_values, input_ids=text).logits
+    close(captioner(pixel_values=pixel_values, input_ids=padded).logits[:, words], alone)
+    new = captioner.generate(pixel_values=pixel_values, input_ids=padded, **GREEDY)[:, -6:]
+    assert torch.equal(captioner.generate(pixel_values=pixel_values, input_ids=text, **GREEDY)[:, -6:], new)
+
+
+@pytest.mark.parametrize("where", ["config", "generation config", "argument"])
+@pytest.mark.parametrize("options", [{}, {"rerank_weight": 0.5, "rerank_candidates": 3}], ids=["greedy", "rerank"])
+def test_several_ids_may_end_a_caption(options, where, batch):
+    captioner, image = tiny_coca(), {"pixel_values": batch["pixel_values"]}
+    free = captioner.generate(**image, **GREEDY)[:, 1:]
+    second = int(free[0, 2])  # what the first caption writes third now ends it
+    if where == "config":
+        captioner = tiny_coca(eos_token_id=[2, second])
+        assert captioner.generation_config.eos_token_id == [2, second]
+    elif where == "generation config":
+        captioner.generation_config.eos_token_id = [2, second]
+    else:
+        options = {**options, "eos_token_id": [2, second]}
+    captions = captioner.generate(**image, max_new_tokens=6, do_sample=False, **options)[:, 1:]
+    if "rerank_weight" not in options:
+        start = free[0].tolist().index(second)
+        assert captions[0].tolist()[: start + 1] == free[0].tolist()[: start + 1]
+    for caption in captions.tolist():
+        ends = [place for place, token in enumerate(caption) if token in (2, second)]
+        assert not ends or set(caption[ends[0] + 1 :]) <= {2}
+
+
+def test_losses_of_a_part_count_by_their_share_of_the_labels(batch):
+    captioner = tiny_coca()
+    given = {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    alone, number = captioner(**given), int((given["labels"][:, 1:] != -100).sum())
+    for share in (1, 3):
+        part = captioner(**given, num_items_in_batch=torch.tensor(share * number))
+        for name in ("loss", "contrastive_loss", "caption_loss"):
+            close(part[name], alone[name] / share)
+    shifted = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    close(captioner(**given, shift_labels=shifted, num_items_in_batch=2 * number).loss, alone.loss / 2)
+    with pytest.raises(ValueError, match="num_items_in_batch=0: all labels are -100"):
+        captioner(**given, num_items_in_batch=0)
+    assert captioner.model.accepts_loss_kwargs is False
 
 
 def test_embeddings_of_a_prompt_give_the_caption_of_its_ids(batch):
@@ -211,7 +297,7 @@ def test_lengths_end_with_the_position_table(batch):
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_has_the_old_and_the_new_name_of_transformers(name, batch):
-    captioner, ids, pixel_values = tiny_coca(), batch["input_ids"], batch["pixel_values"]
+    captioner, ids, pixel_values = tiny_coca(), batch["input_ids"][::2], batch["pixel_values"][::2]
     whole = captioner(pixel_values=pixel_values, input_ids=ids).logits
     start = captioner(pixel_values=pixel_values, input_ids=ids[:, :3], use_cache=True)
     assert getattr(start, name) is start.cache is start[CACHE_NAME]

@@ -305,6 +305,8 @@ def test_frames_stops_and_bare_texts(icons, phrases):
     assert starts == set(phrasing.FRAMES)
     assert any(text.endswith(".") for text in framed)
     assert all(text.startswith("this is") for text in framed if text.endswith("."))
+    of_apples = {text for text in framed if "icon of" in text and "apple" in text}
+    assert of_apples == {"an icon of apple", "an icon of a apple", "an icon of an apple"}  # templates know no grammar
     bare = descriptions(icons, phrases, chosen, drawn, Phrasing(sentence=0.0, stop=0.0), 16)
     assert bare.bare.all() and decode(bare) == [icons.texts[text] for text in bare.text.tolist()]
     assert all(t.endswith(".") for t in decode(descriptions(icons, phrases, chosen, drawn, Phrasing(stop=1.0), 16)))

@@ -1,5 +1,6 @@
 """Training with everything on the device, on the CPU at tiny size."""
 
+import contextlib
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModel, AutoModelForImageTextToText
 
 import device_worker
@@ -21,7 +23,7 @@ from builders import build_processor
 from icon_data import GLOSSES, RELATED, SHAPES, TAGS, words, write_data, write_teacher
 from mome.errors import MomeError
 from mome.losses_mome import contrastive_loss
-from mome.training.device import phases, speed, trainer
+from mome.training.device import capture, phases, speed, trainer
 from mome.training.device.objective import StepLosses
 from mome.training.device.recipe import DeviceRecipe
 
@@ -124,6 +126,10 @@ def test_both_stages_leave_weights_that_auto_classes_load(finished, fields):
         assert captioner.config.experts_per_group == 4 and not captioner.config.output_router_logits
         states.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     assert not torch.equal(*states)
+    cards = [(folder / "README.md").read_text() for folder in (research, final)]
+    for card, run, splits in zip(cards, runs, ("train", "train, validation, test")):
+        assert f"splits {splits}; {run['pairs']:,} pairs" in card
+        assert card.startswith("---\n") and "text_to_image_r10" in card and "15 steps of 32 texts" in card
     evaluations = records(finished, "evaluation")
     assert [each["when"] for each in evaluations] == ["before the held-out concepts", "after"]
     for each in evaluations:
@@ -189,6 +195,86 @@ def test_a_step_never_waits_for_the_device(fields, tmp_path):
             run.step(now, share)
         assert looks.found, "the test sees no wait where there is one"
         run.captioner.model.looks_at_values = False
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, for the CPU: the kernels of a step with their tensors, without the Python around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, made))
+        return made
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        if self.replays == 1:  # recording it has already run it, which it does not on CUDA
+            return
+        current = {}
+        for function, args, kwargs, made in self.calls:
+            args, kwargs = tree_map_only(torch.Tensor, lambda each: current.get(id(each), each), (args, kwargs))
+            for before, now in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
+                current[id(before)] = now
+        for before, now in ((each, current[id(each)]) for each in self.results):
+            before.copy_(now)
+
+
+class FakeCuda(mock.MagicMock):
+    """`torch.cuda` for `Recorder`: streams and events do nothing, a graph is a `Tape`."""
+
+    CUDAGraph = Tape
+
+    @contextlib.contextmanager
+    def graph(self, tape, **_):
+        with tape:
+            yield
+
+
+def test_a_recorded_step_is_the_step(fields, tmp_path, monkeypatch):
+    """Replaying the kernels of one step, whatever the host knows by then, gives the losses and weights of others."""
+    shares = (0.01, 0.03, 0.05, 0.07, 0.09, 0.11, *torch.linspace(0.41, 0.55, 9).tolist(), *[0.69] * 6, *[0.72] * 6)
+    runs, seen = [], []
+    for recorded in (False, True):
+        # No patch is left out: steps have one shape while drawing and sentences get harder.
+        told = recipe(fields, tmp_path / str(recorded), evaluations={}, kept_patches=0.99, start_batch_size=16)
+        run = trainer.DeviceTrainer(told)
+        if recorded:
+            monkeypatch.setattr(capture, "cuda", FakeCuda())
+            run.recorder = capture.Recorder(torch.device("cuda"), True, pytest.fail)
+        losses = []
+        for index, share in enumerate(shares):
+            run.progress.plateau_left = None if index < 11 else 0.45
+            now = phases.moment(told, share)
+            if now.stage != run.progress.stage:
+                run._enter(now.stage)
+            losses.append(torch.stack(run.step(now, share)))
+            if recorded and run.recorder.graph is not None:
+                run.recorder.graph.results = run.recorder.outputs
+                seen.append(run.recorder.graph.replays)
+        runs.append([torch.stack(losses), *run.parameters, *run.average.averages, run.sums])
+    assert len(seen) == (6 - 3) + (15 - 3) + (6 - 3) and max(seen) == 12  # three of each shape run as they are
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*runs))
+
+
+def test_a_step_that_cannot_be_recorded_goes_on(fields, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(capture, "cuda", FakeCuda())
+    monkeypatch.setattr(FakeCuda, "graph", mock.Mock(side_effect=RuntimeError("operation not permitted\nmore")))
+    recorder = capture.Recorder(torch.device("cuda"), True, said.append)
+    assert [recorder("shape", lambda each: each + 1, torch.tensor(number)) for number in range(6)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    assert said == ["the step can't be recorded and runs kernel by kernel: operation not permitted"]
+    assert not recorder.enabled and not capture.Recorder(torch.device("cpu"), True).enabled
 
 
 def test_layers_are_compiled_whole_and_compute_the_same(fields, tmp_path, monkeypatch):
@@ -305,6 +391,7 @@ def test_recipes_that_cannot_be_are_refused_in_a_line(fields, tmp_path):
         "no split 'valid'": {"second_splits": ["valid"]},
         "the first stage has 96 rows, fewer than a batch": {"batch_size": 100},
         "text_tokens=20 is more than the model's 16": {"text_tokens": 20},
+        "model: caption_experts=True is not trained on a device": {"model": MODEL | {"caption_experts": True}},
         "needs a teacher": {"teacher": None},
         "pictures of 32 pixels for a model of image_size=64": {"model": MODEL | {"image_size": 64}},
     }

@@ -104,7 +104,9 @@ def test_a_prompt_is_cut_by_the_same_rule(checkpoint, images, caplog):
 
 
 def test_long_texts_of_a_corpus_are_warned_of_once(tmp_path, embedder, caplog):
-    rows = datasets.Dataset.from_dict({"text": [LONG, "a cat"] * 6})
+    rows = datasets.Dataset.from_dict(
+        {"text": [text for number in range(6) for text in (f"{LONG} {number}", "a cat")]}
+    )
     embed_corpus(rows, tmp_path / "table.parquet", embedder, batch_size=2, workers=2, progress=False)
     assert len(warnings_of(caplog)) == 1 and f"6 texts have more than {LIMIT} tokens" in warnings_of(caplog)[0]
     table = load_table(tmp_path / "table.parquet")

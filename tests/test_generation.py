@@ -156,15 +156,36 @@ def test_a_static_cache_that_is_used_again_sees_the_new_image(batch):
 
 
 @every_variant
-def test_assisted_decoding_gives_the_greedy_caption(variant, batch):
-    captioner, assistant = tiny_captioner(variant), tiny_captioner(variant, seed=1)
+@pytest.mark.parametrize("placed", [True, False])
+def test_drafts_from_the_prompt_give_the_greedy_caption(variant, placed, batch):
+    captioner = tiny_captioner(variant)
     images = captioner.config.num_image_tokens
     for row in range(2):
-        placed = F.pad(batch["input_ids"][row : row + 1, :4], (images, 0), value=captioner.config.image_token_id)
-        inputs = {"pixel_values": batch["pixel_values"][row : row + 1], "input_ids": placed}
+        ids = batch["input_ids"][row : row + 1, :4]
+        if placed:
+            ids = F.pad(ids, (images, 0), value=captioner.config.image_token_id)
+        inputs = {"pixel_values": batch["pixel_values"][row : row + 1], "input_ids": ids}
         expected = captioner.generate(**inputs, **GREEDY)
-        assert torch.equal(captioner.generate(**inputs, **GREEDY, assistant_model=assistant), expected)
         assert torch.equal(captioner.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), expected)
+
+
+def test_a_draft_model_is_refused_where_there_is_an_image_and_right_where_there_is_none(batch):
+    captioner, assistant = tiny_captioner(), tiny_captioner(seed=1)
+    image = {"pixel_values": batch["pixel_values"][:1]}
+    with pytest.raises(ValueError, match="assistant_model drafts captions without seeing the image"):
+        captioner.generate(**image, **GREEDY, assistant_model=assistant)
+    with pytest.raises(ValueError, match="assistant_early_exit drafts captions without seeing the image"):
+        captioner.generate(**image, **GREEDY, assistant_early_exit=1)
+    text = {"input_ids": batch["input_ids"][:1, :3]}
+    calls = []
+    captioner.register_forward_hook(lambda *_: calls.append(1))
+    expected = captioner.generate(**text, **GREEDY)
+    steps = len(calls)
+    assert torch.equal(captioner.generate(**text, **GREEDY, assistant_model=assistant), expected)
+    calls.clear()
+    twin = tiny_captioner()
+    assert torch.equal(captioner.generate(**text, **GREEDY, assistant_model=twin), expected)
+    assert len(calls) < steps, "drafts of the same model must be accepted"
 
 
 @every_variant
@@ -218,12 +239,14 @@ def test_a_prompt_may_end_in_eos_and_be_padded_on_the_right(variant, batch):
     pixel_values, config = batch["pixel_values"][:2], captioner.config
     prompts = torch.tensor([[1, 20, 21, 2], [1, 22, 2, 0]])
     together = captioner.generate(pixel_values=pixel_values, input_ids=prompts, **GREEDY)
-    assert together[:, :3].tolist() == [[1, 20, 21], [0, 1, 22]]
+    assert together[:, :4].tolist() == [[0, 1, 20, 21], [0, 0, 1, 22]] and together.shape == (2, 10)
     for row, words in enumerate(([1, 20, 21], [1, 22])):
         alone = captioner.generate(pixel_values=pixel_values[row : row + 1], input_ids=torch.tensor([words]), **GREEDY)
         assert torch.equal(alone[0, -6:], together[row, -6:])
     empty = captioner.generate(pixel_values=pixel_values, input_ids=torch.tensor([[2], [2]]), **GREEDY)
     assert torch.equal(empty, captioner.generate(pixel_values=pixel_values, **GREEDY))
+    wide = captioner.generate(pixel_values=pixel_values, input_ids=F.pad(prompts, (0, 30)), **GREEDY)
+    assert torch.equal(wide[:, 34:], together[:, 4:]), "padding takes no positions"
     assert (empty[:, 0] == config.bos_token_id).all()
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from distributed_worker import dropout_pair, gradients, whole_batch
 from models import random_batch, tiny_captioner
 from mome.errors import RecipeError
-from mome.losses_mome import contrastive_loss
+from mome.losses_mome import contrastive_loss, sigmoid_loss
 from mome.training import contrastive, objective
 from mome.training.batches import Batch
 from mome.training.recipe import Recipe
@@ -50,7 +50,7 @@ def of_two_processes(tmp_path_factory):
     return torch.load(folder / "gradients.pt")
 
 
-@pytest.mark.parametrize("variant", ["dense", "routed"])
+@pytest.mark.parametrize("variant", ["dense", "routed", "siglip"])
 def test_two_processes_with_and_without_chunks_have_the_gradient_of_one(variant, of_two_processes):
     one = gradients(variant, image_dropout=0.0)
     assert_equal_gradients(of_two_processes[f"{variant}-None"], one)
@@ -63,7 +63,7 @@ def test_a_gather_that_loses_its_gradient_is_noticed(of_two_processes):
         assert_equal_gradients(of_two_processes["dense-no-gradient-through-the-gather"], one)
 
 
-@pytest.mark.parametrize("variant", ["dense", "routed", "top1", "masked", "relative", "unshared"])
+@pytest.mark.parametrize("variant", ["dense", "routed", "top1", "masked", "relative", "unshared", "siglip"])
 @pytest.mark.parametrize("chunk_size", [4, 5])
 def test_chunks_have_the_gradient_of_the_whole_batch(variant, chunk_size):
     whole = gradients(variant, image_dropout=0.0)
@@ -104,6 +104,44 @@ def test_the_loss_over_ranks_is_the_models_own_on_one_process():
     found = contrastive.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], keep)
     images, texts, ids = images[keep], texts[keep], ids[keep]
     torch.testing.assert_close(found, contrastive_loss(20 * images @ texts.T, ids[:, None] == ids[None]))
+
+
+def test_the_sigmoid_loss_over_ranks_is_the_models_own_on_one_process():
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(9, 8), dim=1) for _ in range(2))
+    ids = torch.tensor([0, 1, 2, 3, 0, 5, 6, 1, 8])
+    keep = torch.ones(9, dtype=torch.bool)
+    keep[[2, 4]] = False
+    scale, bias = torch.tensor(20.0), torch.tensor(-3.0)
+    found = contrastive.contrastive_loss_over_ranks(images, texts, scale, ids[:, None], keep, bias)
+    images, texts, ids = images[keep], texts[keep], ids[keep]
+    torch.testing.assert_close(found, sigmoid_loss(20 * images @ texts.T - 3, ids[:, None] == ids[None]))
+
+
+@pytest.mark.parametrize("options", [{}, {"caption_experts": True}])
+def test_the_joint_loss_of_siglip_is_that_of_the_captioner(options):
+    """Texts come as SigLIP's tokenizer writes them, without [BOS]; its caption predicts every word."""
+    captioner = tiny_captioner("siglip", experts_per_group=3, experts_per_token=2, **options).train()
+    batch = whole_batch(captioner.config)
+    ids, mask = batch.input_ids[:, 1:], batch.attention_mask[:, 1:]
+    given = {"pixel_values": batch.pixel_values.float(), "input_ids": ids, "attention_mask": mask}
+    expected = captioner(**given, labels=ids.masked_fill(mask == 0, -100))
+    every = torch.ones(len(ids), dtype=torch.bool)
+    equal = torch.arange(len(ids))
+    equal[20] = 5  # the two equal texts of the batch
+    batch = replace(
+        batch,
+        **given,
+        valid=every,
+        captioned=every,
+        positive_ids=equal[:, None],
+        teacher_embeds=None,
+    )
+    recipe = Recipe(output="-", dataset="-", checkpoint="-", steps=1)
+    losses, totals = objective.backward(Accelerator(cpu=True), objective.PairModel(captioner), batch, recipe)
+    assert totals.caption_tokens == int(mask.sum())
+    torch.testing.assert_close(losses.loss, expected.loss, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(losses.contrastive, expected.contrastive_loss, atol=1e-4, rtol=1e-5)
 
 
 def test_the_joint_loss_is_that_of_the_captioner():

@@ -194,6 +194,26 @@ def test_one_template_gives_what_the_stock_pipeline_gives(checkpoint, images):
     assert_close(*scores, atol=1e-5, rtol=0)
 
 
+def test_labels_with_the_same_tokens_are_named_once(checkpoint, images, caplog):
+    classify = pipeline("open-vocabulary-image-classification", model=str(checkpoint))
+    long = "dog " * 20
+    labels = ["cat", "Cat", "dog", long + "red", long + "blue"]  # the last two differ behind what the model reads
+    for _ in range(2):
+        scores = {each["label"]: each["score"] for each in classify(images[0], candidate_labels=labels)}
+    assert scores["cat"] == pytest.approx(scores["Cat"]) and scores["cat"] < 1 / 2
+    said = [message for message in caplog.messages if "share their probability" in message]
+    assert len(said) == 1 and "'cat' = 'Cat'; 'dog dog" in said[0]
+    with pytest.raises(ValueError, match="label 1 is '!!!', which has no word"):
+        classify(images[0], candidate_labels=["cat", "!!!"], templates="a photo of {}")
+
+
+def test_hypothesis_template_is_another_name_for_templates(checkpoint, images):
+    classify = pipeline("open-vocabulary-image-classification", model=str(checkpoint), candidate_labels=["cat", "dog"])
+    expected = classify(images[0], templates="a photo of {}")
+    assert classify(images[0], hypothesis_template="a photo of {}") == expected
+    assert expected != classify(images[0])
+
+
 def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
     classify = pipeline("open-vocabulary-image-classification", model=str(checkpoint), candidate_labels=["dog", "dot"])
     for options, message in (
@@ -202,7 +222,8 @@ def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
         ({"candidate_labels": ["dog", 3]}, "label 3 is no text"),
         ({"templates": ["a photo"]}, "template 'a photo' has no {}"),
         ({"top_k": 0}, "top_k=0"),
-        ({"hypothesis_template": "{}"}, "unknown option 'hypothesis_template'"),
+        ({"tokenizer_kwargs": {}}, "unknown option 'tokenizer_kwargs'"),
+        ({"hypothesis_template": "{}", "templates": "a {}"}, "are the same option"),
         ({"on_error": "x"}, "on_error='x'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -262,8 +283,13 @@ def test_a_folder_brings_its_pipeline_along(checkpoint, images, tmp_path):
     expected = pipeline("image-captioning", model=str(folder))(images[0], guidance="rerank", **SHORT)
     first, second = run.stdout.strip().splitlines()
     assert first == second == str(expected)
-    for name in ("pipeline", "captioner", "model"):
-        assert {path.name for path in (tmp_path / name).glob("*.py")} == {path.name for path in folder.glob("*.py")}
+    files = {path.name for path in folder.glob("*.py")}
+    for name, left_out in (
+        ("pipeline", set()),
+        ("captioner", {"processing_mome.py"}),
+        ("model", {"processing_mome.py"}),
+    ):
+        assert {path.name for path in (tmp_path / name).glob("*.py")} == files - left_out  # it comes with a processor
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config["custom_pipelines"] == mome.configuration_mome.CUSTOM_PIPELINES
-    assert "pipeline_mome.py" in {path.name for path in folder.glob("*.py")}
+    assert "pipeline_mome.py" in files

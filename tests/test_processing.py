@@ -1,5 +1,6 @@
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top it demands torchvision
+from transformers.utils import logging
 
 from builders import build_processor, build_tokenizer
-from mome import processing_mome
-from mome.processing_mome import MomeProcessor, load_rgb_image
+from mome import pictures_mome
+from mome.pictures_mome import load_rgb_image
+from mome.processing_mome import MomeProcessor
+from mome.texts_mome import tokenize_texts
 
 PAD, BOS, EOS = 0, 1, 2
 COLOUR = (200, 100, 50)
@@ -119,7 +123,7 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
     picture().save(tmp_path / "image.png")
     response = SimpleNamespace(content=(tmp_path / "image.png").read_bytes(), raise_for_status=lambda: response)
     session = SimpleNamespace(get=lambda url, **kwargs: response)
-    monkeypatch.setattr(processing_mome, "get_session", lambda: session)
+    monkeypatch.setattr(pictures_mome, "get_session", lambda: session)
     assert np.allclose(mean_colour(load_rgb_image("https://example.org/image.png")), COLOUR)
 
 
@@ -196,16 +200,56 @@ def test_a_tokenizer_that_writes_no_eos_keeps_the_last_word_of_a_prompt():
     assert prompt == [[BOS, *processor.tokenizer.convert_tokens_to_ids(["a", "photo"])]]
 
 
-def test_long_texts_are_refused_or_truncated_with_eos(processor):
-    long = " ".join(["red"] * 20)
-    with pytest.raises(ValueError, match=r"text 1 \('red red.*22 tokens.* is 16: pass truncation=True"):
-        processor(text=["a", long])
-    with pytest.raises(ValueError, match="21 tokens"):
-        processor(text=long, caption_prompt=True)
-    ids = processor(text=long, truncation=True)["input_ids"][0]
-    assert len(ids) == 16 and ids[0] == BOS and ids[-1] == EOS
+def test_long_texts_are_cut_with_eos_and_one_warning_that_names_the_limit(processor, caplog):
+    long, just = " ".join(["red"] * 20), " ".join(["red"] * 14)
+    expected = [1, *[processor.tokenizer.convert_tokens_to_ids("red")] * 14, EOS]
+    assert processor(text=["a", long, just])["input_ids"][1:] == [expected, expected]
+    assert [record.message for record in caplog.records] == [
+        "1 text has more than 16 tokens, the most that the model reads: the rest is cut off"
+    ]
+    assert processor(text=long, caption_prompt=True)["input_ids"] == [expected[:-1]]
+    caplog.clear()
+    logging.get_logger("mome.processing_mome").warning_once.cache_clear()
+    for _ in range(3):  # sentence-transformers asks for it, batch after batch
+        assert processor(text=[long, just], truncation=True)["input_ids"] == [expected, expected]
+    assert [record.message for record in caplog.records] == [
+        "texts of more than 16 tokens, the most that the model reads, are cut"
+    ]
+    with pytest.raises(ValueError, match=r"text 1 \('red red.*model_max_length = 16 tokens.*truncation=False"):
+        processor(text=["a", long], truncation=False)
+    assert len(processor(text=long, truncation=True, max_length=5)["input_ids"][0]) == 5
     free = MomeProcessor(processor.image_processor, build_tokenizer(max_length=int(1e30)))
     assert len(free(text=long)["input_ids"][0]) == 22
+
+
+def test_a_text_without_a_known_word_is_refused_and_a_prompt_of_that_kind_warned_of(processor, caplog):
+    for text in ("слон", "!!!", "[UNK]"):
+        with pytest.raises(ValueError, match=r"text 1 is .* has no word that the tokenizer knows"):
+            processor(text=["a", text])
+    assert processor(text="[MASK]")["input_ids"] == [[BOS, 5, EOS]]
+    assert not caplog.records
+    processor(images=picture(), text="слон", caption_prompt=True)
+    assert "prompt 0 is 'слон'" in caplog.text
+
+
+def test_one_processor_serves_many_threads(processor):
+    """At the default switch interval; without a lock, one call in forty gave wrong ids or an error."""
+    texts = ["a red dot", "a", " ".join(["red"] * 20)]
+    calls = (
+        lambda: processor(text=texts[:2], return_tensors="pt"),
+        lambda: processor(images=picture(), text="a red", caption_prompt=True, return_tensors="pt"),
+        lambda: processor(text=texts, truncation=True, return_tensors="pt"),
+        lambda: tokenize_texts(processor.tokenizer, texts, 5)[0],
+    )
+    expected = [call()["input_ids"].tolist() for call in calls]
+
+    def work(number: int) -> list[int]:
+        """The numbers of the calls that went wrong."""
+        turns = [(number + turn) % len(calls) for turn in range(400)]
+        return [turn for turn in turns if calls[turn]()["input_ids"].tolist() != expected[turn]]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [[]] * 4
 
 
 def test_unusable_inputs_are_refused(processor):
@@ -240,7 +284,16 @@ def test_saved_loaded_and_saved_again_the_files_are_the_same(tmp_path):
         assert all(torch.equal(inputs[key], expected[key]) for key in expected)
         assert processor.tokenizer.padding_side == "right"
         processor.save_pretrained(folder)
-        names = {"processor_config.json", "processing_mome.py", "tokenizer.json", "tokenizer_config.json"}
+        names = {
+            "processor_config.json",
+            "processing_mome.py",
+            "texts_mome.py",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "pictures_mome.py",
+            "svg_mome.py",
+            "configuration_mome.py",
+        }
         names |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
         assert {path.name for path in folder.iterdir()} == names
         for name in names:

@@ -16,7 +16,8 @@ from mome.icons.licences import HELD_OUT_SETS
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    processor = build_processor(image_size=16)
+    labels = " ".join([*quickstart.label_set(["night"]), "cat dog cow a"]).split()
+    processor = build_processor(image_size=16, words=sorted(set(labels)))
     tiny_captioner(vocab_size=len(processor.tokenizer)).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

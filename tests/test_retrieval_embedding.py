@@ -16,8 +16,10 @@ from PIL import Image
 
 from mome.errors import MomeError
 from mome.retrieval import Embedder, RetrievalError, embed_corpus, load_table, open_image, open_source
+from mome.retrieval.format import unreadable_file
 from retrieval_corpora import COLOURS, draw, make_pictures, make_table, save_checkpoint
 
+NOT_COMPARED = {"embedding": None, "file_stamp": None}
 QUIET = {"progress": False, "batch_size": 4, "part_rows": 8}
 
 
@@ -49,10 +51,14 @@ def interrupted(*_):
 def same_rows(one, other):
     assert one.rows.column_names == other.rows.column_names
     for left, right in zip(one.rows, other.rows, strict=True):
-        assert {**left, "embedding": None} == {**right, "embedding": None}
+        assert left | NOT_COMPARED == right | NOT_COMPARED
     assert torch.equal(one.valid, other.valid)
     rows = one.valid.nonzero().flatten().tolist()
     assert torch.equal(one.embeddings(rows), other.embeddings(rows))
+
+
+def unreadable(output):
+    return [json.loads(line) for line in unreadable_file(output).read_text().splitlines()]
 
 
 def refused(message, *arguments, **options):
@@ -86,12 +92,17 @@ def test_images_that_cannot_be_read_are_counted_and_say_why(tmp_path, embedder):
     (folder / "half.png").write_bytes(good[0].read_bytes()[:60])
     (folder / "notes.md").write_text("not counted")
     report = embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET)
-    assert (report.rows, report.images, report.bad) == (8, 5, 3)
-    assert "5 images embedded, 3 could not be read" in str(report)
-    table = load_table(tmp_path / "table.parquet")
-    bad = [row for row in table.rows if row["error"] is not None]
+    assert (report.rows, report.images, report.bad) == (5, 5, 3)
+    assert f"5 images embedded, 3 could not be read (see {tmp_path}/table.unreadable.jsonl)" in str(report)
+    assert load_table(tmp_path / "table.parquet").valid.all()
+    bad = unreadable(tmp_path / "table.parquet")
     assert [row["id"] for row in bad] == ["half.png", "nothing.jpg", "text.png"]
-    assert all(row["embedding"] is None and "\n" not in row["error"] for row in bad)
+    assert [row["uri"] for row in bad] == [str(folder / row["id"]) for row in bad]
+    assert all(row["modality"] == "image" and row["error"] and "\n" not in row["error"] for row in bad)
+    for row in bad:
+        draw((9, 9, 9)).save(folder / row["id"])
+    assert embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET).bad == 0
+    assert not (tmp_path / "table.unreadable.jsonl").exists()
 
 
 def test_links_lead_to_each_file_once_and_dead_ones_are_counted(tmp_path, embedder):
@@ -113,15 +124,16 @@ def test_links_lead_to_each_file_once_and_dead_ones_are_counted(tmp_path, embedd
     table = load_table(tmp_path / "table.parquet")
     own = ["blue/002.png", "green/001.png", "red/000.png", "red/004.png", "yellow/003.png"]
     dead = ["dead-folder", "dead.png", "self.png"]
-    assert sorted(table.column("id").to_pylist()) == sorted([*own, "linked-again.png", "other/001.png", *dead])
-    assert [row["id"] for row in table.rows if row["error"] is not None] == dead
-    assert "No such file" in table.rows[table.row_of("dead.png")]["error"]
+    assert sorted(table.column("id").to_pylist()) == sorted([*own, "linked-again.png", "other/001.png"])
+    bad = unreadable(tmp_path / "table.parquet")
+    assert [row["id"] for row in bad] == dead and "No such file" in bad[1]["error"]
     assert (report.images, report.bad) == (7, 3)
     assert "7 images embedded, 3 could not be read" in str(report)
     assert report.left_out == {"links to what is listed already": 5}
     assert "; left out: 5 links to what is listed already;" in str(report)
     (folder / "dead.png").unlink()
-    refused("is there already", folder, tmp_path / "table.parquet", embedder)
+    report = embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET)
+    assert (report.images, report.bad, report.resumed, report.dropped) == (7, 2, 7, 0)
 
 
 def test_a_shard_or_a_metadata_file_behind_a_dead_link_is_named(tmp_path, embedder):
@@ -236,8 +248,10 @@ def test_texts_alone_are_a_corpus_and_a_row_without_text_is_counted(tmp_path, em
     report = embed_corpus(tmp_path / "texts.txt", tmp_path / "table.parquet", embedder, **QUIET)
     assert (report.images, report.texts, report.bad) == (0, 3, 1)
     table = load_table(tmp_path / "table.parquet")
-    assert table.column("id").to_pylist() == ["train/0", "train/1", "train/2", "train/3"]
-    assert table.rows[1]["error"] == "no text" and table.rows[0]["text"] == "a red dot"
+    assert table.column("id").to_pylist() == ["train/0", "train/2", "train/3"]
+    assert table.rows[0]["text"] == "a red dot"
+    (bad,) = unreadable(tmp_path / "table.parquet")
+    assert (bad["id"], bad["modality"], bad["error"]) == ("train/1", "text", "no text")
 
 
 # ------------------------------------------------------------------------------------------ interruption, repetition
@@ -257,7 +271,7 @@ def test_batches_parts_and_workers_change_nothing_but_rounding(tmp_path, embedde
 WORKER = """
 import sys
 sys.path.insert(0, {tests!r})
-import mome.retrieval.embed as job
+import mome.retrieval.store as job
 from mome.retrieval import embed_corpus
 plain = job.write_table
 def slow(path, tables, schema):
@@ -302,11 +316,11 @@ def test_a_killed_job_goes_on_and_loses_and_repeats_nothing(tmp_path, checkpoint
         load_table(output)
 
     report = embed_corpus(folder, output, embedder, **QUIET)
-    assert (report.rows, report.resumed, report.bad) == (31, 16, 1)
+    assert (report.rows, report.resumed, report.bad) == (30, 16, 1)
     same_rows(load_table(output), load_table(tmp_path / "uninterrupted.parquet"))
     assert not parts.exists()
     before = os.stat(output).st_mtime_ns
-    assert embed_corpus(folder, output, embedder, **QUIET).resumed == 31  # again: nothing to do
+    assert embed_corpus(folder, output, embedder, **QUIET).resumed == 30  # again: nothing to do
     assert os.stat(output).st_mtime_ns == before
 
 
@@ -321,7 +335,7 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
     source = open_source(tmp_path / "shard.tar")
     assert [row.id for row in source.rows(18)] == ["shard.tar/018", "shard.tar/019"]
 
-    import mome.retrieval.embed as job
+    import mome.retrieval.store as job
 
     class Stop(Exception):
         pass
@@ -335,22 +349,22 @@ def test_a_stream_goes_on_where_it_was(tmp_path, embedder):
         patch.setattr(job, "write_table", stopping)
         embed_corpus(tmp_path / "shard.tar", tmp_path / "table.parquet", embedder, **QUIET)
     report = embed_corpus(tmp_path / "shard.tar", tmp_path / "table.parquet", embedder, **QUIET)
-    assert (report.rows, report.resumed, report.bad) == (20, 8, 1)
+    assert (report.rows, report.resumed, report.bad) == (19, 8, 1)
     same_rows(load_table(tmp_path / "table.parquet"), load_table(tmp_path / "whole.parquet"))
 
 
 def test_a_damaged_part_is_made_again(tmp_path, embedder):
     make_pictures(tmp_path / "pictures", 20)
     output = tmp_path / "table.parquet"
-    import mome.retrieval.embed as job
+    import mome.retrieval.job as job
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.EmbeddingJob, "_finish", interrupted)
+        patch.setattr(job.TableJob, "finish", interrupted)
         embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     part = tmp_path / "table.parquet.parts" / "part-000001.parquet"
     part.write_bytes(part.read_bytes()[:-20])
     report = embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
-    assert (report.rows, report.resumed) == (20, 8)
+    assert (report.rows, report.resumed) == (20, 12)  # the other parts count
     assert len(load_table(output)) == 20
 
 
@@ -360,34 +374,49 @@ def test_a_finished_or_unfinished_table_is_not_overwritten_by_another_job(tmp_pa
     embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     other = Embedder.load(save_checkpoint(tmp_path / "other", seed=1))
     assert other.fingerprint != embedder.fingerprint
-    refused("is there already, made from another corpus, model or settings", tmp_path / "pictures", output, other)
+    fingerprints = f"model_fingerprint='{embedder.fingerprint}', now it is '{other.fingerprint}'"
+    refused(f"is there already, made with {fingerprints}", tmp_path / "pictures", output, other)
     make_pictures(tmp_path / "pictures", 10)
-    refused("is there already", tmp_path / "pictures", output, embedder)
     assert embed_corpus(tmp_path / "pictures", output, other, overwrite=True, **QUIET).rows == 10
     assert load_table(output).info.fingerprint == other.fingerprint
 
     parts = tmp_path / "new.parquet.parts"
     parts.mkdir()
-    (parts / "job.json").write_text(json.dumps({"source": "elsewhere"}))
-    refused("unfinished job with source='elsewhere'", tmp_path / "pictures", tmp_path / "new.parquet", embedder)
+    (parts / "job.json").write_text(
+        json.dumps({"settings": {**load_table(output).info.settings, "source": "elsewhere"}, "overwrite": False})
+    )
+    refused(
+        f"unfinished job with source='elsewhere', now it is '{tmp_path}/pictures'",
+        tmp_path / "pictures",
+        tmp_path / "new.parquet",
+        embedder,
+    )
+    parts.mkdir()
+    (parts / "job.json").write_text(json.dumps({"source": "elsewhere"}))  # of an earlier version
+    refused(
+        "unfinished job with format_version=None, now it is 2",
+        tmp_path / "pictures",
+        tmp_path / "new.parquet",
+        embedder,
+    )
     assert embed_corpus(tmp_path / "pictures", tmp_path / "new.parquet", embedder, overwrite=True, **QUIET).rows == 10
 
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "diary.txt").write_text("mine")
-    refused("is there already", tmp_path / "pictures", tmp_path / "folder", embedder)
+    refused("holds 'diary.txt'", tmp_path / "pictures", tmp_path / "folder", embedder)
     refused("holds 'diary.txt'", tmp_path / "pictures", tmp_path / "folder", embedder, overwrite=True)
     assert (tmp_path / "folder" / "diary.txt").read_text() == "mine"
 
 
 def test_an_old_table_stays_until_the_new_one_is_whole(tmp_path, embedder):
-    import mome.retrieval.embed as job
+    import mome.retrieval.job as job
 
     make_pictures(tmp_path / "pictures", 9)
     output = tmp_path / "table.parquet"
     embed_corpus(tmp_path / "pictures", output, embedder, **QUIET)
     make_pictures(tmp_path / "pictures", 18)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.EmbeddingJob, "_finish", interrupted)
+        patch.setattr(job.TableJob, "finish", interrupted)
         embed_corpus(tmp_path / "pictures", output, embedder, overwrite=True, **QUIET)
     assert len(load_table(output)) == 9
     report = embed_corpus(tmp_path / "pictures", output, embedder, overwrite=True, **QUIET)

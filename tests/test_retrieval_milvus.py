@@ -17,12 +17,12 @@ from pymilvus.exceptions import MilvusException
 from mome.benchmarks.milvus import serving
 from mome.errors import RetrievalError
 from mome.retrieval import EmbeddingTable, ExactIndex, TableInfo, load_table
+from mome.retrieval.format import table_schema, to_table, write_table
 from mome.retrieval.milvus import MilvusIndex, connection
 from mome.retrieval.milvus import index as milvus_module
 from mome.retrieval.milvus.columns import collection_schema
 from mome.retrieval.milvus.manifest import table_digest
 from mome.retrieval.search import open_index
-from mome.retrieval.table import table_schema, to_table, write_table
 from retrieval_corpora import make_table, random_vectors
 
 ROWS = 400
@@ -85,9 +85,8 @@ def test_milvus_finds_what_exact_search_finds(table, uri):
             assert_same_hits(index, exact, top_k=top_k)
         for where in FILTERS:
             assert_same_hits(index, exact, where=where, top_k=20)
-        assert index.search(random_vectors(1, seed=1))[0][0] == pytest.approx(
-            exact.search(random_vectors(1, seed=1))[0][0]
-        )
+        hit, wanted = (each.search(random_vectors(1, seed=1))[0][0].as_dict() for each in (index, exact))
+        assert hit.pop("score") == pytest.approx(wanted.pop("score"), abs=1e-6) and hit == wanted
         assert index.search_rows(torch.zeros(0, 16))[1].shape == (0, 10)
     with MilvusIndex(table, uri, collection="finds", progress=False) as index:  # opened again, nothing to write
         assert_same_hits(index, exact)
@@ -335,3 +334,29 @@ def test_the_digest_of_a_table_depends_on_its_contents_only(table, tmp_path):
         path = make_table(tmp_path / f"{number}.parquet", rows=ROWS, bad=BAD, **change)
         assert table_digest(load_table(path)) != digest
     assert table_digest(load_table(make_table(tmp_path / "bad.parquet", rows=ROWS, bad=(3,)))) != digest
+
+
+def test_an_index_of_a_table_that_grew_is_built_again_and_says_so(tmp_path, uri, caplog, monkeypatch):
+    monkeypatch.setattr(milvus_module.logger, "propagate", True)
+    info = TableInfo("a-model", "0123456789abcdef", 16, source="/pictures")
+    small = load_table(make_table(tmp_path / "table.parquet", rows=30, info=info))
+    with MilvusIndex(small, uri, collection="grows", progress=False) as index:
+        assert_same_hits(index, ExactIndex(small))
+    make_table(tmp_path / "table.parquet", rows=50, prefix="new", info=info)
+    large = load_table(tmp_path / "table.parquet")
+    with MilvusIndex(large, uri, collection="grows", progress=False) as index:
+        assert_same_hits(index, ExactIndex(large))
+    assert "holds an earlier state of" in caplog.text and "it is built again" in caplog.text
+    elsewhere = TableInfo("a-model", "0123456789abcdef", 16, source="/other")
+    other = load_table(make_table(tmp_path / "other.parquet", rows=9, info=elsewhere))
+    refused("holds another table", other, uri, collection="grows")
+
+
+def test_a_searcher_whose_collection_was_built_again_meanwhile_is_told(tmp_path, server):
+    info = TableInfo("a-model", "0123456789abcdef", 16, source="/pictures")
+    old = load_table(make_table(tmp_path / "old.parquet", rows=30, info=info))
+    new = load_table(make_table(tmp_path / "new.parquet", rows=50, prefix="new", info=info))
+    with MilvusIndex(old, server, collection="meanwhile", progress=False) as index:
+        with MilvusIndex(new, server, collection="meanwhile", progress=False):
+            with pytest.raises(RetrievalError, match="built again from another state of .*open the table"):
+                index.search(random_vectors(1))

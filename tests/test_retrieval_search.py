@@ -100,7 +100,7 @@ def test_a_row_is_left_out_of_what_is_like_it(searcher):
         ({}, "pass one of text, image and id, not nothing"),
         ({"text": "red", "id": "red/000.png"}, "not text and id"),
         ({"id": "nobody"}, "no row with id 'nobody'"),
-        ({"id": "broken.png"}, "row 'broken.png' has no embedding .not an image"),
+        ({"id": "broken.png"}, "no row with id 'broken.png'"),
         ({"text": " "}, "pass a text of at least one word"),
         ({"text": "red", "modality": "sound"}, "modality='sound'"),
         ({"image": "nowhere.png"}, "no such file"),
@@ -231,6 +231,25 @@ def test_what_fails_is_one_line_and_a_status(folder, tmp_path, run, monkeypatch)
     run("classify", tmp_path / "a.png", status=2)  # no labels
 
 
+def test_a_query_without_a_known_word_finds_nothing_and_says_so(folder, run, caplog):
+    result = run("search", folder / "table.parquet", "слон", "--json")
+    assert json.loads(result.stdout) == [] and "'слон', which has no word that the tokenizer knows" in caplog.text
+    searcher = Searcher.open(folder / "table.parquet")
+    hits = searcher.search(text=["red", "!!!", "green"], top_k=3)
+    alone = [searcher.search(text="red", top_k=3), [], searcher.search(text="green", top_k=3)]
+    for found, expected in zip(hits, alone):
+        assert [hit.score for hit in found] == pytest.approx([hit.score for hit in expected])
+    assert hits[0][0].score != pytest.approx(hits[2][0].score)
+    with pytest.raises(ValueError, match="has no word that the tokenizer knows"):
+        searcher.embedder.embed_texts(["red", "слон"])
+
+
+def test_labels_that_are_one_to_the_model_are_named_by_the_command_too(folder, tmp_path, run, caplog):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
+    run("classify", tmp_path / "red.png", "--labels", "Red,red,green", "--model", folder / "model")
+    assert caplog.messages == ["labels with the same tokens share their probability: 'Red' = 'red'"]
+
+
 def test_the_installed_command_runs(folder):
     command = os.path.join(os.path.dirname(sys.executable), "mome")
     done = subprocess.run([command, "search", "/nowhere/table.parquet", "red"], capture_output=True, text=True)
@@ -239,6 +258,7 @@ def test_the_installed_command_runs(folder):
 
 
 def test_a_table_goes_to_the_hub_and_comes_back_with_its_model(folder, monkeypatch, tmp_path):
+    from mome.retrieval import format as format_module
     from mome.retrieval import push_table
     from mome.retrieval import table as table_module
 
@@ -261,6 +281,6 @@ def test_a_table_goes_to_the_hub_and_comes_back_with_its_model(folder, monkeypat
     place = tmp_path / "hub" / operation.path_in_repo
     place.parent.mkdir(parents=True)
     place.write_bytes((folder / "table.parquet").read_bytes())
-    monkeypatch.setattr(table_module, "snapshot_download", lambda repo_id, **options: str(tmp_path / "hub"))
+    monkeypatch.setattr(format_module, "snapshot_download", lambda repo_id, **options: str(tmp_path / "hub"))
     table = load_table("me/table")
-    assert len(table) == 25 and table.info.model == str(folder / "model")
+    assert len(table) == 24 and table.info.model == str(folder / "model")

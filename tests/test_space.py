@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 from mome.benchmarks import space as load_test
 from mome_space import limits, uploads
+from mome_space.search import API_HITS
 from space_server import SPACE, served, tiny_engine, write_picture
 
 EVERYTHING = {"sets": [], "styles": []}
@@ -66,6 +69,18 @@ def test_filters_leave_only_their_sets_and_styles(client, space):
     of_style = client.predict(**asked, sets=[], styles=[entry.style], api_name="/search")
     assert {hit["style"] for hit in of_style} == {entry.style}
     assert len(client.predict(**asked, **EVERYTHING, api_name="/search")) == len(space.index.gallery)
+
+
+def test_search_takes_words_or_a_picture_alone(client, space, tmp_path):
+    words = {"query": "a red circle", "image": None, "count": API_HITS}
+    everything = client.predict(**words, **EVERYTHING, api_name="/search")
+    assert client.predict("a red circle", api_name="/search") == everything
+    assert client.predict(query="a red circle", api_name="/search") == everything
+    (tmp_path / "icon.png").write_bytes(space.index.gallery.entries[7].png)
+    picture = {"image": handle_file(tmp_path / "icon.png")}
+    found = client.predict(**picture, api_name="/search")
+    assert found == client.predict(query="", count=API_HITS, **picture, **EVERYTHING, api_name="/search")
+    assert found != everything
 
 
 def test_captions_come_with_their_cosine_guided_and_not(client, space, picture):
@@ -295,3 +310,42 @@ def test_limits_are_set_where_gradio_reads_them(space, client):
         "classify",
         "routing",
     }
+
+
+# ------------------------------------------------------------------------------------------------ where it runs
+
+NAMELESS = """
+import os, pwd
+
+def nobody(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+
+pwd.getpwuid = nobody
+import app
+from mome_space import TEMP_FOLDER
+from mome_space.engine import load_checkpoint
+
+model, processor = load_checkpoint()
+from huggingface_hub.constants import HF_HOME
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+default_cache_dir()
+print(TEMP_FOLDER, HF_HOME, type(model).__name__)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="users have numbers on POSIX systems alone")
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_the_space_starts_under_a_user_without_a_name_and_a_home(tmp_path, home):
+    gone = {"HOME", "LOGNAME", "USER", "LNAME", "USERNAME", "HF_HOME", "HF_MODULES_CACHE", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in gone}
+    environment |= {"TMPDIR": str(tmp_path), "PYTHONPATH": str(SPACE)} | ({"HOME": home} if home else {})
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", NAMELESS], cwd=tmp_path / "here", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    own = tmp_path / f"mome-space-{os.getuid()}"
+    assert done.stdout.split() == [str(own), str(own / "huggingface"), "MomeForConditionalGeneration"]
+    assert own.stat().st_mode & 0o077 == 0  # of this user alone
+    assert not list((tmp_path / "here").iterdir())  # such as a folder called "~"

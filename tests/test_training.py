@@ -17,15 +17,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModel, AutoProcessor
 
+from models import tiny_captioner
 from mome import MomeForConditionalGeneration
 from mome.errors import MomeError, RecipeError
 from mome.training import checkpoint, optimisation
+from mome.training.model import captioner_name
 from mome.training.recipe import Recipe
 from mome.training.stop import StopSignal
 from mome.training.trainer import Trainer, main
 from test_objective import ENVIRONMENT, TESTS, torchrun
 from test_training_data import numbers, png
-from training_runs import losses_of, write_data, write_recipe
+from training_runs import MODEL, losses_of, write_data, write_recipe
 
 
 @pytest.fixture
@@ -367,12 +369,36 @@ def test_too_many_corrupt_images_stop_the_run(fields):
         ({"max_text_tokens": 99}, "max_text_tokens=99 is more than the model's 16"),
         ({"freeze": ["*.nothing"]}, "matches no parameter"),
         ({"freeze": ["*"]}, "leaves nothing to train"),
+        ({"rates": {"*.nothing": 0.5}}, "rates pattern '\\*.nothing' matches no parameter"),
+        ({"rates": {"*.image.*": 0}}, "rates: '\\*.image.\\*' has 0: must be above 0"),
         ({"evaluations": {"a": {"dataset": "x", "pools": 3}}}, "unknown field 'pools'"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_training(change, message, fields):
     with pytest.raises(MomeError, match=message):
         run(fields, **change)
+
+
+def test_rates_are_shares_of_the_learning_rate(fields):
+    shares = {"*.image.*": 0.1, "text_embedding.*": 0.5}
+    trainer = Trainer(Recipe.from_dict(fields | {"rates": shares, "model": MODEL | {"share_attention": False}}))
+    names = {id(each): captioner_name(name) for name, each in trainer.model.named_parameters()}
+    found = {names[id(each)]: group["peak_lr"] for group in trainer.optimizer.param_groups for each in group["params"]}
+    for name, rate in found.items():
+        share = 0.1 if ".image." in name else 0.5 if "text_embedding." in name else 1.0
+        assert rate == pytest.approx(share * trainer.recipe.learning_rate), name
+    assert len(set(found.values())) == 3
+
+
+def test_a_scale_that_does_not_learn_or_has_a_bias_is_not_clamped():
+    clip, frozen = tiny_captioner(), tiny_captioner()
+    siglip = tiny_captioner("siglip")
+    for model in (clip, frozen, siglip):
+        model.model.logit_scale.data.fill_(4.8)
+    frozen.model.logit_scale.requires_grad_(False)
+    for model, clamped in ((clip, True), (frozen, False), (siglip, False)):
+        optimisation.clamp_logit_scale(model)
+        assert (model.model.logit_scale.item() < 4.7) == clamped
 
 
 def test_a_loss_that_is_no_number_stops_the_run(fields):

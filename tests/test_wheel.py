@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from mome.errors import EXTRAS, missing_package
 
@@ -121,6 +122,26 @@ def test_what_a_base_install_lacks_is_one_line(base_install, tmp_path, arguments
     assert line.startswith("mome: ") and message in line
 
 
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("mome.training", "training"),
+        ("mome.experiments.guidance", "eval"),
+        ("mome.icons.build", "icons"),
+    ],
+)
+def test_a_module_that_a_base_install_can_not_run_is_one_line(base_install, tmp_path, module, extra):
+    refused = answer(base_install, tmp_path, "python", "-m", module, "--help")
+    assert refused.returncode == 1 and not refused.stdout
+    assert re.fullmatch(rf'{module}: \w+ is not installed: pip install -e "\.\[({extra})\]"\n', refused.stderr)
+
+
+@pytest.mark.parametrize("module", ["mome.convert", "mome.quickstart", "mome.training.average"])
+def test_a_base_install_runs_the_modules_that_need_no_extra(base_install, tmp_path, module):
+    shown = answer(base_install, tmp_path, "python", "-m", module, "-h")
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: ") and not shown.stderr
+
+
 def test_a_base_install_captions(base_install, tmp_path):
     model, picture = ROOT / "checkpoints" / "mome-icons", ROOT / "samples" / "eye.png"
     done = answer(base_install, tmp_path, "mome", "caption", str(picture), "--model", str(model), "--json")
@@ -142,7 +163,9 @@ def test_the_table_of_extras_agrees_with_the_project():
     for module, distributions in imported_as.items():
         for name in distributions:
             by_distribution.setdefault(canonicalize_name(name), set()).add(module)
-    assert EXTRAS.keys() == EXTRA_REQUIREMENTS.keys() - {"test"}
+    assert EXTRAS.keys() == EXTRA_REQUIREMENTS.keys() - {"all", "test"}
+    (everything,) = map(Requirement, EXTRA_REQUIREMENTS["all"])
+    assert everything.name == "mome" and everything.extras == EXTRAS.keys()
     for extra, modules in EXTRAS.items():
         wanted = [Requirement(each) for each in EXTRA_REQUIREMENTS[extra] if not each.startswith("mome[")]
         own = {canonicalize_name(each.name): each for each in wanted}
@@ -152,6 +175,21 @@ def test_the_table_of_extras_agrees_with_the_project():
         parts = {part for each in wanted for part in each.extras}  # daft[ray]
         for module in modules:
             assert any(module in possible for possible in named.values()) or module in parts, f"{extra}: {module}"
+
+
+def test_every_requirement_has_a_lower_bound_and_is_installed_within_its_range():
+    """`make test-oldest` installs the lower bounds themselves: what is promised is what was tested."""
+    named = [*PROJECT["project"]["dependencies"], *sum(EXTRA_REQUIREMENTS.values(), [])]
+    bounds = {}
+    for requirement in map(Requirement, named):
+        if requirement.name == "mome":
+            continue
+        (bound,) = [each.version for each in requirement.specifier if each.operator == ">="]
+        assert bounds.setdefault(requirement.name, bound) == bound, f"{requirement.name} has two lower bounds"
+        installed = Version(importlib.metadata.version(requirement.name))
+        assert requirement.specifier.contains(installed), f"{requirement}: {installed} is installed"
+        if Path(sys.prefix).name == ".venv-oldest":
+            assert Version(installed.public) == Version(bound), f"{requirement}: {installed} is installed"
 
 
 @pytest.mark.parametrize(

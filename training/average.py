@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from ..errors import first_line
 from ..processing_mome import MomeProcessor
 
 
@@ -62,11 +63,14 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     count = len(options.checkpoints)
     weights = options.weights or [1 / count] * count
-    models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in options.checkpoints]
+    for folder in options.checkpoints:
+        if not (folder / "config.json").exists():
+            parser.error(f"{str(folder)!r} is no checkpoint: it has no config.json")
     try:
+        models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in options.checkpoints]
         average(models, weights).save_pretrained(options.output)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(first_line(error))
     MomeProcessor.from_pretrained(options.checkpoints[-1]).save_pretrained(options.output)
     shares = ", ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, options.checkpoints))
     print(f"{options.output}: {shares}")

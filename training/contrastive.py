@@ -10,7 +10,7 @@ theirs or, with a loss over the own rows only, one that points elsewhere. Hence 
 import torch
 from torch import distributed
 
-from ..losses_mome import info_nce
+from ..losses_mome import info_nce, sigmoid_terms
 
 
 class _AllGather(torch.autograd.Function):
@@ -51,27 +51,35 @@ def contrastive_loss_over_ranks(
     logit_scale: torch.Tensor,
     positive_ids: torch.Tensor,
     valid: torch.Tensor,
+    logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multi-positive InfoNCE of the whole batch, this process's share of it times the number of processes.
 
     Each process compares its own images and texts with those of all; the mean over the processes, which DDP and FSDP
-    take of gradients, is the loss of `losses_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610).
+    take of gradients, is the loss of `losses_mome.contrastive_loss` over the whole batch (UniCL, 2204.03610). With a
+    bias it is the sigmoid loss, `losses_mome.sigmoid_loss` (2303.15343): its own images with the texts of all.
 
     Args:
         image_embeds, text_embeds: (pairs, projection_dim), L2-normalised.
         logit_scale: (), inverse temperature.
         positive_ids: (pairs, columns) int64; rows that agree in a column are positives of each other.
         valid: (pairs,) bool; other rows count neither as positives nor as negatives.
+        logit_bias: (), of the sigmoid objective.
     """
     everyone = all_gather(image_embeds), all_gather(text_embeds)
     all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
     own = image_embeds, text_embeds
-    return _info_nce_of_rows(own, everyone, logit_scale, positive_ids, valid, all_ids, all_valid)
+    return _loss_of_rows(own, everyone, (logit_scale, logit_bias), positive_ids, valid, all_ids, all_valid)
 
 
-def _info_nce_of_rows(own, everyone, logit_scale, own_ids, own_valid, all_ids, all_valid) -> torch.Tensor:
+def _loss_of_rows(own, everyone, scale_and_bias, own_ids, own_valid, all_ids, all_valid) -> torch.Tensor:
     """The loss's terms of some rows: `own` and `everyone` are pairs of image and text embeddings."""
-    positives = (own_ids[:, None] == all_ids[None]).any(dim=2) & own_valid[:, None] & all_valid[None]
+    logit_scale, logit_bias = scale_and_bias
+    pairs = own_valid[:, None] & all_valid[None]
+    positives = (own_ids[:, None] == all_ids[None]).any(dim=2) & pairs
+    if logit_bias is not None:
+        terms = sigmoid_terms(logit_scale * own[0] @ everyone[1].T + logit_bias, positives)
+        return (terms * pairs).sum() * world_size() / all_valid.sum().clamp(min=1)
     loss = own[0].new_zeros(())
     for rows, others in ((own[0], everyone[1]), (own[1], everyone[0])):
         logits = (logit_scale * rows @ others.T).masked_fill(~all_valid, torch.finfo(rows.dtype).min)
@@ -86,14 +94,16 @@ def contrastive_gradients(
     positive_ids: torch.Tensor,
     valid: torch.Tensor,
     rows: int,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    logit_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """`contrastive_loss_over_ranks` and its gradients, with `rows` rows of similarities in memory at once.
 
     Returns:
-        The loss, and its gradients with respect to the first three arguments, summed over the processes.
+        The loss, and its gradients with respect to the first three arguments and the bias, summed over the processes.
     """
     everyone = [all_gather(each.detach()).clone().requires_grad_() for each in (image_embeds, text_embeds)]
     scale = logit_scale.detach().clone().requires_grad_()
+    bias = None if logit_bias is None else logit_bias.detach().clone().requires_grad_()
     all_ids, all_valid = all_gather(positive_ids), all_gather(valid.to(torch.uint8)).bool()
     first = len(image_embeds) * (distributed.get_rank() if world_size() > 1 else 0)
     total = image_embeds.new_zeros(())
@@ -102,7 +112,8 @@ def contrastive_gradients(
         # A row is compared with all and is one of them: both roles are the same leaf, and its gradient has both.
         own = [each[first + start : first + start + len(valid[block])] for each in everyone]
         with torch.enable_grad():
-            loss = _info_nce_of_rows(own, everyone, scale, positive_ids[block], valid[block], all_ids, all_valid)
+            scale_and_bias = scale, bias
+            loss = _loss_of_rows(own, everyone, scale_and_bias, positive_ids[block], valid[block], all_ids, all_valid)
         loss.backward()
         total = total + loss.detach()
     gradients = [each.grad for each in everyone]
@@ -110,4 +121,4 @@ def contrastive_gradients(
         for gradient in gradients:
             distributed.all_reduce(gradient)
     own = slice(first, first + len(image_embeds))
-    return total, (gradients[0][own], gradients[1][own], scale.grad)
+    return total, (gradients[0][own], gradients[1][own], scale.grad, None if bias is None else bias.grad)

@@ -37,7 +37,7 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
         import peft
 
         try:
-            lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS[captioner.config.model_type]} | recipe.lora)
+            lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS[type(captioner.config).model_type]} | recipe.lora)
             captioner = peft.get_peft_model(captioner, lora)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"lora={recipe.lora}: {error}") from None
@@ -45,7 +45,7 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
 
 
 def _check_family(captioner: nn.Module, recipe: Recipe):
-    kind = captioner.config.model_type
+    kind = type(captioner.config).model_type
     if kind not in FAMILIES:
         raise RecipeError(f"{recipe.checkpoint!r} is of type {kind!r}, not {FAMILY_NAMES}")
     if kind == "coca" and recipe.image_dropout:

@@ -21,13 +21,15 @@ from accelerate import Accelerator
 from torch import distributed, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..captioning_mome import start_captions
 from ..data.images import PixelScale
+from ..inputs_mome import text_tokens
 from ..losses_mome import at_least_float32, caption_loss, distillation_loss, router_loss, router_sums
 from .batches import Batch
 from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, world_size
 from .recipe import Recipe
 
-GROUPS = ("image", "text")  # the groups of experts that these losses reach
+GROUPS = ("image", "text", "caption")  # the groups of experts that these losses reach, as far as a model has them
 LOSSES = ("loss", "contrastive", "caption", "router", "teacher")  # of `StepLosses`
 
 
@@ -40,6 +42,7 @@ class PairOutputs(NamedTuple):
         caption_loss: (), sum over caption tokens; 0 where no captions were asked for.
         assignments: (layers, groups, experts) tokens that went to each expert, without gradient.
         probabilities: (layers, groups, experts), squared_logsumexp, tokens: (layers, groups); see `router_sums`.
+        logit_bias: (), of the sigmoid objective, else `None`.
     """
 
     image_embeds: torch.Tensor
@@ -50,6 +53,7 @@ class PairOutputs(NamedTuple):
     probabilities: torch.Tensor | None
     squared_logsumexp: torch.Tensor | None
     tokens: torch.Tensor | None
+    logit_bias: torch.Tensor | None = None
 
 
 class PairModel(nn.Module):
@@ -100,13 +104,15 @@ class PairModel(nn.Module):
         # Text, image, caption: `embed_only` draws the same random numbers as far as it goes.
         text = self.captioner.get_text_features(input_ids, attention_mask, output_router_logits=routed)
         caption_sum = at_least_float32(text.pooler_output.new_zeros(()))
-        routing = [("text", text.router_logits, attention_mask)]
+        text_mask = text_tokens(self.config, input_ids, attention_mask)[1]
+        routing = [("text", text.router_logits, text_mask)]
         if embed_only or not self.captions:
             image = self.captioner.get_image_features(pixel_values, output_router_logits=routed)
             image_embeds = image.pooler_output
             routing += [("image", image.router_logits, None)]
         else:
             labels = caption_labels(input_ids, attention_mask, captioned)
+            input_ids, attention_mask, labels = start_captions(self.config, input_ids, attention_mask, labels)
             options = {"image_tokens_in_input": False, "use_cache": False, "output_router_logits": routed}
             image = self.captioner(input_ids, pixel_values, attention_mask, **options)
             image_embeds = image.image_embeds
@@ -117,12 +123,14 @@ class PairModel(nn.Module):
                 caption_sum = caption_sum + self._caption_loss(blind.logits, labels[:without])
                 routing += _routing_of(blind.router_logits, attention_mask[:without])
         sums = self._routing_sums(routing, valid) if routed else (None,) * 4
-        scale = at_least_float32(self._logit_scale()).exp().reshape(())
         embeds = at_least_float32(image_embeds), at_least_float32(text.pooler_output)
-        return PairOutputs(*embeds, scale, caption_sum, *sums)
+        scale, bias = self._scale_and_bias()
+        return PairOutputs(*embeds, scale, caption_sum, *sums, bias)
 
-    def _logit_scale(self) -> torch.Tensor:
-        return self.captioner.get_submodule(self.embedder_path).logit_scale
+    def _scale_and_bias(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        model = self.captioner.get_submodule(self.embedder_path)
+        scale = at_least_float32(model.logit_scale).exp().reshape(())
+        return scale, None if model.logit_bias is None else at_least_float32(model.logit_bias).reshape(())
 
     def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return caption_loss(logits, labels, num_items=1, label_smoothing=self.label_smoothing)
@@ -131,7 +139,7 @@ class PairModel(nn.Module):
         """(layers, groups, …) sums over all passes."""
         totals = []
         for layer in range(self.config.num_hidden_layers):
-            for group in GROUPS:
+            for group in self.config.token_groups:
                 sums = []
                 for name, logits, mask in routing:
                     if name == group and logits is not None:
@@ -139,7 +147,7 @@ class PairModel(nn.Module):
                         mask_of_rows = rows if mask is None else rows & mask.bool()
                         sums.append(router_sums(logits[layer], self.config.experts_per_token, mask_of_rows))
                 totals.append([torch.stack(each).sum(dim=0) for each in zip(*sums)])
-        shape = (self.config.num_hidden_layers, len(GROUPS))
+        shape = (self.config.num_hidden_layers, len(self.config.token_groups))
         return tuple(torch.stack(each).unflatten(0, shape) for each in zip(*totals))
 
 
@@ -147,7 +155,7 @@ def _routing_of(router_logits: tuple[dict, ...] | None, text_mask: torch.Tensor)
     """The captioner's router logits, a dict for each layer, as (group, logits of each layer, mask)."""
     groups = router_logits[0] if router_logits else ()
     return [
-        (group, tuple(layer[group] for layer in router_logits), text_mask if group == "text" else None)
+        (group, tuple(layer[group] for layer in router_logits), None if group == "image" else text_mask)
         for group in groups
     ]
 
@@ -176,11 +184,14 @@ class Totals:
     taught: int
 
     @classmethod
-    def of(cls, batch: Batch, image_dropout: float = 0.0, chunk_size: int | None = None) -> "Totals":
+    def of(
+        cls, batch: Batch, image_dropout: float = 0.0, chunk_size: int | None = None, start_token: bool = True
+    ) -> "Totals":
+        """`start_token`: whether texts begin with `[BOS]`, which no caption predicts."""
         tokens = 0
         for chunk in batch.chunks(chunk_size):
             labels = caption_labels(chunk.input_ids, chunk.attention_mask, chunk.captioned)
-            predicted = (labels[:, 1:] != -100).sum(dim=1)
+            predicted = (labels[:, int(start_token) :] != -100).sum(dim=1)
             tokens += int(predicted.sum()) + int(predicted[: round(image_dropout * len(chunk))].sum())
         taught = 0 if batch.teacher_embeds is None else int(batch.teacher_embeds.any(dim=1).sum())
         valid = int(batch.valid.sum())
@@ -235,7 +246,8 @@ def backward(accelerator: Accelerator, model: nn.Module, batch: Batch, recipe: R
     config = accelerator.unwrap_model(model).config
     recipe = recipe.with_weights_of(config)
     chunks = batch.chunks(recipe.chunk_size)
-    totals = Totals.of(batch, recipe.image_dropout if recipe.caption_weight else 0.0, recipe.chunk_size)
+    image_dropout = recipe.image_dropout if recipe.caption_weight else 0.0
+    totals = Totals.of(batch, image_dropout, recipe.chunk_size, config.text_start_token)
     terms = _Terms(config, recipe, totals)
     if len(chunks) == 1:
         outputs = _run(model, batch)
@@ -261,9 +273,9 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
     if recipe.contrastive_weight:
         embeds = [torch.cat([each[side] for each in first]) for side in (0, 1)]
         sums.contrastive, gradients = contrastive_gradients(
-            *embeds, first[0].logit_scale, batch.positive_ids, batch.valid, recipe.chunk_size
+            *embeds, first[0].logit_scale, batch.positive_ids, batch.valid, recipe.chunk_size, first[0].logit_bias
         )
-        gradients = [recipe.contrastive_weight * each for each in gradients]
+        gradients = [None if each is None else recipe.contrastive_weight * each for each in gradients]
         sums.loss = recipe.contrastive_weight * sums.contrastive
     del first
     start = 0
@@ -279,6 +291,8 @@ def _backward_in_chunks(accelerator, model, batch, chunks, terms, recipe) -> Ste
                 surrogate = surrogate + (outputs.image_embeds * gradients[0][rows]).sum()
                 surrogate = surrogate + (outputs.text_embeds * gradients[1][rows]).sum()
                 surrogate = surrogate + outputs.logit_scale * gradients[2] / len(chunks)
+                if outputs.logit_bias is not None:
+                    surrogate = surrogate + outputs.logit_bias * gradients[3] / len(chunks)
             accelerator.backward(surrogate)
         start += len(chunk)
         for name in ("loss", "caption", "router", "teacher"):
@@ -301,7 +315,7 @@ class _Terms:
         caption = outputs.caption_loss * world_size() / max(self.totals.caption_tokens, 1)
         router = caption.new_zeros(())
         if assignments is not None:
-            # Assignments are twice per token of the text group where captions are learnt; both sums count both.
+            # Assignments are twice per token of a text group that serves captions too; both sums count both.
             tokens = assignments.sum(dim=-1) / self.config.experts_per_token / world_size()
             router = router_loss(self.config, assignments, outputs.probabilities, outputs.squared_logsumexp, tokens)
         teacher = caption.new_zeros(())
@@ -318,7 +332,7 @@ def _run(model: nn.Module, batch: Batch, embed_only: bool = False) -> PairOutput
 
 
 def _contrastive(outputs: PairOutputs, batch: Batch) -> torch.Tensor:
-    return contrastive_loss_over_ranks(*outputs[:3], batch.positive_ids, batch.valid)
+    return contrastive_loss_over_ranks(*outputs[:3], batch.positive_ids, batch.valid, outputs.logit_bias)
 
 
 def _sum_over_ranks(assignments: torch.Tensor | None) -> torch.Tensor | None:

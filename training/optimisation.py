@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..errors import RecipeError
 from .recipe import Recipe
 
-NO_DECAY = ("position_embedding", "position_bias", "cls_token", "modality_embedding", "logit_scale")
+NO_DECAY = ("position_embedding", "position_bias", "cls_token", "modality_embedding", "logit_scale", "probe")
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, 2103.00020, section 2.5
 
 
@@ -21,21 +21,22 @@ def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
     """Turns off the gradient of parameters that the recipe freezes or that none of its losses reaches.
 
     Returns:
-        Names of the latter: joint experts; projections without the contrastive loss; the caption head without the
-        caption loss.
+        Names of the latter: joint experts; poolings and projections without the contrastive loss, and experts of
+        texts that captions don't share; the caption head and its experts without the caption loss.
 
     Raises:
-        RecipeError: a pattern of `freeze` that matches nothing; nothing left to train.
+        RecipeError: a pattern of `freeze` or `rates` that matches nothing; nothing left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in recipe.freeze:
-        if not fnmatch.filter(names, pattern) and not fnmatch.filter(names, f"*{pattern}"):
-            raise RecipeError(f"freeze pattern {pattern!r} matches no parameter: names look like {names[0]!r}")
-    unreached = []
+    for field, patterns in (("freeze", recipe.freeze), ("rates", recipe.rates)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                raise RecipeError(f"{field} pattern {pattern!r} matches no parameter: names look like {names[0]!r}")
+    unreached, own_captions = [], any(".caption." in name for name in names)
     for name, parameter in model.named_parameters():
-        if any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*{pattern}") for pattern in recipe.freeze):
+        if any(_matches(name, pattern) for pattern in recipe.freeze):
             parameter.requires_grad_(False)
-        elif parameter.requires_grad and not _is_reached(name, recipe):
+        elif parameter.requires_grad and not _is_reached(name, recipe, own_captions):
             parameter.requires_grad_(False)
             unreached.append(name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -43,13 +44,20 @@ def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
     return unreached
 
 
-def _is_reached(name: str, recipe: Recipe) -> bool:
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*{pattern}")
+
+
+def _is_reached(name: str, recipe: Recipe, own_captions: bool) -> bool:
+    """`own_captions`: captions have experts of their own."""
     if re.search(r"\.joint\.|joint_projection|mask_token|multimodal_pooler|matching_head", name):
         return False
-    embeds = r"(image|text)_projection|logit_scale|text_norm|text_embedding\.cls_token"
+    embeds = r"(image|text)_projection|image_pooling|logit_(scale|bias)|text_norm|text_embedding\.cls_token"
     if not recipe.contrastive_weight and re.search(embeds, name):
         return False
-    return bool(recipe.caption_weight) or not re.search(r"lm_head|decoder\.(layers|norm)\.", name)
+    if own_captions and not (recipe.contrastive_weight or recipe.teacher) and ".text." in name:
+        return False
+    return bool(recipe.caption_weight) or not re.search(r"lm_head|\.caption\.|decoder\.(layers|norm)\.", name)
 
 
 def depth_of(name: str, num_layers: int) -> int:
@@ -60,17 +68,18 @@ def depth_of(name: str, num_layers: int) -> int:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: a learning rate per depth (layer-wise decay); no weight decay for vectors and positions."""
+    """AdamW's groups: a rate per depth (layer-wise decay) and pattern; no weight decay for vectors and positions."""
     num_layers = max(depth_of(name, 0) for name, _ in model.named_parameters())  # of the encoder, the deeper of two
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[int, bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = depth_of(name, num_layers)
         decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
-        rate = recipe.learning_rate * recipe.layer_decay ** (num_layers + 1 - depth)
+        share = next((share for pattern, share in recipe.rates.items() if _matches(name, pattern)), 1.0)
+        rate = recipe.learning_rate * share * recipe.layer_decay ** (num_layers + 1 - depth)
         group = {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": recipe.weight_decay if decays else 0.0}
-        groups.setdefault((depth if recipe.layer_decay != 1 else 0, decays), group)["params"].append(parameter)
+        groups.setdefault((depth if recipe.layer_decay != 1 else 0, decays, share), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -102,9 +111,11 @@ def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def clamp_logit_scale(model: nn.Module):
-    """Keeps the inverse temperature at 100 or less, as CLIP does."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("logit_scale"):
+    """Keeps an inverse temperature that learns at 100 or less, as CLIP does; SigLIP, which has a bias, does not."""
+    names = dict(model.named_parameters())
+    for name, parameter in names.items():
+        has_bias = f"{name.removesuffix('scale')}bias" in names
+        if name.endswith("logit_scale") and parameter.requires_grad and not has_bias:
             with torch.no_grad():
                 parameter.clamp_(max=MAX_LOGIT_SCALE)
 
@@ -128,11 +139,24 @@ class MovingAverage:
         self.step = 0
         torch._foreach_copy_(self.averages, self.parameters)
 
-    @torch.no_grad()
     def update(self):
+        self.take_in(self.advance())
+
+    def advance(self) -> float:
+        """Counts a step; returns what its weights count."""
         self.step += 1
-        weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], weight)
+        return 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+
+    @torch.no_grad()
+    def take_in(self, weight: float | torch.Tensor):
+        """Adds the weights of a step, which count `weight`: a number, or a tensor () on their device."""
+        parameters = [parameter.detach() for parameter in self.parameters]
+        if isinstance(weight, torch.Tensor):
+            differences = torch._foreach_sub(parameters, self.averages)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(self.averages, differences)
+        else:
+            torch._foreach_lerp_(self.averages, parameters, weight)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ class Recipe(RecipeFields):
         max_grad_norm: gradients are clipped to this norm; 0: not at all.
         layer_decay: a layer's rate is this times the rate of the layer above (fine-tuning: 0.6 to 0.9).
         freeze: patterns, as `fnmatch` takes them, of parameters that are not trained.
+        rates: pattern → share of the learning rate that parameters of that name have; the first that fits counts.
         lora: keywords of `peft.LoraConfig`; only the adapters are trained.
         ema_decay: decay of a moving average of the weights, which is evaluated and saved instead of the weights.
         compile: compile the training forward pass with `torch.compile`.
@@ -113,6 +114,7 @@ class Recipe(RecipeFields):
     max_grad_norm: float = 1.0
     layer_decay: float = 1.0
     freeze: list[str] = field(default_factory=list)
+    rates: dict[str, float | int] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     ema_decay: float | None = None
     compile: bool = False
@@ -174,6 +176,9 @@ class Recipe(RecipeFields):
         for name in ("max_bad_share", "label_smoothing", "image_dropout", "final_learning_rate_share", "layer_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name}={getattr(self, name)}: must be between 0 and 1")
+        for pattern, share in self.rates.items():
+            if not 0 < share <= 1:
+                raise RecipeError(f"rates: {pattern!r} has {share}: must be above 0 and at most 1; freeze keeps it")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise RecipeError(f"ema_decay={self.ema_decay}: must be between 0 and 1")
         for name in ("learning_rate", "epochs"):

@@ -92,7 +92,8 @@ class Trainer:
         set_seed(self.recipe.seed)
         self.captioner, self.processor = build_model(self.recipe)
         self.recipe = self.recipe.with_weights_of(self.captioner.config)
-        longest = self.captioner.config.max_position_embeddings
+        config = self.captioner.config
+        longest = config.max_position_embeddings - (not config.text_start_token)  # captions have [BOS] as well
         self.text_tokens = self.recipe.max_text_tokens or longest
         if self.text_tokens > longest:
             raise RecipeError(f"max_text_tokens={self.text_tokens} is more than the model's {longest}")

@@ -35,7 +35,7 @@ def fields_of(table: EmbeddingTable) -> dict[str, tuple[str, DataType]]:
     """Column → name and type of its field; columns without a field are left out."""
     fields = {}
     for number, name in enumerate(table.rows.column_names):
-        kind = _field_type(table.column(name).type)
+        kind = None if name == "file_stamp" else _field_type(table.column(name).type)
         if kind is not None:
             plain = re.fullmatch(r"[A-Za-z_]\w{0,254}", name, re.ASCII) and name.lower() not in RESERVED_WORDS
             fields[name] = (name if plain else f"column_{number}", kind)
@@ -82,7 +82,7 @@ def entities(table: EmbeddingTable, rows: torch.Tensor, vectors: torch.Tensor) -
 
 def _values(column: pa.ChunkedArray | pa.Array, kind: DataType) -> list:
     if kind == DataType.VARCHAR:
-        return [None if text is None else _cut(text) for text in column.to_pylist()]
+        return [None if text is None else cut(text) for text in column.to_pylist()]
     if kind == DataType.BOOL:
         return column.to_pylist()
     if kind == DataType.DOUBLE:
@@ -92,7 +92,7 @@ def _values(column: pa.ChunkedArray | pa.Array, kind: DataType) -> list:
     return column.cast(pa.int64()).to_pylist()
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     data = text.encode()
     return text if len(data) <= MAX_BYTES else data[:MAX_BYTES].decode(errors="ignore")
 
@@ -136,4 +136,4 @@ def _literal(value: str | bool | int | float) -> str:
     return repr(value)
 
 
-__all__ = ["PRIMARY_KEY", "VECTOR", "collection_schema", "entities", "expression_for", "fields_of"]
+__all__ = ["PRIMARY_KEY", "VECTOR", "collection_schema", "cut", "entities", "expression_for", "fields_of"]

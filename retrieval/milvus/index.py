@@ -5,7 +5,8 @@
 
 Opening an index writes the rows that its collection lacks: a job that was interrupted, even by `kill -9`, resumes
 where it stopped, and a complete index opens at once. The primary key is the row's number in the table and every write
-is an upsert, so no row is stored twice. A collection of another table or model is refused.
+is an upsert, so no row is stored twice. A collection of an earlier state of the table, from the same corpus and model,
+is built again, with a line that says so; one of another table or model is refused.
 
 Milvus Lite suits tables of up to about 200,000 rows: it searches in Python, and only one process can open it. Beyond
 that, `ExactIndex` is faster on one machine, and a Milvus server scales.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pyarrow as pa
 import torch
 from pymilvus.exceptions import MilvusException
 from transformers.utils import logging as transformers_logging
@@ -25,7 +27,7 @@ from ...errors import RetrievalError
 from ..filters import Condition
 from ..index import Index
 from ..table import EmbeddingTable
-from .columns import PRIMARY_KEY, VECTOR, collection_schema, entities, expression_for
+from .columns import PRIMARY_KEY, VECTOR, collection_schema, cut, entities, expression_for
 from .connection import checked_collection, checked_uri, connect, disconnect, is_lite, quiet_logs, reason_of
 from .manifest import check_manifest, is_manifest, make_manifest
 
@@ -126,6 +128,7 @@ class MilvusIndex(Index):
                 found = self._ask(queries[start : start + QUERIES_AT_ONCE], top_k, expression)
                 for number, hits in enumerate(found, start):
                     if hits:
+                        self._check_ids(hits)
                         best = sorted((-hit["distance"], hit[PRIMARY_KEY]) for hit in hits)
                         scores[number, : len(best)] = torch.tensor([-distance for distance, _ in best])
                         rows[number, : len(best)] = torch.tensor([row for _, row in best])
@@ -139,11 +142,22 @@ class MilvusIndex(Index):
             anns_field=VECTOR,
             limit=top_k,
             filter=expression,
-            output_fields=[PRIMARY_KEY],  # if none are named, Milvus Lite sends all
+            output_fields=[PRIMARY_KEY, "id"],  # if none are named, Milvus Lite sends all
             search_params={"metric_type": "IP", "params": params},
             consistency_level="Strong",
             timeout=self.timeout,
         )
+
+    def _check_ids(self, hits: list[dict[str, Any]]):
+        """Refuses rows of another state of the table: somebody may have built the collection again meanwhile."""
+        rows = [hit[PRIMARY_KEY] for hit in hits]
+        known = [row for row in rows if row < len(self.table)]
+        ids = self.table.column("id").take(pa.array(known, pa.int64())).to_pylist()
+        if len(known) < len(rows) or any(cut(id) != hit["entity"]["id"] for id, hit in zip(ids, hits)):
+            raise RetrievalError(
+                f"collection {self.collection!r} at {self.uri} was built again from another state of "
+                f"{self.table.name}: open the table and the index again"
+            )
 
     # ------------------------------------------------------------------------------------- making the collection
 
@@ -169,7 +183,8 @@ class MilvusIndex(Index):
         return described.get("properties", {}).get(MANIFEST) or described.get("description") or None
 
     def _is_ours(self) -> bool:
-        """Whether the collection holds this table; `False` if its making was interrupted before it held anything.
+        """Whether the collection holds this table; `False` if it has to be made again: it holds an earlier state of
+        the table, or its making was interrupted before it held anything.
 
         Raises:
             RetrievalError: it holds something else.
@@ -178,8 +193,10 @@ class MilvusIndex(Index):
         fix = "pass rebuild=True to replace it, or another collection"
         stored = self._stored_manifest()
         if is_manifest(stored):
-            check_manifest(stored, self.manifest, where, fix)
-            return True
+            if check_manifest(stored, self.manifest, where, fix):
+                return True
+            logger.warning(f"{where} holds an earlier state of {self.table.name}: it is built again")
+            return False
         if self._is_unfinished():
             return False
         raise RetrievalError(f"{where} was not made by mome: {fix}")

@@ -22,6 +22,7 @@ def make_manifest(table: EmbeddingTable, index_type: str) -> str:
     content = {
         "format_version": FORMAT_VERSION,
         "model": info.model,
+        "source": info.source,
         "fingerprint": info.fingerprint,
         "dimension": info.dimension,
         "rows": len(table),
@@ -40,8 +41,8 @@ def is_manifest(text: str | None) -> bool:
         return False
 
 
-def check_manifest(stored: str, own: str, where: str, fix: str):
-    """Refuses a collection that holds another table, or another index of it.
+def check_manifest(stored: str, own: str, where: str, fix: str) -> bool:
+    """Whether a collection holds the table; `False` if it holds an earlier state of it, of the same corpus and model.
 
     Args:
         stored: the manifest of the collection.
@@ -49,27 +50,31 @@ def check_manifest(stored: str, own: str, where: str, fix: str):
         where, fix: what error messages call the collection, and what they suggest.
 
     Raises:
-        RetrievalError: the manifests differ.
+        RetrievalError: it holds another table, or another index of it.
     """
     theirs, ours = json.loads(stored), json.loads(own)
     if theirs["digest"] != ours["digest"]:
         by = f"{theirs['model']}, weights {theirs['fingerprint']}, {theirs['dimension']} dimensions"
         if any(theirs[key] != ours[key] for key in ("fingerprint", "dimension")):
             raise RetrievalError(f"{where} holds embeddings of another model ({by}): {fix}")
+        if ours["source"] and theirs.get("source") == ours["source"]:
+            return False
         raise RetrievalError(f"{where} holds another table ({theirs['rows']} rows by {theirs['model']}): {fix}")
     for key in ("format_version", "index_type"):
         if theirs[key] != ours[key]:
             raise RetrievalError(f"{where} has {key}={theirs[key]!r}, not {ours[key]!r}: {fix}")
+    return True
 
 
 def table_digest(table: EmbeddingTable) -> str:
     """16 hexadecimal digits of a table's contents, however its rows are divided among files.
 
-    Of the embeddings it takes the sum of all bits and `EMBEDDINGS_HASHED` rows; of the other columns, everything.
+    Of the embeddings it takes the sum of all bits and `EMBEDDINGS_HASHED` rows; of the other columns, everything but
+    the stamps of files.
     """
     digest = hashlib.sha256(f"{len(table)} {table.dimension}".encode())
     for name in table.rows.column_names:
-        if name != "embedding":
+        if name not in ("embedding", "file_stamp"):
             digest.update(f"{name} {table.column(name).type}".encode())
             for part in _column_bytes(table.column(name)):
                 digest.update(part)

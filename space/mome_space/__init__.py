@@ -17,8 +17,14 @@ import os
 import tempfile
 from pathlib import Path
 
-TEMP_FOLDER = Path(tempfile.gettempdir()) / f"mome-space-{getpass.getuser()}"
+# By number where users have one: in a container the number may have no name, and the user no home.
+OWNER = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+TEMP_FOLDER = Path(tempfile.gettempdir()) / f"mome-space-{OWNER}"
 TEMP_FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
+HOME = Path(os.path.expanduser("~"))  # "~" where there is none
+if not (HOME.is_dir() and os.access(HOME, os.W_OK)):
+    os.environ.setdefault("HF_HOME", str(TEMP_FOLDER / "huggingface"))
+os.environ.setdefault("LOGNAME", str(OWNER))  # torch asks for a name to cache under
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("GRADIO_TEMP_DIR", str(TEMP_FOLDER / "uploads"))

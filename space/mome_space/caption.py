@@ -65,8 +65,9 @@ class Captioning:
         for name, value in guidance.items():
             checked_number(value, name.replace("_", " "), SLIDERS[name].lowest, SLIDERS[name].highest)
         if prompt:
+            self.engine.check_words(prompt, "The beginning")
             self.engine.check_length(prompt, "The beginning")
-        named = read_pictures(uploads)
+        named = read_pictures(uploads, self.engine.rgb)
         pictures = [self.engine.rgb(picture) for _, picture in named]
         plain = self.generate(pictures, prompt, candidates)
         guided = [None] * len(pictures)

@@ -1,5 +1,6 @@
 """The classification tab: a picture and any labels → how well each label fits."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,23 @@ class Classification:
             raise refuse(
                 f"{len(names)} labels in {len(wording)} templates are too many texts: at most {LABEL_TEXTS} are read."
             )
+        for name in names:
+            self.engine.check_words(name, "The label")
         for template in wording:
             longest = max(names, key=lambda name: self.engine.count_tokens(template.replace("{}", name)))
             self.engine.check_length(template.replace("{}", longest), "The text")
-        picture = read_picture(image)
+        self._warn_of_equal(names)
+        picture = read_picture(image, self.engine.rgb)
         scored = zip(names, self.probabilities(picture, names, wording).tolist())
         return [{"label": name, "score": score} for name, score in sorted(scored, key=lambda pair: -pair[1])]
+
+    def _warn_of_equal(self, names: list[str]):
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            groups.setdefault(self.engine.token_ids(name), []).append(quoted(name))
+        equal = next((group for group in groups.values() if len(group) > 1), None)
+        if equal:
+            gr.Warning(escape(f"{' and '.join(equal)} are one label to the model: they share their probability."))
 
     def show(self, image: Any, labels: Any, templates: Any) -> dict[str, float]:
         """As `gr.Label` takes it."""

@@ -97,7 +97,8 @@ class Engine:
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor, self.config = model.eval(), processor, model.config
-        self._to_rgb = inspect.getmodule(type(processor)).load_rgb_image
+        code = inspect.getmodule(type(processor))  # it may have come with the weights
+        self._to_rgb, self._wordless = code.load_rgb_image, code.wordless_texts
         self._tokenizing = threading.Lock()  # a fast tokenizer can't be used and set up by two threads at a time
 
     @property
@@ -106,8 +107,8 @@ class Engine:
 
     # Embeddings.
 
-    def rgb(self, picture: Image.Image) -> Image.Image:
-        """Upright 8-bit RGB over white: what the model sees, before it is resized."""
+    def rgb(self, picture: Image.Image | str) -> Image.Image:
+        """A picture, or the file of one, as upright 8-bit RGB: what the model sees, before it is resized."""
         return self._to_rgb(picture)
 
     def prepare(self, **inputs: Any) -> dict[str, torch.Tensor]:
@@ -135,6 +136,16 @@ class Engine:
     def max_tokens(self) -> int:
         """Longest text in tokens, `[BOS]` and `[EOS]` included."""
         return min(self.processor.tokenizer.model_max_length, self.config.max_position_embeddings)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """What the model reads of a text: texts of equal ids are one to it."""
+        with self._tokenizing:
+            return tuple(self.processor.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"])
+
+    def check_words(self, text: str, what: str):
+        """Refuses a text of which the tokenizer knows nothing: all such texts would have one embedding."""
+        if self._wordless(self.processor.tokenizer, [self.token_ids(text)]):
+            raise refuse(f"{what} {quoted(text)} has no word that the model knows: say it in English words.")
 
     def check_length(self, text: str, what: str):
         """Refuses a text that the model can't read to its end."""
@@ -179,12 +190,17 @@ class Engine:
     # Labels.
 
     def classify(self, picture: Image.Image, labels: list[str], templates: list[str]) -> np.ndarray:
-        """(labels,) probabilities, from the mean embedding of each label over the templates (2103.00020, 3.1.4)."""
+        """(labels,) probabilities, from the mean embedding of each label over the templates (2103.00020, 3.1.4).
+
+        They are shares of 1 or, of a model with the sigmoid objective (SigLIP), each label's own.
+        """
         texts = [template.replace("{}", label) for template in templates for label in labels]
         embeds = self.embed_texts(texts).reshape(len(templates), len(labels), -1).mean(axis=0)
         embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
-        scale = getattr(self.model, "model", self.model).logit_scale.exp().item()
-        logits = scale * (embeds @ self.embed_images([picture])[0])
+        model = getattr(self.model, "model", self.model)
+        logits = model.logit_scale.exp().item() * (embeds @ self.embed_images([picture])[0])
+        if (bias := getattr(model, "logit_bias", None)) is not None:
+            return 1 / (1 + np.exp(-logits - bias.item()))
         exponentials = np.exp(logits - logits.max())
         return exponentials / exponentials.sum()
 
@@ -194,6 +210,10 @@ class Engine:
     def experts(self) -> int:
         """Experts of one group; with one, the modality alone decides."""
         return self.config.experts_per_group
+
+    @property
+    def _caption_group(self) -> str:
+        return getattr(self.config, "caption_group", "text")  # older checkpoints have text experts for captions, too
 
     @torch.inference_mode()
     def route(self, picture: Image.Image, caption: str) -> tuple[RoutedTokens, RoutedTokens]:
@@ -207,8 +227,9 @@ class Engine:
             f"row {index // self.config.grid_size + 1}, column {index % self.config.grid_size + 1}"
             for index in range(self.config.grid_size**2)
         ]
-        image, text = self._experts(self._routed_pass(inputs), 1 + len(patches), len(ids))
-        return RoutedTokens("image", ["[CLS]", *patches], *image), RoutedTokens("text", words, *text)
+        patches = ["[CLS]", *patches][-self.config.num_image_tokens :]  # not every model has a [CLS]
+        image, text = self._experts(self._routed_pass(inputs), len(patches), len(ids))
+        return RoutedTokens("image", patches, *image), RoutedTokens("text", words, *text)
 
     def _routed_pass(self, inputs: dict[str, torch.Tensor]) -> Any:
         names = ("pixel_values", "input_ids", "attention_mask")
@@ -221,7 +242,7 @@ class Engine:
             shapes = ((layers, image_tokens, 1), (layers, text_tokens, 1))
             return [(np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.float32)) for shape in shapes]
         routed = []
-        for group in ("image", "text"):
+        for group in ("image", self._caption_group):
             logits = torch.stack([layer[group][0] for layer in outputs.router_logits]).float()
             weights, experts = logits.softmax(dim=-1).topk(self.config.experts_per_token, dim=-1)
             if self.config.experts_per_token > 1:
@@ -242,7 +263,7 @@ class Engine:
         if not outputs.router_logits:
             return embeds, None, None
         counts, k = [], self.config.experts_per_token
-        for group, mask in (("image", None), ("text", inputs["attention_mask"].bool())):
+        for group, mask in (("image", None), (self._caption_group, inputs["attention_mask"].bool())):
             chosen = torch.stack([layer[group].topk(k, dim=-1).indices for layer in outputs.router_logits])
             one_hot = torch.nn.functional.one_hot(chosen, self.experts).sum(dim=3)
             one_hot = one_hot if mask is None else one_hot * mask[None, :, :, None]
@@ -257,7 +278,8 @@ class Engine:
             for part in _byte_parts(tensor):
                 digest.update(part)
         settings = self.processor.image_processor.to_dict()
-        kept = {key: settings.get(key) for key in ("size", "image_mean", "image_std", "resample", "do_center_crop")}
+        names = ("size", "image_mean", "image_std", "resample", "do_center_crop", "trim_to_margin")
+        kept = {key: settings.get(key) for key in names}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 

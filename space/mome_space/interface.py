@@ -35,7 +35,8 @@ other sets, but has seen none of their drawings.
 from gradio_client import Client, handle_file
 
 client = Client("{url}")
-client.predict(query="a circus tent", image=None, sets=[], styles=[], count=5, api_name="/search")
+client.predict(query="a circus tent", count=5, api_name="/search")
+client.predict(image=handle_file("icon.png"), api_name="/search")
 client.predict(images=[handle_file("icon.png")], api_name="/caption")
 client.predict(image=handle_file("icon.png"), labels="circus tent\\ncar", templates="{{}}", api_name="/classify")
 client.predict(image=handle_file("icon.png"), caption="a circus tent", api_name="/routing")

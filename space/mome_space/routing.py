@@ -64,8 +64,9 @@ class Routing:
     def routed(self, upload: Any, caption: Any) -> Routed:
         caption = checked_text(caption, "The caption")
         if caption:
+            self.engine.check_words(caption, "The caption")
             self.engine.check_length(caption, "The caption")
-        picture = self.engine.rgb(read_picture(upload))
+        picture = self.engine.rgb(read_picture(upload, self.engine.rgb))
         caption = caption or self.generate([picture], candidates=1)[0][0][0]
         shown = markup.thumbnail(picture, (PICTURE_SIDE, PICTURE_SIDE))  # squeezed to a square, as the model sees it
         return Routed(shown, caption, patch_kinds(picture, self.grid), *self.route(picture, caption))

@@ -1,5 +1,6 @@
 """The search tab: words, a picture, or a hit → the nearest pictures of the gallery."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .style import picture_input
 from .uploads import read_picture
 from .zero_gpu import on_gpu
 
+API_HITS = 24
 EXAMPLE_QUERIES = ["circus tent", "a part of the body", "animal", "laptop computer", "hospital", "listening to music"]
 EMPTY = "Type what you look for, or drop a picture to find others like it."
 
@@ -54,12 +56,13 @@ class Search:
 
     def of_words(self, words: Any) -> Query:
         words = checked_text(words, "The search", required=True)
+        self.engine.check_words(words, "The search")
         if self.engine.count_tokens(words) > self.engine.max_tokens:
             gr.Warning("The text is longer than the model reads: only its beginning was searched for.")
         return Query(self.embed_texts([words])[0], quoted(words))
 
     def of_picture(self, upload: Any) -> Query:
-        picture = read_picture(upload)
+        picture = read_picture(upload, self.engine.rgb)
         return Query(self.embed_images([picture])[0], "your picture")
 
     def of_hit(self, number: Any) -> Query:
@@ -97,7 +100,14 @@ class Search:
 
     # What programs call.
 
-    def search(self, query: str, image: dict | None, sets: list[str], styles: list[str], count: int) -> list[dict]:
+    def search(
+        self,
+        query: str | None = None,  # the defaults make them optional in clients; those of the rest stand in the page
+        image: dict | None = None,
+        sets: Sequence[str] = (),
+        styles: Sequence[str] = (),
+        count: int = API_HITS,
+    ) -> list[dict]:
         """The gallery's pictures nearest to words, or else to an image: names, sets, licences and cosines."""
         self.index.wait()
         found = self.find(self.of_words(query) if image is None else self.of_picture(image), sets, styles, count)
@@ -224,5 +234,5 @@ def _api_filters(index: Index) -> list[gr.components.Component]:
     return [
         gr.Dropdown(index.gallery.sets, value=[], multiselect=True, label="sets"),
         gr.Dropdown(index.gallery.styles, value=[], multiselect=True, label="styles"),
-        gr.Number(24, precision=0, label="count"),
+        gr.Number(API_HITS, precision=0, label="count"),
     ]

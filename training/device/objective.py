@@ -117,9 +117,9 @@ def _labels(captions: Texts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Weights(NamedTuple):
-    """What each loss counts beside the contrastive one."""
+    """What each loss counts beside the contrastive one; a number, or a tensor () on the device."""
 
-    caption: float
+    caption: float | torch.Tensor
     teacher: float
     image_teacher: float
 

@@ -54,6 +54,7 @@ class DeviceRecipe(RecipeFields):
         channels_last: memory format of the stem.
         half_states: bfloat16 states between the layers, on CUDA.
         compile: compile layers and stem before the clock starts, on CUDA.
+        cuda_graphs: record the step and replay it, on CUDA with one process; one that can't be recorded runs as it is.
         seed: of weights, order, drawing and dropout.
         resume: go on from the newest whole checkpoint of `output`, if there is one.
         checkpoint_every: steps between checkpoints; 0: only on a signal.
@@ -61,11 +62,13 @@ class DeviceRecipe(RecipeFields):
         export_every: steps between exports of the averaged weights to `output/latest`; 0: none.
         log_every: steps between lines of the log, at which the host waits for the device.
         max_shard_size: of the saved weights, as `save_pretrained` takes it.
+        card: `language`, `license`, `datasets`, `limitations`, ... for the model card.
     """
 
     PROGRAM: ClassVar[str] = "mome.training.device"
     PURPOSE: ClassVar[str] = "Train MoME for icons with everything on the device."
     layer_decay: ClassVar[float] = 1.0  # all layers learn at one rate
+    rates: ClassVar[dict[str, float]] = {}
 
     output: str
     data: str
@@ -116,6 +119,7 @@ class DeviceRecipe(RecipeFields):
     channels_last: bool = True
     half_states: bool = True
     compile: bool = True
+    cuda_graphs: bool = True
     # The run.
     seed: int = 0
     resume: bool = False
@@ -124,6 +128,7 @@ class DeviceRecipe(RecipeFields):
     export_every: int = 0
     log_every: int = 50
     max_shard_size: str = "5GB"
+    card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if (self.seconds is None) == (self.steps is None):

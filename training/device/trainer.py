@@ -3,24 +3,28 @@
     IconTensors ─ draw, descriptions, captions ─ IconPairs ─ pair_losses ─ AdamW ─ moving average ─ evaluate, save
     (on the device)        strength, patches ── phases.py says what holds when
 
-A step is queued without a wait; every `log_every` steps the host reads the losses, and decides whether the plateau at
-the start is left. With several processes each has the whole data set and its share of every batch.
+A step is queued without a wait, on CUDA as one recorded graph; every `log_every` steps the host reads the losses, and
+decides whether the plateau at the start is left. With several processes each has the whole data set and its share of
+every batch.
 """
 
 import contextlib
 import copy
 import datetime
+import functools
 import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import nn
 
+from ...configuration_mome import MomeConfig
 from ...data.images import pixel_scale
 from ...data.teacher import turn_words
 from ...errors import RecipeError
@@ -34,11 +38,27 @@ from ..optimisation import MAX_LOGIT_SCALE, MovingAverage, build_optimizer
 from ..report import Log
 from ..stop import StopSignal
 from . import phases, speed
+from .capture import Dials, Recorder
+from .card import write_card
 from .evaluate import Evaluator
 from .objective import IconPairs, StepLosses, Weights, average_gradients, pair_losses, text_losses
 from .recipe import DeviceRecipe
 
 SAME_RUN = ("data", "processor", "model", "splits", "second_splits", "second_times", "batch_size", "seed")
+
+
+class StepShape(NamedTuple):
+    """What steps that run the same kernels have in common.
+
+    Attributes:
+        batch_size: pairs or texts, over all processes.
+        kept_patches: of each image; `None`: all.
+        glosses: whether definitions are among the texts of a step without pictures.
+    """
+
+    batch_size: int
+    kept_patches: int | None = None
+    glosses: bool | None = None
 
 
 @dataclass
@@ -106,6 +126,10 @@ class DeviceTrainer:
         self.processor = load_processor(recipe.processor)
         set_seed(recipe.seed)
         config = config_for(self.processor, dict(recipe.model))
+        for name in ("caption_experts", "contrastive_objective", "fixed_text_length", "text_start_token"):
+            if getattr(config, name) != getattr(MomeConfig, name):
+                value = getattr(config, name)
+                raise RecipeError(f"model: {name}={value!r} is not trained on a device: use `python -m mome.training`")
         self.captioner = MomeForConditionalGeneration(config)
         longest = config.max_position_embeddings
         for name in ("text_tokens", "caption_tokens"):
@@ -148,9 +172,12 @@ class DeviceTrainer:
         for parameter in self._unreached():
             parameter.requires_grad_(False)
         self.parameters = [each for each in self.captioner.parameters() if each.requires_grad]
-        layers = self.captioner.config.num_hidden_layers
-        self.optimizer = build_optimizer(self.captioner, recipe, layers, self.device)
+        self.optimizer = build_optimizer(self.captioner, recipe, self.device)
         self.average = MovingAverage(self.captioner, recipe.ema_decay)
+        self.sums = torch.zeros(len(StepLosses._fields), device=self.device)
+        self.relative_sum = torch.zeros((), device=self.device)  # of contrastive losses, each as a share of ln(batch)
+        self.dials = Dials(self.device)
+        self.recorder = Recorder(self.device, recipe.cuda_graphs and self.processes == 1, self.say)
         self.progress = DeviceProgress()
         self.accelerator.register_for_checkpointing(self.captioner, self.optimizer, self.average, self.progress)
         self.checkpoints = Checkpoints(self.accelerator, self.output, recipe, SAME_RUN)
@@ -177,6 +204,8 @@ class DeviceTrainer:
         set_seed(self.recipe.seed, device_specific=True)
         if newest is not None:
             self.checkpoints.load(newest)
+        for group in self.optimizer.param_groups:  # loading has put others in their place
+            group["lr"], group["capturable"] = torch.zeros((), device=self.device), self.recorder.enabled
         progress = self.progress
         self.clock = phases.Clock(self.recipe, progress.seconds, progress.step)
         self.order: torch.Tensor | None = None
@@ -187,8 +216,8 @@ class DeviceTrainer:
     def _forget_losses(self, seconds: float):
         """Means of losses, and of the pairs per second, are those of the steps from here on."""
         progress = self.progress
-        self.sums = torch.zeros(len(StepLosses._fields), device=self.device)
-        self.relative_sum = torch.zeros((), device=self.device)  # of contrastive losses, each as a share of ln(batch)
+        self.sums.zero_()
+        self.relative_sum.zero_()
         self.since = (progress.step, progress.pairs, seconds)
 
     # Training.
@@ -226,11 +255,10 @@ class DeviceTrainer:
     def _compile(self):
         """Makes steps of every size, without their updates, so that no time is lost when it counts."""
         kept = self.progress.state_dict()
-        with torch.random.fork_rng([self.device] if self.cuda else []):
+        with torch.random.fork_rng([self.device] if self.cuda else []), self.recorder.on_stream():
             for share in (0.0, self.recipe.text_share, (self.recipe.text_share + self.recipe.second_from) / 2):
-                now = phases.moment(self.recipe, share)
-                losses = self._text_losses(now) if now.stage == "text" else self._pair_losses(now, share)
-                losses.total.backward()
+                shape, inputs = self._plan(phases.moment(self.recipe, share), strength=0.0)
+                self._losses(shape, *inputs).total.backward()
                 self.optimizer.zero_grad()
         self.progress.load_state_dict(kept)
         self.order = None
@@ -242,6 +270,7 @@ class DeviceTrainer:
     def _enter(self, stage: str):
         """What happens once between two stages."""
         progress, left = self.progress, self.progress.stage
+        self.recorder.forget()
         if left == "text":  # what AdamW knows of the texts' gradients says little of those to come
             self.optimizer.state.clear()
             self.average.restart()
@@ -252,35 +281,58 @@ class DeviceTrainer:
         self._forget_losses(self.clock.seconds)
 
     def step(self, now: phases.Moment, share: float) -> StepLosses:
-        """One optimiser step; nothing waits for the device."""
+        """One optimiser step, its losses without gradient; nothing waits for the device."""
+        recipe, progress = self.recipe, self.progress
+        strength = phases.strength(recipe, share, progress.plateau_left)
+        # Before the plateau is left, captions would have the image tokens to themselves.
+        caption_weight = recipe.caption_weight * (0.5 if progress.plateau_left is None else 1.0)
+        self.dials.turn(strength, caption_weight, self.average.advance())
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * now.rate
-        losses = self._text_losses(now) if now.stage == "text" else self._pair_losses(now, share)
-        losses.total.backward()
-        average_gradients(self.parameters)
-        nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            self.captioner.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-            self.sums += torch.stack([loss.detach() for loss in losses])
-            if self.progress.plateau_left is None:
-                self.relative_sum.add_(losses.contrastive.detach(), alpha=1 / math.log(now.batch_size))
-        self.average.update()
-        self.progress.step += 1
+            group["lr"].fill_(group["peak_lr"] * now.rate)
+        shape, inputs = self._plan(now, strength)
+        losses = self.recorder(shape, functools.partial(self._update, shape), *inputs)
+        progress.step += 1
+        progress.pairs += 0 if now.stage == "text" else now.batch_size
         return losses
 
-    def _text_losses(self, now: phases.Moment) -> StepLosses:
-        pool = self.known_texts[now.progress >= 0.5]
-        text = pool[torch.randint(len(pool), (now.batch_size // self.processes,), device=self.device)]
+    def _plan(self, now: phases.Moment, strength: float) -> tuple[StepShape, tuple[torch.Tensor, ...]]:
+        """What a step does, and the rows that it does it with."""
+        if now.stage == "text":
+            return StepShape(now.batch_size, glosses=now.progress >= 0.5), ()
+        patches = self.captioner.config.grid_size**2
+        kept = phases.kept_patches(self.recipe, patches, strength, now.late)
+        return StepShape(now.batch_size, kept_patches=kept), (self._next_rows(now),)
+
+    def _update(self, shape: StepShape, *rows: torch.Tensor) -> StepLosses:
+        """Losses, gradients, new weights, their average: all that is recorded. What changes are `dials` and rates."""
+        try:
+            losses = self._losses(shape, *rows)
+            losses.total.backward()
+            average_gradients(self.parameters)
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()
+        with torch.no_grad():
+            self.captioner.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            losses = StepLosses(*(loss.detach() for loss in losses))
+            self.sums += torch.stack(losses)
+            self.relative_sum.add_(losses.contrastive, alpha=1 / math.log(shape.batch_size))
+        self.average.take_in(self.dials.averaging)
+        return losses
+
+    def _losses(self, shape: StepShape, *rows: torch.Tensor) -> StepLosses:
+        return self._pair_losses(shape, *rows) if rows else self._text_losses(shape)
+
+    def _text_losses(self, shape: StepShape) -> StepLosses:
+        pool = self.known_texts[shape.glosses]
+        text = pool[torch.randint(len(pool), (shape.batch_size // self.processes,), device=self.device)]
         texts = bare_texts(self.icons, self.phrases, text, self.recipe.text_tokens)
         with self._autocast():
             return text_losses(self.captioner, texts, self.teacher, bool(self.recipe.caption_weight))
 
-    def _pair_losses(self, now: phases.Moment, share: float) -> StepLosses:
-        recipe, icons, phrases = self.recipe, self.icons, self.phrases
-        strength = phases.strength(recipe, share, self.progress.plateau_left)
-        rows = self._next_rows(now)
+    def _pair_losses(self, shape: StepShape, rows: torch.Tensor) -> StepLosses:
+        recipe, icons, phrases, strength = self.recipe, self.icons, self.phrases, self.dials.strength
         with torch.no_grad():
             dtype = torch.float16 if self.cuda else torch.float32
             drawn = draw(icons, rows, recipe.full_drawing().eased(strength), dtype)
@@ -290,19 +342,15 @@ class DeviceTrainer:
             pixel_values = self.scale(drawn.pictures)
             if recipe.channels_last:
                 pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-            kept = self._kept_patches(len(rows), strength, now.late)
-        # Before the plateau is left, captions would have the image tokens to themselves.
-        caption_weight = recipe.caption_weight * (0.5 if self.progress.plateau_left is None else 1.0)
-        weights = Weights(caption_weight, recipe.teacher_weight, recipe.image_teacher_weight)
+            kept = self._kept_patches(len(rows), shape.kept_patches)
+        weights = Weights(self.dials.caption_weight, recipe.teacher_weight, recipe.image_teacher_weight)
         with self._autocast():
             states = self.model(pixel_values, kept, texts, captioned)
-        self.progress.pairs += now.batch_size
         return pair_losses(states, icons, self.teacher, rows, texts, weights)
 
-    def _kept_patches(self, rows: int, strength: float, late: bool) -> torch.Tensor | None:
+    def _kept_patches(self, rows: int, kept: int | None) -> torch.Tensor | None:
         """(rows, kept) int64, other patches of each image in each step, or `None` for all of them."""
         patches = self.captioner.config.grid_size**2
-        kept = phases.kept_patches(self.recipe, patches, strength, late)
         return None if kept is None else torch.rand(rows, patches, device=self.device).argsort(dim=1)[:, :kept]
 
     def _next_rows(self, now: phases.Moment) -> torch.Tensor:
@@ -382,17 +430,19 @@ class DeviceTrainer:
 
     def _history(self) -> dict:
         progress = self.progress
-        done = {"steps": progress.step, "pairs": progress.pairs, "seconds": round(self.clock.seconds)}
-        return done | {"recipe": dict(vars(self.recipe))}
+        done = {"steps": progress.step, "text_steps": progress.text_steps, "pairs": progress.pairs}
+        return done | {"seconds": round(self.clock.seconds), "recipe": dict(vars(self.recipe))}
 
     def _finish(self, name: str, stage: str) -> Path:
-        """Saves to a folder of the run and evaluates."""
-        folder = self._save(name)
+        """Saves to a folder of the run, evaluates, and writes the card."""
+        folder, recipe = self._save(name), self.recipe
         if self.accelerator.is_main_process:
-            for label, splits in self.recipe.evaluations.items():
-                figures = self.evaluator.run(self.twin, splits)
-                shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
-                self.say(f"{label}, {stage}: {shown}", {"evaluation": label, "when": stage, **figures})
+            figures = {label: self.evaluator.run(self.twin, splits) for label, splits in recipe.evaluations.items()}
+            for label, values in figures.items():
+                shown = ", ".join(f"{metric} {value:.3f}" for metric, value in values.items())
+                self.say(f"{label}, {stage}: {shown}", {"evaluation": label, "when": stage, **values})
+            seen = recipe.splits + (recipe.second_splits if self.progress.stage != "first" else [])
+            write_card(folder, recipe, self.twin, figures, self._history(), seen)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -1,0 +1,1 @@
+../../texts_mome.py

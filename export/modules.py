@@ -1,0 +1,191 @@
+"""The parts of a model that are exported, as modules with plain tensors for inputs and outputs.
+
+    pixel_values ─ ImageTower ─ image_embeds
+                       └─ present.{layer}.key, .value: what the image's tokens leave in the cache ─┐
+                                                                                                   │
+                    ┌─ past_key_values.{layer}.key, .value ────────────────────────────────────────┤
+    input_ids ──────┴─ CaptionStep ─ logits of the next token                                      │
+    attention_mask ──┘      └─ present.{layer}.key, .value: the cache and these tokens ────────────┘
+
+    input_ids, attention_mask ─ TextTower ─ text_embeds
+
+One `CaptionStep` serves the prompt and every token after it: its first cache is the image's. Batch, tokens and cache
+are dynamic; nothing but the sizes of the model is fixed.
+"""
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from ..captioning_mome import MomeCache
+
+KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+ANY = Dim.DYNAMIC(min=1)  # a size that may be anything
+
+
+def key_value_names(prefix: str, layers: int) -> tuple[str, ...]:
+    """`past_key_values` or `present` → the names of keys and values, layer by layer."""
+    return tuple(f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value"))
+
+
+class Exportable(nn.Module):
+    """A part of a model that can be exported.
+
+    Attributes:
+        input_names, output_names: of the tensors, pairs of keys and values taken apart, in order.
+    """
+
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def sample_inputs(self) -> tuple:
+        """Arguments of `forward` to trace it with: sizes apart from each other, none of them 1."""
+        raise NotImplementedError
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        """What of the sample inputs may have another size, in their order.
+
+        Args:
+            named: by name, as torch.onnx takes them, instead of as `torch.export.Dim`.
+        """
+        raise NotImplementedError
+
+    def to_program(self) -> ExportedProgram:
+        """The graph: `.module()` of it is called as `forward` is, `torch.export.save` writes it.
+
+        Raises:
+            torch.export's own errors: for what a graph can't hold.
+        """
+        self.eval()
+        with torch.no_grad():
+            return torch.export.export(self, self.sample_inputs(), dynamic_shapes=self.dynamic_shapes(), strict=False)
+
+    def to_onnx(self, opset_version: int = 20):
+        """The graph as a `torch.onnx.ONNXProgram`, whose `.save(path)` writes it. Needs onnx and onnxscript."""
+        self.eval()
+        with torch.no_grad():
+            return torch.onnx.export(
+                self,
+                self.sample_inputs(),
+                dynamo=True,
+                verbose=False,
+                input_names=list(self.input_names),
+                output_names=list(self.output_names),
+                dynamic_shapes=self.dynamic_shapes(named=True),
+                opset_version=opset_version,
+            )
+
+
+def _check_family(model: nn.Module):
+    """Raises ValueError for a model that is no MoME."""
+    kind = type(model.config).model_type
+    if kind != "mome":
+        raise ValueError(f"a model of type {kind!r} can't be exported: pass a MomeModel or its captioner")
+
+
+class ImageTower(Exportable):
+    """Pixels (images, channels, image_size, image_size) → embeddings (images, projection_dim), L2-normalised.
+
+    Args:
+        model: a `MomeModel`.
+        key_values: also return, per layer, keys and values (images, heads, image tokens, head_dim): the cache that a
+            `CaptionStep` starts from.
+    """
+
+    def __init__(self, model: nn.Module, key_values: bool = False):
+        super().__init__()
+        _check_family(model)
+        self.model, self.key_values = model, key_values
+        self.input_names, self.output_names = ("pixel_values",), ("image_embeds",)
+        if key_values:
+            self.output_names += key_value_names("present", model.config.num_hidden_layers)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        image = self.model.image_pass(pixel_values, return_key_values=self.key_values)
+        image_embeds = self.model.project_image(image.last_hidden_state)
+        return (image_embeds, image.key_values) if self.key_values else image_embeds
+
+    def sample_inputs(self) -> tuple[torch.Tensor]:
+        config, weight = self.model.config, self.model.image_projection.weight
+        return (weight.new_zeros(3, config.num_channels, config.image_size, config.image_size),)
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        return ({0: "images" if named else ANY},)
+
+
+class TextTower(Exportable):
+    """Token ids and mask (texts, tokens), both int64 → embeddings (texts, projection_dim), L2-normalised.
+
+    Args:
+        model: a `MomeModel`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        _check_family(model)
+        self.model = model
+        self.input_names, self.output_names = ("input_ids", "attention_mask"), ("text_embeds",)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        text = self.model.text_pass(input_ids, attention_mask)
+        return self.model.project_text(text.last_hidden_state, attention_mask)
+
+    def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = min(7, self.model.config.max_position_embeddings)
+        device = self.model.text_projection.weight.device
+        input_ids = torch.full((3, tokens), self.model.config.bos_token_id, device=device)
+        return input_ids, torch.ones_like(input_ids)
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        shape = {0: "texts", 1: "tokens"} if named else dict.fromkeys((0, 1), ANY)
+        return shape, dict(shape)
+
+
+class CaptionStep(Exportable):
+    """The next token of captions: the tokens of a prompt, or the one that was chosen last, behind a cache.
+
+    Args:
+        captioner: a `MomeForConditionalGeneration`.
+
+    Arguments of `forward`:
+        input_ids: (batch, tokens) int64: `[BOS]` or another prompt, padded on the left; then one token at a time.
+        attention_mask: (batch, cached + tokens) int64: 1 for the image and every token, 0 for padding.
+        past_key_values: per layer, keys and values (batch, heads, cached, head_dim): those that `ImageTower` returns
+            for the first call, then those of the call before.
+
+    Returns:
+        logits (batch, 1, vocabulary) of the token that follows the last one, and the keys and values to go on with.
+    """
+
+    def __init__(self, captioner: nn.Module):
+        super().__init__()
+        _check_family(captioner)
+        self.captioner = captioner
+        layers = captioner.config.num_hidden_layers
+        self.input_names = ("input_ids", "attention_mask", *key_value_names("past_key_values", layers))
+        self.output_names = ("logits", *key_value_names("present", layers))
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: KeyValues
+    ) -> tuple[torch.Tensor, KeyValues]:
+        cache = MomeCache.holding(self.captioner.config, past_key_values)
+        outputs = self.captioner(
+            input_ids, attention_mask=attention_mask, cache=cache, use_cache=True, logits_to_keep=1
+        )
+        return outputs.logits, tuple((layer.keys, layer.values) for layer in cache.layers)
+
+    def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor, KeyValues]:
+        config, weight = self.captioner.config, self.captioner.model.image_projection.weight
+        cached = config.num_image_tokens + 2
+        input_ids = torch.full((3, 4), config.bos_token_id, device=weight.device)
+        heads = config.num_attention_heads
+        states = weight.new_zeros(3, heads, cached, config.hidden_size // heads)
+        key_values = tuple((states.clone(), states.clone()) for _ in range(config.num_hidden_layers))
+        return input_ids, input_ids.new_ones(3, cached + 4), key_values
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        names = ("batch", "tokens", "cached", "cached + tokens")
+        batch, tokens, cached, seen = names if named else (ANY,) * 4
+        states = {0: batch, 2: cached}
+        key_values = tuple((dict(states), dict(states)) for _ in range(self.captioner.config.num_hidden_layers))
+        return {0: batch, 1: tokens}, {0: batch, 1: seen}, key_values
