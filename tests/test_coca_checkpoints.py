@@ -25,6 +25,7 @@ from mome import cli
 from mome.benchmarks.layouts import coca_config, coca_shapes, random_state
 from mome.convert.__main__ import main
 from mome.convert.clip_tokenizer import load_clip_tokenizer
+from mome.convert.coca import build_processor
 from mome.embedder import Embedder
 from mome.publish import build_folder
 from upstream import golden, under
@@ -277,6 +278,22 @@ def test_what_another_converter_is_given_is_named_as_a_coca(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("words, cut", [(14, False), (15, True), (16, True)])
+def test_a_text_too_long_by_one_token_is_cut(words, cut, tmp_path, caplog):
+    """`[EOS]`, which is the padding as well, counts."""
+    tokenizer = load_clip_tokenizer(save_clip_tokenizer(tmp_path), 16, 560)
+    ids = {"bos_token_id": 558, "eos_token_id": 559, "pad_token_id": 559}
+    processor = build_processor(tiny_coca(vocab_size=560, **ids).config, tokenizer, None)
+    for texts in (["x " * words], ["x", "x " * words]):
+        caplog.clear()
+        inputs = processor(text=texts, padding=True, return_tensors="pt")
+        assert inputs["input_ids"].shape == (len(texts), 16) and inputs["input_ids"][-1, -1] == 559
+        assert ("1 text has more than 16 tokens" in caplog.text) is cut
+        if cut:
+            with pytest.raises(ValueError, match="more than tokenizer.model_max_length = 16 tokens"):
+                processor(text=texts, padding=True, truncation=False)
 
 
 def test_texts_are_cleaned_and_exclamation_marks_survive(tmp_path):
