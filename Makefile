@@ -58,6 +58,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m mome.benchmarks.inference --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.coca --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.retrieval --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.space --results evaluation/results.csv

@@ -22,8 +22,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.logging import get_verbosity
 
+from .configuration_coca import COCA_SIZES, CocaConfig
 from .configuration_mome import MOME_SIZES, MomeConfig
+from .families import FAMILIES
 from .guidance_mome import MomeGenerationConfig
+from .modeling_coca import CocaForConditionalGeneration, CocaModel
 from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .pictures_mome import MomeImageProcessor
 from .pipeline_mome import MomeImageCaptioningPipeline, MomeZeroShotImageClassificationPipeline
@@ -32,12 +35,13 @@ from .processing_mome import MomeProcessor
 if os.environ.get("TRANSFORMERS_VERBOSITY"):  # holds for what this package logs, too
     logging.getLogger(__name__).setLevel(get_verbosity())
 if __name__ == "mome":  # and not the name of the checkout's folder, by which pytest imports this file as well
-    AutoConfig.register(MomeConfig.model_type, MomeConfig, exist_ok=True)
-    AutoModel.register(MomeConfig, MomeModel, exist_ok=True)
-    AutoModelForZeroShotImageClassification.register(MomeConfig, MomeModel, exist_ok=True)
-    AutoModelForImageTextToText.register(MomeConfig, MomeForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(MomeConfig, slow_image_processor_class=MomeImageProcessor, exist_ok=True)
-    AutoProcessor.register(MomeConfig, MomeProcessor, exist_ok=True)
+    for family in FAMILIES.values():
+        AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+        AutoModel.register(family.config, family.model, exist_ok=True)
+        AutoModelForZeroShotImageClassification.register(family.config, family.model, exist_ok=True)
+        AutoModelForImageTextToText.register(family.config, family.captioner, exist_ok=True)
+        AutoImageProcessor.register(family.config, slow_image_processor_class=MomeImageProcessor, exist_ok=True)
+        AutoProcessor.register(family.config, MomeProcessor, exist_ok=True)
     PIPELINE_REGISTRY.register_pipeline(
         "image-captioning", MomeImageCaptioningPipeline, pt_model=AutoModelForImageTextToText
     )
@@ -49,7 +53,11 @@ if __name__ == "mome":  # and not the name of the checkout's folder, by which py
 
 __version__ = "0.1.0"
 __all__ = [
+    "COCA_SIZES",
     "MOME_SIZES",
+    "CocaConfig",
+    "CocaForConditionalGeneration",
+    "CocaModel",
     "MomeConfig",
     "MomeForConditionalGeneration",
     "MomeGenerationConfig",

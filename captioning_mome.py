@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
-from .inputs_mome import text_mask
+from .inputs_mome import check_positions, check_text_positions, text_mask
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -382,49 +382,17 @@ class CaptionContext:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
             positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
-            self._check_given_positions(positions, counted)
+            if self.attention_mask is None or self.attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
+                check_text_positions(positions, self.text_mask(), counted)
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:
             positions = self.attention_mask.long().cumsum(dim=1)[:, -self.tokens :] - 1 - self.num_image_tokens
             positions = self.text_only(positions)
         else:
             positions = torch.arange(self.tokens, device=device) + self.past_length - self.num_image_tokens
             positions = self.text_only(positions.expand(self.batch, -1))
-        self._check_positions(positions)
+        if not torch.compiler.is_compiling():
+            check_positions(self.config, positions, int(self.past_length) - self.num_image_tokens + self.tokens)
         return positions.clamp(min=0)
-
-    def _check_given_positions(self, positions: torch.Tensor, counted: int):
-        """Refuse rows that hold several texts, which would see each other, and positions that leave out the image."""
-        if torch.compiler.is_compiling() or positions.device.type == "meta":
-            return
-        if self.attention_mask is not None and self.attention_mask.ndim == 4:  # the caller says who sees whom
-            return
-        if self.text_tokens == 1 and positions.device.type != "cpu":  # a step of decoding must not wait for a device
-            return
-        mask = self.text_mask()
-        is_text = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.bool()
-        if bool((is_text & (positions < 0)).any()):
-            raise ValueError(
-                f"position_ids holds {int(positions[is_text].min()) + counted}, but the {counted} tokens of the image "
-                f"come before the text: count them, the text starts at {counted}"
-            )
-        if bool((is_text[:, 1:] & is_text[:, :-1] & (positions.diff(dim=1) <= 0)).any()):
-            raise ValueError(
-                "position_ids start again within a row: texts packed in a row would see each other, pass a row for "
-                "each or a 4D attention_mask"
-            )
-
-    def _check_positions(self, positions: torch.Tensor):
-        """Refuse a text beyond the position table; look at values only where the number of tokens allows for one."""
-        longest = self.config.max_position_embeddings
-        if torch.compiler.is_compiling() or positions.device.type == "meta":
-            return
-        if int(self.past_length) - self.num_image_tokens + self.tokens <= longest:
-            return
-        if (highest := int(positions.max())) >= longest:
-            raise ValueError(
-                f"the text has {highest + 1} tokens, max_position_embeddings is {longest}: shorten the text or ask "
-                "for fewer new tokens"
-            )
 
 
 def is_image_token(
@@ -434,6 +402,9 @@ def is_image_token(
     inputs_embeds: torch.Tensor | None,
 ) -> torch.Tensor:
     """(batch, tokens) bool: the tokens of `input_ids` that stand for the image."""
+    if not config.num_image_tokens:  # a model whose images have no places in the text
+        given = inputs_embeds if input_ids is None else input_ids
+        return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
     if input_ids is None:
         is_image = (inputs_embeds == image_embedding.to(inputs_embeds)).all(dim=-1)
     else:

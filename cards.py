@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-from .configuration_mome import MomeConfig
+from transformers import PreTrainedConfig
 
 CAPTIONS, EMBEDDINGS, IMAGES = "image-text-to-text", "zero-shot-image-classification", "image-feature-extraction"
 Task = Literal["image-text-to-text", "zero-shot-image-classification", "image-feature-extraction"]
@@ -26,6 +25,11 @@ SUMMARY = (
     "A MoME model: one transformer for images and text whose feed-forward layers are experts of a modality, as in "
     "[VLMo](https://arxiv.org/abs/2111.02358) and [BEiT-3](https://arxiv.org/abs/2208.10442)."
 )
+COCA_SUMMARY = (
+    "A contrastive captioner, CoCa ([2205.01917](https://arxiv.org/abs/2205.01917)) as open_clip builds it: it embeds "
+    "images and texts in one space, and captions images."
+)
+SUMMARIES = {"mome": SUMMARY, "coca": COCA_SUMMARY}  # by `model_type`
 NOT_ASSESSED = "Not assessed beyond the figures above. The model knows what its training data shows."
 
 # Metric of `mome.evaluation` → heading of the figures' table, whose values are shares; others are listed below it.
@@ -239,23 +243,39 @@ def figures_table(figures: Sequence[Figure]) -> str:
     return "\n\n".join(tables)
 
 
-def facts_of(config: MomeConfig, parameters: int, generation_config: Any = None) -> dict[str, str]:
+def facts_of(config: PreTrainedConfig, parameters: int, generation_config: Any = None) -> dict[str, str]:
     """What the table about the model says: fact → value."""
-    experts = "one each, hard routing"
-    if config.experts_per_group > 1:
-        experts = f"{config.experts_per_token} of {config.experts_per_group}, learned routing"
-    facts = {
-        "parameters": f"{parameters:,}",
-        "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × {config.num_attention_heads}",
-        "images": f"{config.image_size} × {config.image_size} pixels, {config.num_image_tokens} tokens",
-        "text": f"up to {config.max_position_embeddings} tokens, vocabulary of {config.vocab_size:,}",
-        "experts of a modality": experts,
-        "embeddings": f"{config.projection_dim} dimensions",
-    }
+    facts = {"parameters": f"{parameters:,}"}
+    facts |= _facts_of_coca(config) if config.model_type == "coca" else _facts_of_mome(config)
+    facts["embeddings"] = f"{config.projection_dim} dimensions"
     changed = {} if generation_config is None else generation_config.to_diff_dict()
     if own := {key: value for key, value in changed.items() if key in GENERATION_FACTS}:
         facts["captions by default"] = ", ".join(f"{key}={value}" for key, value in own.items())
     return facts
+
+
+def _facts_of_mome(config: PreTrainedConfig) -> dict[str, str]:
+    experts = "one each, hard routing"
+    if config.experts_per_group > 1:
+        experts = f"{config.experts_per_token} of {config.experts_per_group}, learned routing"
+    return {
+        "layers × width × heads": f"{config.num_hidden_layers} × {config.hidden_size} × {config.num_attention_heads}",
+        "images": f"{config.image_size} × {config.image_size} pixels, {config.num_image_tokens} tokens",
+        "text": f"up to {config.max_position_embeddings} tokens, vocabulary of {config.vocab_size:,}",
+        "experts of a modality": experts,
+    }
+
+
+def _facts_of_coca(config: PreTrainedConfig) -> dict[str, str]:
+    stacks = {"image encoder": "vision", "text encoder": "text", "caption decoder": "decoder"}
+    widths = {"vision": config.vision_hidden_size, "text": config.hidden_size, "decoder": config.hidden_size}
+    facts = {}
+    for name, stack in stacks.items():
+        layers, heads = (getattr(config, f"{stack}_num_{part}") for part in ("hidden_layers", "attention_heads"))
+        facts[f"{name}, layers × width × heads"] = f"{layers} × {widths[stack]} × {heads}"
+    image = f"{config.image_size} × {config.image_size} pixels, patches of {config.patch_size} × {config.patch_size}"
+    text = f"up to {config.max_position_embeddings} tokens, vocabulary of {config.vocab_size:,}"
+    return facts | {"images": f"{image}, {config.pooler_num_queries} tokens once pooled", "text": text}
 
 
 def _share(value: float | str | None) -> str:

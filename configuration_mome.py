@@ -3,6 +3,7 @@
 - the union of what VLMo (2111.02358) and BEiT-3 (2208.10442) need, and learned routing inside a modality;
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
 - unknown keys and impossible combinations are refused with the offending value in the message;
+- `MomePublishedConfig`, what a config says about the code beside the weights; it refuses unknown keys;
 - `did_you_mean`, the hint that all errors about unknown names give, and `quoted`, how they show a value.
 """
 
@@ -10,7 +11,7 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -90,8 +91,63 @@ def quoted(value: Any, limit: int = 80) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
+class MomePublishedConfig:
+    """What a config of this package adds to transformers' `PreTrainedConfig`.
+
+    It names the code beside the weights (`auto_map`, `custom_pipelines`) and refuses keys that it doesn't know.
+    """
+
+    _auto_class = "AutoConfig"
+    code: ClassVar[dict[str, str]]  # the `auto_map`, all of it whatever class was saved
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown_keys(kwargs)
+        self.check()
+        self._check_token_ids()
+        # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
+        kwargs["auto_map"] = dict(self.code)
+        kwargs.pop("custom_pipelines", None)
+        if type(self).__module__.startswith("transformers_modules"):
+            # Code from a folder. Whoever has the package gets its pipelines, and must not be asked for
+            # trust_remote_code because a config names some.
+            kwargs["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+
+    def check(self):
+        """Raises a ValueError with the value if the fields don't fit one another."""
+
+    def _check_token_ids(self):
+        """Raises a ValueError with the value if one that is given is not in the vocabulary."""
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_token_id")):
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
+
+    def _refuse_unknown_keys(self, kwargs):
+        fields, name = [field.name for field in dataclasses.fields(self)], type(self).__name__
+        for key in kwargs:
+            if key not in _TRANSFORMERS_KEYS:
+                hint = did_you_mean(key, fields, f"see the {name} docstring for the known keys")
+                raise ValueError(f"unknown {name} key {key!r} (value {kwargs[key]!r}): {hint}")
+
+    def _check_positive(self, names: str):
+        for name in names.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def _check_activation(self):
+        if self.hidden_act not in ACT2FN:
+            hint = did_you_mean(self.hidden_act, ACT2FN, "choose a key of transformers.activations.ACT2FN")
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
+
+
 @strict
-class MomeConfig(PreTrainedConfig):
+class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     r"""Architecture of a mixture-of-modality-experts transformer.
 
     Args:
@@ -170,7 +226,7 @@ class MomeConfig(PreTrainedConfig):
     """
 
     model_type = "mome"
-    _auto_class = "AutoConfig"
+    code = AUTO_MAP
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -232,16 +288,6 @@ class MomeConfig(PreTrainedConfig):
     image_token_id: int = 3
 
     def __post_init__(self, **kwargs):
-        self._refuse_unknown_keys(kwargs)
-        self.check()
-        self._check_token_ids()
-        # Not what was loaded: a Hub repository's name in it would outlive the copy of its code beside the weights.
-        kwargs["auto_map"] = dict(AUTO_MAP)
-        kwargs.pop("custom_pipelines", None)
-        if type(self).__module__.startswith("transformers_modules"):
-            # Code from a folder. Whoever has the package gets its pipelines, and must not be asked for
-            # trust_remote_code because a config names some.
-            kwargs["custom_pipelines"] = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
         if self.contrastive_objective == "sigmoid":
             # In memory only: transformers' zero-shot pipeline takes the sigmoid of logits, not the softmax, for models
@@ -254,10 +300,6 @@ class MomeConfig(PreTrainedConfig):
         if size not in MOME_SIZES:
             raise ValueError(f"unknown size {size!r}: choose one of {', '.join(MOME_SIZES)}")
         return cls(**{**MOME_SIZES[size], **overrides})
-
-    def to_dict(self) -> dict:
-        """As `PreTrainedConfig.to_dict`, with all of our pipelines, whatever a pipeline has written there."""
-        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     def check(self):
         """Raises a ValueError with the value if sizes, experts and heads don't fit one another."""
@@ -285,20 +327,11 @@ class MomeConfig(PreTrainedConfig):
         """The groups of tokens that every layer has experts for."""
         return tuple(dict.fromkeys(("image", "text", self.caption_group)))
 
-    def _refuse_unknown_keys(self, kwargs):
-        fields = [field.name for field in dataclasses.fields(self)]
-        for key in kwargs:
-            if key not in _TRANSFORMERS_KEYS:
-                hint = did_you_mean(key, fields, "see the MomeConfig docstring for the known keys")
-                raise ValueError(f"unknown MomeConfig key {key!r} (value {kwargs[key]!r}): {hint}")
-
     def _check_dimensions(self):
-        for name in (
+        self._check_positive(
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size "
             "num_channels max_position_embeddings projection_dim experts_per_group experts_per_token"
-        ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
@@ -327,9 +360,7 @@ class MomeConfig(PreTrainedConfig):
                 f"fusion_start_layer={self.fusion_start_layer} is not a layer of num_hidden_layers="
                 f"{self.num_hidden_layers}: use None for no joint experts"
             )
-        if self.hidden_act not in ACT2FN:
-            hint = did_you_mean(self.hidden_act, ACT2FN, "choose a key of transformers.activations.ACT2FN")
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
+        self._check_activation()
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -366,11 +397,7 @@ class MomeConfig(PreTrainedConfig):
     def _check_token_ids(self):
         if self.caption_objective == "masked" and self.mask_token_id is None:
             raise ValueError("caption_objective='masked' needs a mask_token_id, got mask_token_id=None")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "image_token_id"):
-            given = getattr(self, name)
-            for token in given if isinstance(given, (list, tuple)) else [given]:
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
+        super()._check_token_ids()
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "did_you_mean", "quoted"]
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "MomePublishedConfig", "did_you_mean", "quoted"]

@@ -27,8 +27,8 @@ from transformers.utils import logging
 from .configuration_mome import MomeConfig
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
+from .families import FAMILIES, FAMILY_NAMES
 from .inputs_mome import pictures_of
-from .modeling_mome import MomeForConditionalGeneration, MomeModel
 from .pictures_mome import count_blank, warn_of_blank
 from .processing_mome import MomeProcessor
 from .texts_mome import longest_text, no_words, tokenize_texts, warn_of_cut_texts, wordless_texts
@@ -79,7 +79,7 @@ class Embedder:
     and back. Several threads may call at the same time.
 
     Args:
-        model: a `MomeModel`, or a captioner.
+        model: a `MomeModel`, a `CocaModel`, or a captioner.
         processor: its `MomeProcessor`.
         name: folder or Hub id, by which it can be loaded again.
     """
@@ -115,11 +115,11 @@ class Embedder:
         name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
         try:
             kind = MomeConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-            if kind != MomeConfig.model_type:
-                reason = f"is of type {kind!r}, not {MomeConfig.model_type!r}" if kind else "has no config.json"
+            if kind not in FAMILIES:
+                reason = f"is of type {kind!r}, not {FAMILY_NAMES}" if kind else "has no config.json"
                 raise MomeError(f"model {name!r} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
-            model_class = MomeForConditionalGeneration if captions else MomeModel
+            model_class = FAMILIES[kind].captioner if captions else FAMILIES[kind].model
             loaded = _load_quietly(model_class, name, dtype=dtype, revision=revision, **overrides)
         except MomeError:
             raise

@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 class MomeGenerationMixin(GenerationMixin):
     """`generate()` of `MomeForConditionalGeneration`."""
 
+    # Whether a draft model that transformers calls sees the image as well.
+    drafts_see_image = False
+
     def adjust_generation_fn(self, *args, **kwargs):
         """transformers reads `generation_config.json` into its own class."""
         super().adjust_generation_fn(*args, **kwargs)
@@ -100,7 +103,9 @@ class MomeGenerationMixin(GenerationMixin):
 
     def _check_drafts(self, options: MomeGenerationConfig, kwargs: dict):
         """transformers hands the ids to a draft model, but no image: no draft would be accepted."""
-        for name in ("assistant_model", "assistant_early_exit"):
+        for name in (
+            ("assistant_early_exit",) if self.drafts_see_image else ("assistant_model", "assistant_early_exit")
+        ):
             if kwargs.get(name) is not None or getattr(options, name, None) is not None:
                 raise ValueError(
                     f"{name} drafts captions without seeing the image: leave it out, or pass prompt_lookup_num_tokens"

@@ -393,9 +393,11 @@ class CaptionGuidance:
         pixel_values = self.kwargs.get("pixel_values")
         if pixel_values is None:
             raise ValueError("re-ranking, contrastive guidance and output_cosine need the image: pass pixel_values")
-        wanted = {name: getattr(self.options, name) for name in ("output_attentions", "output_hidden_states")}
-        wanted = {name: value for name, value in wanted.items() if value}
-        self.image_outputs = self.captioner.model.image_pass(pixel_values, return_key_values=True, **wanted)
+        self.image_outputs = self.kwargs.get("image_outputs")
+        if self.image_outputs is None:
+            wanted = {name: getattr(self.options, name) for name in ("output_attentions", "output_hidden_states")}
+            wanted = {name: value for name, value in wanted.items() if value}
+            self.image_outputs = self.captioner.image_pass_for_captions(pixel_values, **wanted)
         self.image_embeds = self.captioner.model.project_image(self.image_outputs.last_hidden_state).float()
         self.kwargs["image_outputs"] = self.image_outputs
 

@@ -82,6 +82,51 @@ def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
         raise ValueError(f"input_ids holds {bad}, vocab_size is {vocabulary}: use the checkpoint's own tokenizer")
 
 
+def check_positions(config: MomeConfig, positions: torch.Tensor, tokens: int):
+    """Refuse a text beyond the position table; look at values only where the number of tokens allows for one.
+
+    Args:
+        positions: (batch, tokens) int64, those of this call.
+        tokens: of the text so far, padding included: no position can be higher.
+    """
+    longest = config.max_position_embeddings
+    if torch.compiler.is_compiling() or positions.device.type == "meta" or tokens <= longest:
+        return
+    if (highest := int(positions.max())) >= longest:
+        raise ValueError(
+            f"the text has {highest + 1} tokens, max_position_embeddings is {longest}: shorten the text or ask "
+            "for fewer new tokens"
+        )
+
+
+def check_text_positions(positions: torch.Tensor, mask: torch.Tensor | None, counted: int = 0):
+    """Refuse rows that hold several texts, which would see each other, and positions that leave out the image.
+
+    Args:
+        positions: (batch, tokens) int64, the caller's, less what is counted before a text.
+        mask: (batch, tokens), 0 where padding; `None`: no padding.
+        counted: tokens of the image that the caller's positions count.
+    """
+    if torch.compiler.is_compiling() or positions.device.type == "meta":
+        return
+    if positions.shape[1] == 1 and positions.device.type != "cpu":  # a step of decoding must not wait for a device
+        return
+    is_text = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.bool()
+    if bool((is_text & (positions < 0)).any()):
+        found = int(positions[is_text].min()) + counted
+        if not counted:
+            raise ValueError(f"position_ids holds {found}: the text starts at 0")
+        raise ValueError(
+            f"position_ids holds {found}, but the {counted} tokens of the image come before the text: count them, the "
+            f"text starts at {counted}"
+        )
+    if bool((is_text[:, 1:] & is_text[:, :-1] & (positions.diff(dim=1) <= 0)).any()):
+        raise ValueError(
+            "position_ids start again within a row: texts packed in a row would see each other, pass a row for "
+            "each or a 4D attention_mask"
+        )
+
+
 def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | None):
     images, texts = (0 if given is None else given.shape[0] for given in (pixel_values, input_ids))
     if images != texts or not images:
@@ -150,7 +195,8 @@ def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch
     before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
     if config.pad_token_id == config.bos_token_id:
         before = before * F.pad(before[:, 1:], (0, 1))
-    if config.pad_token_id == config.eos_token_id:
+    ends = config.eos_token_id
+    if config.pad_token_id in (ends if isinstance(ends, (list, tuple)) else [ends]):
         behind = behind * F.pad(behind[:, :-1], (1, 0))
     return 1 - torch.maximum(before, behind) * (1 - is_pad.long().amin(dim=1, keepdim=True))
 

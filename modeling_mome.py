@@ -427,8 +427,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; beside the weights is all code that the config names."""
-        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports: without the line a
-        # fine-tuned model would be saved without the pipelines that its config names.
+        # Not needed here, but the Hub's loader fetches, and a save copies, what this file imports.
         from .pipeline_mome import MomeImageCaptioningPipeline  # noqa: F401
 
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -458,6 +457,10 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         """See `MomeModel.get_text_features`."""
         return self.model.get_text_features(input_ids, attention_mask, **kwargs)
 
+    def image_pass_for_captions(self, pixel_values: torch.Tensor, **kwargs) -> MomeEncoderOutput:
+        """`MomeModel.image_pass` with keys and values of the image, which captions look at."""
+        return self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+
     @merge_with_config_defaults
     @can_return_tuple
     @accepts_cache
@@ -479,11 +482,9 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
         """Next-token logits of captions, and with `labels` the joint loss of the pairs.
 
         Args: those of `CaptionInputs`, and
-            labels: (batch, tokens), as `input_ids`; -100 is ignored, and so are labels of image tokens. Position t is
-                predicted from the positions before it.
+            labels: (batch, tokens), as `input_ids`, predicted from what is before; -100 and image tokens are not.
             use_cache: return what was seen, the image included, for the next call.
-            image_outputs: what `model.image_pass(pixel_values, return_key_values=True)` gave, in place of another one;
-                with fewer tokens than an image has if it was given `kept_patches`.
+            image_outputs: what `image_pass_for_captions(pixel_values)` gave, with `kept_patches` fewer tokens.
 
         Raises:
             ValueError: labels without images or of another shape, a text longer than the position table, an id
@@ -504,7 +505,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
 
         image = image_embeds = None
         if pixel_values is not None:
-            image = image_outputs or self.model.image_pass(pixel_values, return_key_values=True, **kwargs)
+            image = image_outputs or self.image_pass_for_captions(pixel_values, **kwargs)
             image_embeds = self.model.project_image(image.last_hidden_state)
         text = self.caption_pass(caption, image, **kwargs)
         logits = self.lm_head(caption.states_to_predict_from(image, text))

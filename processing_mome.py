@@ -220,6 +220,8 @@ class MomeProcessor(ProcessorMixin):
         if limit >= UNLIMITED_LENGTH or len(input_ids) != len(texts):
             return []
         counts = [sum(int(token) != pad for token in row) if len(row) >= limit else 0 for row in input_ids]
+        if pad == self.tokenizer.eos_token_id:  # one of them ends the text
+            counts = [count + (0 < count < len(row)) for count, row in zip(counts, input_ids)]
         full = [number for number, count in enumerate(counts) if count >= limit]
         if not full or truncation in (None, False, "do_not_truncate"):
             return [number for number in full if counts[number] > limit]

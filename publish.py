@@ -22,18 +22,19 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .cards import CAPTIONS, EMBEDDINGS, Card, Figure, Task, facts_of, snippet, task_of, text_of, updated
-from .configuration_mome import MomeConfig
+from .cards import CAPTIONS, EMBEDDINGS, SUMMARIES, Card, Figure, Task, facts_of, snippet, task_of, text_of, updated
 from .embedder import model_fingerprint
-from .modeling_mome import MomeForConditionalGeneration, MomeModel
+from .families import FAMILIES, FAMILY_NAMES
 from .onnx_embedder import fingerprint_of, open_session
 from .processing_mome import MomeProcessor
 
-MODEL_CLASSES = {each.__name__: each for each in (MomeForConditionalGeneration, MomeModel)}
+MODEL_CLASSES = {each.__name__: each for family in FAMILIES.values() for each in (family.captioner, family.model)}
 # What a push owns: such files of the repository that the new folder lacks are deleted.
 OWNED = [
     "*_mome.py",
+    "*_coca.py",
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*",
@@ -129,7 +130,7 @@ def publish(
 # ------------------------------------------------------------------------------------------------- the checkpoint
 
 
-def _check_files(checkpoint: Path) -> MomeConfig:
+def _check_files(checkpoint: Path) -> PreTrainedConfig:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"{checkpoint}: no such folder")
     if (checkpoint / "adapter_config.json").exists():
@@ -138,15 +139,16 @@ def _check_files(checkpoint: Path) -> MomeConfig:
         if not (checkpoint / name).exists():
             raise FileNotFoundError(f"{checkpoint} has no {name}: save the model and its processor there first")
     model_type = json.loads((checkpoint / "config.json").read_text()).get("model_type")
-    if model_type != MomeConfig.model_type:
-        raise ValueError(f"{checkpoint} holds a model of type {model_type!r}: only {MomeConfig.model_type!r} fits")
-    config = MomeConfig.from_pretrained(checkpoint)
-    if (config.architectures or [None])[0] not in MODEL_CLASSES:
-        raise ValueError(f"architectures={config.architectures} of {checkpoint}: expected {', '.join(MODEL_CLASSES)}")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{checkpoint} holds a model of type {model_type!r}: only {FAMILY_NAMES} fits")
+    family = FAMILIES[model_type]
+    config, names = family.config.from_pretrained(checkpoint), [family.captioner.__name__, family.model.__name__]
+    if (config.architectures or [None])[0] not in names:
+        raise ValueError(f"architectures={config.architectures} of {checkpoint}: expected {', '.join(names)}")
     return config
 
 
-def _check_fit(config: MomeConfig, processor: MomeProcessor):
+def _check_fit(config: PreTrainedConfig, processor: MomeProcessor):
     tokenizer, size = processor.tokenizer, processor.image_processor.size
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
@@ -199,15 +201,14 @@ def _as_number(value: str) -> float | str:
 
 def _task(checkpoint: Path) -> Task:
     """What its card says that a checkpoint can do; without a card, a model of embeddings alone has no captions."""
-    architectures = MomeConfig.from_pretrained(checkpoint).architectures
-    default = CAPTIONS if architectures == [MomeForConditionalGeneration.__name__] else EMBEDDINGS
+    architectures = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    captioners = [family.captioner.__name__ for family in FAMILIES.values()]
+    default = CAPTIONS if architectures[0] in captioners else EMBEDDINGS
     written = checkpoint / "README.md"
     return task_of(written.read_text(encoding="utf-8"), default) if written.exists() else default
 
 
-def _model_card(
-    checkpoint: Path, model: MomeModel | MomeForConditionalGeneration, repo_id: str, license: str, results: Path | None
-) -> str:
+def _model_card(checkpoint: Path, model: PreTrainedModel, repo_id: str, license: str, results: Path | None) -> str:
     """The checkpoint's own card, loading from the Hub and with our metadata added, or a new one."""
     figures, written = _results_of(checkpoint, results), checkpoint / "README.md"
     metadata, task = {"license": license, "language": "en"}, _task(checkpoint)
@@ -216,7 +217,8 @@ def _model_card(
         return updated(text, repo_id, task, REVISION, figures=figures, metadata=metadata)
     name = repo_id.split("/")[-1]
     facts = facts_of(model.config, model.num_parameters(), getattr(model, "generation_config", None))
-    return text_of(Card(name, repo_id, task, REVISION, facts=facts, figures=figures, metadata=metadata))
+    summary = SUMMARIES[type(model.config).model_type]
+    return text_of(Card(name, repo_id, task, REVISION, summary, facts=facts, figures=figures, metadata=metadata))
 
 
 # -------------------------------------------------------------------------------------------------------- command

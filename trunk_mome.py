@@ -10,11 +10,8 @@
 What goes in comes from `embeddings_mome.py`. Shapes are in the glossary of `modeling_mome.py`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -22,46 +19,31 @@ from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_mome import attention_function
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .embeddings_mome import MomeImageEmbedding, MomeRelativePositionBias, MomeTextEmbedding
 from .heads_mome import MomeAttentionPooling
-from .kernels_mome import MomeLinear, is_faster_as_matmul, matmul_attention_forward, sorted_experts_forward
+from .kernels_mome import MomeLinear, sorted_experts_forward
+from .loading_mome import MomeCompleteLoading
 from .outputs_mome import MomeEncoderOutput
 from .routing_mome import MomeRouter, run_experts
 
 # Runs of tokens in order, each of one group: (("image", 197), ("text", 32)). Layers slice by it, nothing is gathered.
 Spans = tuple[tuple[str, int], ...]
 
+# transformers lets a model choose its attention if its file says `ALL_ATTENTION_FUNCTIONS.get_interface(`: the call is
+# in attention_mome.py.
+
 # Up to so many experts of a group, a GPU takes all of them as one product. On an H200 with 4 experts: 1.8 times the
 # pairs a second of `eager` in training, 0.8 times the images in a pass without gradients.
 FEW_EXPERTS_ON_CUDA = 8
 
 # ------------------------------------------------------------------------------------------------- attention
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: (batch, heads, tokens, head_dim) → (batch, tokens, heads, head_dim) and the weights."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MomePerGroup(nn.ModuleDict):
@@ -124,12 +106,7 @@ class MomeAttention(nn.Module):
             .permute(2, 0, 3, 1, 4)
         )
         keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, cache)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if self.config._attn_implementation == "sdpa" and is_faster_as_matmul(query, keys):
-            attention = matmul_attention_forward
-        states, weights = attention(
+        states, weights = attention_function(self.config, query, keys)(
             self,
             query,
             keys,
@@ -309,7 +286,7 @@ class MomeLayer(GradientCheckpointingLayer):
         return torch.cat(states, dim=1), torch.cat(logits, dim=1)
 
 
-class MomePreTrainedModel(PreTrainedModel):
+class MomePreTrainedModel(MomeCompleteLoading, PreTrainedModel):
     config: MomeConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -324,26 +301,6 @@ class MomePreTrainedModel(PreTrainedModel):
     def __init__(self, config: MomeConfig, *args, **kwargs):
         config.check()  # it may have been changed since it was made: `from_pretrained(path, experts_per_token=1)`
         super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit is an error.
-
-        Raises:
-            ValueError: weights are missing from the checkpoint or unknown to the model. A caller who asks for
-                `output_loading_info=True` gets the model and the report instead.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if output_loading_info:
-            return model, info
-        for problem in ("missing", "unexpected"):
-            if keys := sorted(info[f"{problem}_keys"]):
-                some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {problem} weights {some}. Load it "
-                    "with the class in its config.json, or pass output_loading_info=True to take what fits."
-                )
-        return model
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The default is `eager` without a GPU, `all_experts` for few experts on one, else transformers' own."""

@@ -191,11 +191,11 @@ def conversion(race: Race, sizes: dict[str, int], quick: bool):
         "VLMo base, pretraining": ("vlmo", vlmo_shapes(**vlmo)),
     }
     for title, (kind, shapes) in list(files.items())[:: 2 if quick else 1]:
+        options = ["--num-attention-heads", str(heads_of(sizes))] if quick else []
         with tempfile.TemporaryDirectory() as folder:
             path, output = Path(folder) / "upstream.pth", Path(folder) / "out"
             torch.save({"model": random_state(shapes)}, path)
-            command = [kind, "--checkpoint", str(path), "--output", str(output), "--no-tokenizer"]
-            command += ["--num-attention-heads", str(heads_of(sizes))] if quick else []
+            command = [kind, "--checkpoint", str(path), "--output", str(output), "--no-tokenizer", *options]
             time_conversion(race, title, command, path, output)
 
 

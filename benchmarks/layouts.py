@@ -1,4 +1,4 @@
-"""Layouts of the published files of BEiT-3 and VLMo, for any size, and random weights in them."""
+"""Layouts of the published files of BEiT-3, VLMo and CoCa, for any size, and random weights in them."""
 
 import math
 
@@ -13,6 +13,12 @@ VLMO = {
     "base": {"width": 768, "inner": 3072, "layers": 12, "heads": 12, "joint": 10},
     "base_plus": {"width": 544, "inner": 2176, "layers": 24, "heads": 16, "joint": 21, "relative": False},
     "large": {"width": 1024, "inner": 4096, "layers": 24, "heads": 16, "joint": 21},
+}
+
+# open_clip's model configs, without what only repeats these; 224 pixels.
+COCA = {
+    "base": {"vision_width": 768, "vision_layers": 12, "patch": 32, "width": 512, "layers": 12, "head_dim": 64},
+    "large": {"vision_width": 1024, "vision_layers": 24, "patch": 14, "width": 768, "layers": 12, "head_dim": 64},
 }
 
 
@@ -131,6 +137,78 @@ def vlmo_shapes(
         | _affine("nlvr2_classifier.3", 2, 2 * width),
     }
     return shapes | tails[kind]
+
+
+def coca_shapes(
+    vision_width: int,
+    vision_layers: int,
+    patch: int,
+    width: int,
+    layers: int,
+    vocab: int = 49408,
+    image: int = 224,
+    texts: int = 76,
+    queries: int = 256,
+) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of an open_clip CoCa."""
+    shapes = {
+        "logit_scale": (),
+        "visual.class_embedding": (vision_width,),
+        "visual.positional_embedding": ((image // patch) ** 2 + 1, vision_width),
+        "visual.proj": (width, width),
+        "visual.conv1.weight": (vision_width, 3, patch, patch),
+        "visual.attn_pool.query": (queries, width),
+        "visual.attn_pool.attn.in_proj_bias": (3 * width,),
+        "text.cls_emb": (width,),
+        "text.positional_embedding": (texts + 1, width),
+        "text.text_projection": (width, width),
+        "text.token_embedding.weight": (vocab, width),
+        "text_decoder.text_projection": (width, vocab),
+    }
+    if vision_width == width:
+        shapes["visual.attn_pool.attn.in_proj_weight"] = (3 * width, width)
+    else:
+        pooler = {"q": width, "k": vision_width, "v": vision_width}
+        shapes |= {f"visual.attn_pool.attn.{name}_proj_weight": (width, each) for name, each in pooler.items()}
+    shapes |= _affine("visual.attn_pool.attn.out_proj", width, width)
+    norms = {"visual.ln_pre": vision_width, "visual.attn_pool.ln_k": vision_width, "visual.attn_pool.ln_q": width}
+    norms |= {"visual.ln_post": width, "text.ln_final": width, "text_decoder.ln_final": width}
+    for name, size in norms.items():
+        shapes |= _affine(name, size)
+    stacks = [
+        ("visual.transformer.resblocks", vision_width, vision_layers),
+        ("text.transformer.resblocks", width, layers),
+    ]
+    for stack, size, depth in (
+        *stacks,
+        *((f"text_decoder.{each}", width, layers) for each in ("resblocks", "cross_attn")),
+    ):
+        for prefix in (f"{stack}.{layer}" for layer in range(depth)):
+            shapes |= {f"{prefix}.attn.in_proj_weight": (3 * size, size), f"{prefix}.attn.in_proj_bias": (3 * size,)}
+            shapes |= _affine(f"{prefix}.attn.out_proj", size, size)
+            shapes |= _affine(f"{prefix}.mlp.c_fc", 4 * size, size) | _affine(f"{prefix}.mlp.c_proj", size, 4 * size)
+            for name in ("ln_1", "ln_2", *(("ln_1_kv",) if stack.endswith("cross_attn") else ())):
+                shapes |= _affine(f"{prefix}.{name}", size)
+    return shapes
+
+
+def coca_config(
+    vision_width: int,
+    vision_layers: int,
+    patch: int,
+    width: int,
+    layers: int,
+    head_dim: int = 64,
+    **others: int,
+) -> dict:
+    """`open_clip_config.json` of such a file; all heads are of `head_dim`, the pooler has 8 as published."""
+    text = {"context_length": others.get("texts", 76), "vocab_size": others.get("vocab", 49408), "width": width}
+    text |= {"heads": width // head_dim, "layers": layers}
+    vision = {"image_size": others.get("image", 224), "patch_size": patch, "width": vision_width}
+    vision |= {"layers": vision_layers, "head_width": head_dim, "attentional_pool": True, "output_tokens": True}
+    vision |= {"attn_pooler_heads": 8, "attn_pooler_queries": others.get("queries", 256)}
+    model = {"embed_dim": width, "vision_cfg": vision, "multimodal_cfg": {**text, "attn_pooler_heads": 8}}
+    return {"model_cfg": model | {"text_cfg": {**text, "embed_cls": True, "output_tokens": True}}}
 
 
 def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0, scale: float = 0.02) -> dict[str, torch.Tensor]:

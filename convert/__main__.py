@@ -1,4 +1,4 @@
-"""python -m mome.convert (beit3|vlmo|siglip|mome) --checkpoint FILE --output DIR [...]"""
+"""python -m mome.convert (beit3|vlmo|siglip|coca|mome) --checkpoint FILE --output DIR [...]"""
 
 import argparse
 import signal
@@ -9,7 +9,10 @@ from transformers.utils import logging
 
 from ..errors import ConversionError
 from .card import summarise
+from .clip_tokenizer import HINT
+from .coca import CONFIG_FILE
 from .driver import SOURCES, convert
+from .open_clip import convert_coca
 from .operations import Options
 from .upcycling import upcycle_checkpoint
 
@@ -17,9 +20,9 @@ from .upcycling import upcycle_checkpoint
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mome.convert",
-        description="Makes MoME checkpoints of those of BEiT-3, VLMo and SigLIP, or routed ones.",
+        description="Makes checkpoints of those of BEiT-3, VLMo, SigLIP and CoCa, and routed MoME ones.",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{beit3,vlmo,siglip,mome}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{beit3,vlmo,siglip,coca,mome}")
     _add_siglip(kinds.add_parser("siglip", help="a SigLIP or SigLIP 2 checkpoint of fixed resolution"))
     for kind, source in SOURCES.items():
         if source.load is not None:
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
             "(default: one tied to them)",
         )
         _add_routing(sub, required=False)
+    _add_coca(kinds.add_parser("coca", help="an open_clip CoCa as published"))
     sub = kinds.add_parser("mome", help="a dense MoME checkpoint, made routed")
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     sub.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
@@ -70,6 +74,19 @@ def _add_siglip(parser: argparse.ArgumentParser):
         help="add what captions are learnt with: experts of their own, copies of those of texts, and a caption head",
     )
     _add_routing(parser, required=False)
+
+
+def _add_coca(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE|OWNER/NAME", help="weights, their folder, or a repository's id"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"{CONFIG_FILE} (default: beside the checkpoint, or none)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE|OWNER/NAME", help=f"{HINT} (default: beside the checkpoint)")
+    parser.add_argument("--no-tokenizer", action="store_true", help="make a checkpoint without a tokenizer")
+    parser.add_argument("--revision", metavar="NAME", help="of a repository: branch, tag or commit")
 
 
 def _add_routing(parser: argparse.ArgumentParser, required: bool):
@@ -103,6 +120,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace):
+    if arguments.kind == "coca":
+        return convert_coca(
+            arguments.checkpoint,
+            arguments.output,
+            config=arguments.config,
+            tokenizer=arguments.tokenizer,
+            with_tokenizer=not arguments.no_tokenizer,
+            revision=arguments.revision,
+        )
     routing = {"experts_per_group": arguments.experts_per_group, "experts_per_token": arguments.experts_per_token}
     if arguments.kind == "mome":
         return upcycle_checkpoint(arguments.checkpoint, arguments.output, **routing)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..configuration_mome import MomeConfig
 from ..errors import ConversionError
 from ..modeling_mome import MomeForConditionalGeneration
-from . import beit3, siglip, vlmo
+from . import beit3, coca, siglip, vlmo
 from .card import model_card
 from .operations import CAVEATS, STAND_INS, Conversion, Loaded, Options, Request, Sizes, Source, pattern_of
 from .processors import build_processor, find_tokenizer, load_tokenizer, special_token_ids
@@ -33,7 +33,9 @@ SIGNATURES = {
     "beit3": "beit3.vision_embed.proj.weight",
     "vlmo": "transformer.patch_embed.proj.weight",
     "siglip": siglip.PROBE,
+    "coca": coca.SIGNATURE,
 }
+NAMES = {kind: source.name for kind, source in SOURCES.items()} | {"coca": "CoCa"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGE = 2**26  # bytes from which on a progress bar is worth its lines
 
@@ -76,8 +78,8 @@ def convert(
     config = _config(loaded)
     final = routed_config(config, experts_per_group, experts_per_token) if experts_per_group is not None else config
     expected = _expected(config)
-    plan, dropped = _plan(source, sizes, opened, expected)
-    state = _assemble(plan, opened, sizes, expected)
+    plan, dropped = plan_of(source, sizes, opened, expected)
+    state = assemble(plan, opened, sizes, expected)
     if final is not config:
         state = upcycle(state, final)
     notes = [CAVEATS[head] for head in sizes.absent] + [*sizes.notes, *_on_vocabulary(source, config, with_tokenizer)]
@@ -106,11 +108,12 @@ def _on_vocabulary(source: Source, config: MomeConfig, with_tokenizer: bool) -> 
 # Before any heavy work.
 
 
-def _check_kind(kind: str, checkpoint: Checkpoint):
+def check_kind(kind: str, checkpoint: Checkpoint):
+    """Raises ConversionError if the checkpoint is of another kind, with the name of that if it is known."""
     if SIGNATURES[kind] in checkpoint:
         return
     other = next((name for name, key in SIGNATURES.items() if key in checkpoint), None)
-    found = f"is a {SOURCES[other].name} checkpoint: convert it with `{other}`" if other else "is of another kind"
+    found = f"is a {NAMES[other]} checkpoint: convert it with `{other}`" if other else "is of another kind"
     if other is None and checkpoint.shapes:
         found += f": its first key is {next(iter(checkpoint.shapes))}"
     raise ConversionError(f"checkpoint {checkpoint.path} has no {SIGNATURES[kind]}, it {found}")
@@ -120,7 +123,7 @@ def _load_file(kind: str, request: Request) -> Loaded:
     """A file with the weights, and its processor, which have to agree on lengths and special tokens."""
     source, path, tokenizer = SOURCES[kind], Path(request.checkpoint), None
     opened = open_checkpoint(path)
-    _check_kind(kind, opened)
+    check_kind(kind, opened)
     sizes = source.measure(opened, request.options)
     if request.with_tokenizer:
         length = sizes.text_length or sizes.config["max_position_embeddings"]
@@ -156,7 +159,7 @@ class Step:
     operation: Callable | None
 
 
-def _plan(
+def plan_of(
     source: Source, sizes: Sizes, checkpoint: Checkpoint, expected: dict[str, torch.Size]
 ) -> tuple[dict[str, Step | Callable], list[str]]:
     """Target → how to make it, and what is dropped.
@@ -204,7 +207,7 @@ def _check_complete(source: Source, checkpoint: Checkpoint, plan: dict, expected
                     raise ConversionError(f"checkpoint {checkpoint.path} has no {missing[0]}: it is incomplete")
 
 
-def _assemble(
+def assemble(
     plan: dict[str, Step | Callable], checkpoint: Checkpoint, sizes: Sizes, expected: dict[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
     """The state dict, checked tensor by tensor."""

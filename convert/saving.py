@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_mome import MomeConfig
 from ..errors import ConversionError
-from ..modeling_mome import MomeForConditionalGeneration, MomeModel
 
-ModelClass = type[MomeModel] | type[MomeForConditionalGeneration]
 WORDS, DECODER = "model.text_embedding.word_embeddings.weight", "lm_head.decoder.weight"
 
 
@@ -42,13 +40,15 @@ def whole_folder(output: Path) -> Iterator[Path]:
         raise
 
 
-def meta_model(model_class: ModelClass, config: MomeConfig) -> MomeModel | MomeForConditionalGeneration:
+def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model without memory behind its weights."""
     with torch.device("meta"):
         return model_class(config)
 
 
-def save_model(model_class: ModelClass, config: MomeConfig, state: dict[str, torch.Tensor], folder: Path):
+def save_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, torch.Tensor], folder: Path
+):
     """Loads a state dict strictly, without copying it, and saves the model with its code."""
     model = meta_model(model_class, config)
     if DECODER not in state and WORDS in state and DECODER in model.state_dict():

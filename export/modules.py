@@ -76,6 +76,13 @@ class Exportable(nn.Module):
             )
 
 
+def _check_family(model: nn.Module):
+    """Raises ValueError for a model that is no MoME."""
+    kind = type(model.config).model_type
+    if kind != "mome":
+        raise ValueError(f"a model of type {kind!r} can't be exported: pass a MomeModel or its captioner")
+
+
 class ImageTower(Exportable):
     """Pixels (images, channels, image_size, image_size) → embeddings (images, projection_dim), L2-normalised.
 
@@ -87,6 +94,7 @@ class ImageTower(Exportable):
 
     def __init__(self, model: nn.Module, key_values: bool = False):
         super().__init__()
+        _check_family(model)
         self.model, self.key_values = model, key_values
         self.input_names, self.output_names = ("pixel_values",), ("image_embeds",)
         if key_values:
@@ -114,6 +122,7 @@ class TextTower(Exportable):
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        _check_family(model)
         self.model = model
         self.input_names, self.output_names = ("input_ids", "attention_mask"), ("text_embeds",)
 
@@ -180,6 +189,7 @@ class CaptionStep(Exportable):
 
     def __init__(self, captioner: nn.Module):
         super().__init__()
+        _check_family(captioner)
         self.captioner = captioner
         layers = captioner.config.num_hidden_layers
         self.input_names = ("input_ids", "attention_mask", *key_value_names("past_key_values", layers))

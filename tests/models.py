@@ -2,7 +2,7 @@
 
 import torch
 
-from mome import MomeConfig, MomeForConditionalGeneration
+from mome import CocaConfig, CocaForConditionalGeneration, MomeConfig, MomeForConditionalGeneration
 
 TINY = {
     "vocab_size": 99,
@@ -78,3 +78,47 @@ def random_batch(config: MomeConfig, size: int = 3, tokens: int = 7, seed: int =
 def pad_left(tensor: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """(batch, tokens) padded on the right → the same padded on the left."""
     return tensor.gather(1, attention_mask.argsort(dim=1, stable=True))
+
+
+TINY_COCA = {
+    "vocab_size": 99,
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_hidden_size": 48,
+    "vision_intermediate_size": 64,
+    "vision_num_hidden_layers": 2,
+    "vision_num_attention_heads": 3,
+    "pooler_num_queries": 5,
+    "pooler_num_attention_heads": 2,
+    "hidden_size": 32,
+    "text_intermediate_size": 64,
+    "text_num_hidden_layers": 2,
+    "text_num_attention_heads": 4,
+    "decoder_intermediate_size": 48,
+    "decoder_num_hidden_layers": 3,
+    "decoder_num_attention_heads": 8,
+    "max_position_embeddings": 24,
+    "projection_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_coca(seed: int = 0, **overrides) -> CocaForConditionalGeneration:
+    """A CoCa captioner in eval mode, random in every weight."""
+    torch.manual_seed(seed)
+    model = CocaForConditionalGeneration(CocaConfig(**{**TINY_COCA, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2 and "logit_scale" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def coca_batch(config: CocaConfig, size: int = 4, tokens: int = 7) -> dict[str, torch.Tensor]:
+    """As `random_batch`; padding is `[EOS]`, and in the first row a word in the middle is the filler."""
+    batch = random_batch(config, size, tokens)
+    batch["input_ids"][0, 2] = config.filler_token_id
+    return batch

@@ -1,4 +1,4 @@
-"""BEiT-3 and VLMo written out over upstream state dicts, for sizes that no golden checkpoint has.
+"""BEiT-3, VLMo and CoCa written out over upstream state dicts, for sizes that no golden checkpoint has.
 
 Plain functions, slow and independent of the package; `test_convert_sizes.py` holds them against the golden outputs.
 """
@@ -145,3 +145,68 @@ def vlmo(
         ]
         x = x + sd.get(f"{prefix}.gamma_2", 1) * torch.cat(states, dim=1)
     return norm(x, sd, "transformer.norm", 1e-6)
+
+
+def coca_block(x: torch.Tensor, sd: State, prefix: str, heads: int, bias: torch.Tensor, source=None) -> torch.Tensor:
+    """open_clip's `ResidualAttentionBlock`; with a `source`, queries look at that in place of themselves."""
+    queries = norm(x, sd, f"{prefix}.ln_1", 1e-5)
+    keys = queries if source is None else norm(source, sd, f"{prefix}.ln_1_kv", 1e-5)
+    matrices, biases = (sd[f"{prefix}.attn.in_proj_{part}"].chunk(3) for part in ("weight", "bias"))
+    query, key, value = (F.linear(s, w, b) for s, w, b in zip((queries, keys, keys), matrices, biases))
+    x = x + linear(attend(query, key, value, heads, bias), sd, f"{prefix}.attn.out_proj")
+    inner = linear(norm(x, sd, f"{prefix}.ln_2", 1e-5), sd, f"{prefix}.mlp.c_fc")
+    return x + linear(F.gelu(inner), sd, f"{prefix}.mlp.c_proj")
+
+
+def coca_image(sd: State, pixels: torch.Tensor, heads: int, pooler_heads: int) -> torch.Tensor:
+    """(images, queries, width): the pooled image."""
+    kernel = sd["visual.conv1.weight"]
+    x = F.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
+    x = torch.cat([sd["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1) + sd["visual.positional_embedding"]
+    x = norm(x, sd, "visual.ln_pre", 1e-5)
+    for index in range(layers_in(sd, "visual.transformer.resblocks.")):
+        x = coca_block(x, sd, f"visual.transformer.resblocks.{index}", heads, torch.zeros(()))
+    pool = "visual.attn_pool"
+    if f"{pool}.attn.in_proj_weight" in sd:
+        matrices = sd[f"{pool}.attn.in_proj_weight"].chunk(3)
+    else:
+        matrices = [sd[f"{pool}.attn.{name}_proj_weight"] for name in "qkv"]
+    queries = norm(sd[f"{pool}.query"], sd, f"{pool}.ln_q", 1e-5).expand(len(x), -1, -1)
+    source, biases = norm(x, sd, f"{pool}.ln_k", 1e-5), sd[f"{pool}.attn.in_proj_bias"].chunk(3)
+    query, key, value = (F.linear(s, w, b) for s, w, b in zip((queries, source, source), matrices, biases))
+    x = linear(attend(query, key, value, pooler_heads, torch.zeros(())), sd, f"{pool}.attn.out_proj")
+    return norm(x, sd, "visual.ln_post", 1e-5)
+
+
+def coca_text(sd: State, ids: torch.Tensor, heads: int, correct_cls_mask: bool = False) -> torch.Tensor:
+    """(texts, tokens + 1, width), [CLS] last; shorter texts than the table are not filled up here."""
+    x = torch.cat([sd["text.token_embedding.weight"][ids], sd["text.cls_emb"].expand(len(ids), 1, -1)], dim=1)
+    x = x + sd["text.positional_embedding"][: x.shape[1]]
+    row, column = torch.arange(x.shape[1])[:, None], torch.arange(x.shape[1])
+    valid = F.pad(ids != 0, (0, 1) if correct_cls_mask else (1, 0), value=True)
+    bias = torch.where((column <= row) & valid[:, None, None, :], 0.0, -torch.inf)
+    for index in range(layers_in(sd, "text.transformer.resblocks.")):
+        x = coca_block(x, sd, f"text.transformer.resblocks.{index}", heads, bias)
+    return x
+
+
+def coca(
+    sd: State, heads: dict[str, int], pixels: torch.Tensor, ids: torch.Tensor, correct_cls_mask: bool = False
+) -> dict[str, torch.Tensor]:
+    """Embeddings of images and texts (filled up with 0), and next-token logits.
+
+    `heads`: those of `vision`, `pooler`, `text` and `decoder`.
+    """
+    image = coca_image(sd, pixels, heads["vision"], heads["pooler"])
+    text = coca_text(sd, ids, heads["text"], correct_cls_mask)
+    x, causal = text[:, :-1], torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu(1)
+    for index in range(layers_in(sd, "text_decoder.resblocks.")):
+        x = coca_block(x, sd, f"text_decoder.resblocks.{index}", heads["decoder"], causal)
+        prefix = f"text_decoder.cross_attn.{index}"
+        x = coca_block(x, sd, prefix, heads["decoder"], torch.zeros(()), image[:, 1:])
+    cls = norm(text[:, -1], sd, "text.ln_final", 1e-5) @ sd["text.text_projection"]
+    return {
+        "image_embeds": F.normalize(image[:, 0] @ sd["visual.proj"], dim=-1),
+        "text_embeds": F.normalize(cls, dim=-1),
+        "logits": norm(x, sd, "text_decoder.ln_final", 1e-5) @ sd["text_decoder.text_projection"],
+    }

@@ -44,3 +44,17 @@ def test_torchscale_gives_the_same_embeddings_and_captions(tmp_path):
         assert (f"converted BEiT-3, {modality} embeddings, float32, per second: MoME", "torchscale") in compared
     for peer in ("unilm's loop", "unilm's loop uncached"):
         assert ("converted BEiT-3, captions of 20 tokens, batch 1, float32, per second: MoME", peer) in compared
+
+
+@pytest.mark.skipif(find_spec("open_clip") is None, reason="open_clip is a peer of the benchmarks alone")
+def test_open_clip_gives_the_same_embeddings_and_captions(tmp_path):
+    """The benchmark compares them before it times anything."""
+    results = tmp_path / "results.csv"
+    command = [sys.executable, "-m", "mome.benchmarks.coca", "--quick", "--rounds", "1", "--results", str(results)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with results.open(newline="") as file:
+        compared = {row["metric"] for row in csv.DictReader(file) if row["peer"] == "open_clip"}
+    captions = "greedy captions of 20 tokens, batch 8", "captions with 6 beams of 20 tokens, batch 1"
+    for what in ("image embeddings", *captions):
+        assert f"converted CoCa, {what}, float32, per second: CoCa" in compared

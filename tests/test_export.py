@@ -8,7 +8,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from models import pad_left, random_batch, tiny_captioner
+from models import pad_left, random_batch, tiny_captioner, tiny_coca
 from mome.export.modules import CaptionStep, ImageTower, TextTower
 
 SIZES, LENGTHS = (1, 3, 32), (2, 3, 9, 24)
@@ -255,3 +255,10 @@ def test_an_onnx_step_decodes_as_generate_does(variant, tmp_path):
         expected = captioner.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         chosen, _ = greedy(image, following, batch, captioner.config.num_image_tokens, 6)
         assert torch.equal(chosen, expected[:, -6:])
+
+
+@pytest.mark.parametrize("part", [ImageTower, TextTower, CaptionStep])
+def test_a_model_that_is_no_mome_is_refused(part):
+    captioner = tiny_coca()
+    with pytest.raises(ValueError, match="a model of type 'coca' can't be exported"):
+        part(captioner if part is CaptionStep else captioner.model)

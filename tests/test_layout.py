@@ -19,6 +19,7 @@ MANY_PARAMETERS: dict[tuple[str, str], str] = {
     ("cli.py", "embed"): "each is an option of the command",
     ("cli.py", "search"): "each is an option of the command",
     ("icons/compose.py", "compose_icons"): "an augmentation: its keywords are what a recipe may set",
+    ("modeling_coca.py", "forward"): "the keywords that transformers passes to a model that generates",
     ("modeling_mome.py", "forward"): "the keywords that transformers passes to a model that generates",
 }
 

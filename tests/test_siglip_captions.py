@@ -1,6 +1,7 @@
 """SigLIP learns to caption by the recipe `caption-siglip.yaml`: on icons, with a tiny model, in seconds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,10 @@ import yaml
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
+from mome.cards import SUMMARY
 from mome.convert.__main__ import main as convert
+from mome.publish import build_folder
+from mome.training.model import build_model
 from mome.training.recipe import Recipe
 from mome.training.trainer import main as train
 from siglip_models import IMAGES, SHAPES, save_siglip
@@ -105,3 +109,14 @@ def test_text_experts_may_learn_captions_themselves_while_images_follow_slowly(f
     contrastive = [record["contrastive"] for record in records if "contrastive" in record]
     assert contrastive[-1] < 0.9 * contrastive[0]  # the sigmoid loss, through texts alone
     assert captions(output) == NAMES
+
+
+def test_adapters_and_a_new_card_take_it_for_the_mome_that_it_is(frozen, tmp_path):
+    """In memory its config has a type of its own."""
+    _, output = frozen
+    recipe = {"checkpoint": str(output), "dataset": "icons", "output": str(tmp_path), "lora": {"r": 2}, **CI}
+    model, _ = build_model(Recipe.from_dict(recipe))
+    adapters = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert any("feed_forward.caption" in name for name in adapters)
+    bare = shutil.copytree(output, tmp_path / "bare", ignore=shutil.ignore_patterns("README.md"))
+    assert SUMMARY in (build_folder(bare, tmp_path / "published", "ada/captions") / "README.md").read_text()

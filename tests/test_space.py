@@ -155,7 +155,8 @@ def test_many_clients_at_a_time_get_the_answers_of_one(client, space, picture):
             assert found == alone[words]
 
 
-def test_the_load_test_asks_over_plain_http_for_the_same(space, client, picture):
+def test_the_load_test_asks_over_plain_http_for_the_same(space, client, picture, monkeypatch):
+    monkeypatch.setattr(load_test, "WORDS", ["cat", "dog", "a red dot"])  # which the tiny model's tokenizer knows
     plain = load_test.PlainClient(space.url)
     medians = load_test.measure_single(space.url, rounds=1)
     assert set(medians) == set(load_test.MIX) and all(value > 0 for value in medians.values())
@@ -168,6 +169,7 @@ def test_the_load_test_asks_over_plain_http_for_the_same(space, client, picture)
 
 def test_the_load_test_counts_what_was_answered_and_what_was_not(space, monkeypatch):
     monkeypatch.setattr(load_test, "MIX", {"search": 1, "classify": 1})
+    monkeypatch.setattr(load_test, "WORDS", ["cat", "dog", "a red dot"])
     load = load_test.Load(space.url, clients=2, seconds=2)
     assert abs(load.run(os.getpid())) < 10_000
     assert not load.failures and min(load.times["search"] + load.times["classify"]) > 0
@@ -248,7 +250,7 @@ def test_an_uploaded_name_can_not_smuggle_markup(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(b"")
     with pytest.raises(gr.Error) as caught:
-        uploads.read_picture({"path": str(path), "orig_name": "<img src=x onerror=alert(1)>.png"})
+        uploads.read_picture({"path": str(path), "orig_name": "<img src=x onerror=alert(1)>.png"}, drawing=None)
     assert "<img" not in caught.value.message and "&lt;img" in caught.value.message
 
 
@@ -257,10 +259,14 @@ def test_rotated_transparent_and_large_pictures_are_read(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "turned.jpg", exif=exif)
-    turned = engine.rgb(uploads.read_picture(str(tmp_path / "turned.jpg")))
+    turned = engine.rgb(uploads.read_picture(str(tmp_path / "turned.jpg"), engine.rgb))
     assert turned.height > turned.width and max(turned.size) <= uploads.LONGEST_SIDE
     Image.new("LA", (64, 64), (0, 0)).save(tmp_path / "clear.png")
-    assert engine.rgb(uploads.read_picture(str(tmp_path / "clear.png"))).getpixel((5, 5)) == (255, 255, 255)
+    assert engine.rgb(uploads.read_picture(str(tmp_path / "clear.png"), engine.rgb)).getpixel((5, 5)) == (
+        255,
+        255,
+        255,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- other refusals

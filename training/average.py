@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ..errors import first_line
-from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 
 
-def average(models: Sequence[MomeForConditionalGeneration], weights: Sequence[float]) -> MomeForConditionalGeneration:
+def average(models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:
     """The first model, with the weighted mean of all models' parameters and buffers.
 
     Args:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None):
         if not (folder / "config.json").exists():
             parser.error(f"{str(folder)!r} is no checkpoint: it has no config.json")
     try:
-        models = [MomeForConditionalGeneration.from_pretrained(folder) for folder in options.checkpoints]
+        models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in options.checkpoints]
         average(models, weights).save_pretrained(options.output)
     except ValueError as error:
         parser.error(first_line(error))

@@ -2,15 +2,19 @@
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..configuration_mome import MomeConfig
 from ..errors import RecipeError, first_line
+from ..families import FAMILIES, FAMILY_NAMES
 from ..modeling_mome import MomeForConditionalGeneration
 from ..processing_mome import MomeProcessor
 from .recipe import Recipe
 
-LORA_TARGETS = r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj"
+LORA_TARGETS = {
+    "mome": r".*attention\.(query_key_value|output)\.\w+|.*feed_forward\.\w+\.(up|down)_proj",
+    "coca": r".*attention\.(query_key_value|query|key_value|output)|.*feed_forward\.(up|down)_proj",
+}
 
 
 def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
@@ -21,7 +25,8 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
     """
     processor = load_processor(recipe.processor or recipe.checkpoint)
     if recipe.checkpoint is not None:
-        captioner = _load(MomeForConditionalGeneration, recipe.checkpoint, dtype=torch.float32)
+        captioner = _load(AutoModelForImageTextToText, recipe.checkpoint, dtype=torch.float32)
+        _check_family(captioner, recipe)
     else:
         captioner = MomeForConditionalGeneration(config_for(processor, dict(recipe.model)))
     if recipe.gradient_checkpointing:
@@ -32,11 +37,21 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
         import peft
 
         try:
-            lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS} | recipe.lora)
+            lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS[type(captioner.config).model_type]} | recipe.lora)
             captioner = peft.get_peft_model(captioner, lora)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"lora={recipe.lora}: {error}") from None
     return captioner, processor
+
+
+def _check_family(captioner: nn.Module, recipe: Recipe):
+    kind = type(captioner.config).model_type
+    if kind not in FAMILIES:
+        raise RecipeError(f"{recipe.checkpoint!r} is of type {kind!r}, not {FAMILY_NAMES}")
+    if kind == "coca" and recipe.image_dropout:
+        raise RecipeError(
+            f"image_dropout={recipe.image_dropout}: CoCa writes no captions without an image, set it to 0"
+        )
 
 
 def load_processor(path: str) -> MomeProcessor:

@@ -60,14 +60,12 @@ class PairModel(nn.Module):
     """A captioner's forward pass for training: both embeddings, caption loss and routing of a chunk of pairs.
 
     Args:
-        captioner: a `MomeForConditionalGeneration`, or peft's wrapper of one.
+        captioner: a `MomeForConditionalGeneration` or a `CocaForConditionalGeneration`, or peft's wrapper of one.
         label_smoothing: of the caption loss.
         image_dropout: share of the rows whose caption is learnt a second time, without the image.
         captions: whether captions are learnt at all.
         pixel_scale: what makes pixel values of batches that hold uint8 pixels.
     """
-
-    _no_split_modules = ["MomeLayer"]  # the unit that FSDP shards
 
     def __init__(
         self,
@@ -79,6 +77,7 @@ class PairModel(nn.Module):
     ):
         super().__init__()
         self.captioner = captioner
+        self._no_split_modules = captioner._no_split_modules  # the unit that FSDP shards
         # Where the `MomeModel` is: peft puts a captioner two modules deeper.
         projection = next(name for name, _ in captioner.named_modules() if name.endswith("model.image_projection"))
         self.embedder_path = projection.rpartition(".")[0]

@@ -52,22 +52,24 @@ def _is_reached(name: str, recipe: Recipe, own_captions: bool) -> bool:
     """`own_captions`: captions have experts of their own."""
     if re.search(r"\.joint\.|joint_projection|mask_token|multimodal_pooler|matching_head", name):
         return False
-    if not recipe.contrastive_weight and re.search(r"(image|text)_projection|image_pooling|logit_(scale|bias)", name):
+    embeds = r"(image|text)_projection|image_pooling|logit_(scale|bias)|text_norm|text_embedding\.cls_token"
+    if not recipe.contrastive_weight and re.search(embeds, name):
         return False
     if own_captions and not (recipe.contrastive_weight or recipe.teacher) and ".text." in name:
         return False
-    return bool(recipe.caption_weight) or not re.search(r"lm_head|\.caption\.", name)
+    return bool(recipe.caption_weight) or not re.search(r"lm_head|\.caption\.|decoder\.(layers|norm)\.", name)
 
 
 def depth_of(name: str, num_layers: int) -> int:
-    """0 for embeddings, 1 … num_layers for the layers, num_layers + 1 for everything above them."""
+    """0 for embeddings, 1 … num_layers for the layers, num_layers + 1 for all above them, a decoder included."""
     if layer := re.search(r"encoder\.layers\.(\d+)\.", name):
         return int(layer.group(1)) + 1
     return 0 if re.search(r"(image|text)_embedding\.|position_bias", name) else num_layers + 1
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe, num_layers: int) -> list[dict]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """AdamW's groups: a rate per depth (layer-wise decay) and pattern; no weight decay for vectors and positions."""
+    num_layers = max(depth_of(name, 0) for name, _ in model.named_parameters())  # of the encoder, the deeper of two
     groups: dict[tuple[int, bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -81,9 +83,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe, num_layers: int) -> list[
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, num_layers: int, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        parameter_groups(model, recipe, num_layers),
+        parameter_groups(model, recipe),
         betas=tuple(recipe.betas),
         eps=1e-6,  # CLIP's for its ViT towers: second moments of rare words are tiny
         fused=device.type in ("cpu", "cuda"),

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from ..configuration_mome import MomeConfig
 from ..modeling_mome import MomeForConditionalGeneration
@@ -48,6 +49,13 @@ def _dense(config: MomeConfig) -> MomeConfig:
     dense["intermediate_size"] = inner * (config.experts_per_token + config.shared_expert)
     own = {name: getattr(config, name) for name in MomeConfig.__annotations__}
     return MomeConfig(**own | dense)
+
+
+def image_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Tokens of an image, width, and inner width of the feed-forwards that they go through."""
+    if config.model_type == "coca":
+        return config.grid_size**2 + 1, config.vision_hidden_size, config.vision_intermediate_size
+    return config.num_image_tokens, config.hidden_size, config.intermediate_size
 
 
 def gemm_rate(rows: int, width: int, inner: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -41,7 +41,7 @@ from .model import build_model, captioner_name, give_scalars_a_dimension
 from .objective import LOSSES, PairModel, StepLosses, Totals, backward
 from .optimisation import MovingAverage, build_optimizer, clamp_logit_scale, freeze_parameters, set_learning_rates
 from .recipe import Recipe
-from .speed import Speed, flops_per_pair, gemm_rate
+from .speed import Speed, flops_per_pair, gemm_rate, image_sizes
 from .stop import StopSignal
 
 logger = get_logger(__name__)
@@ -130,13 +130,13 @@ class Trainer:
             self.steps = math.ceil(recipe.epochs * len(Batches(self.rows, self.collator, self.shard, recipe.seed)))
 
     def _prepare(self):
-        recipe, accelerator, config = self.recipe, self.accelerator, self.captioner.config
+        recipe, accelerator = self.recipe, self.accelerator
         captions = bool(recipe.caption_weight)
         scale = pixel_scale(self.processor.image_processor)
         model = PairModel(self.captioner.train(), recipe.label_smoothing, recipe.image_dropout, captions, scale)
         if accelerator.distributed_type == DistributedType.FSDP:
             give_scalars_a_dimension(model)
-        optimizer = build_optimizer(model, recipe, config.num_hidden_layers, accelerator.device)
+        optimizer = build_optimizer(model, recipe, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if recipe.compile:  # Accelerate's own option is lost where a process has had another Accelerator before
             self.model.compile()
@@ -249,8 +249,9 @@ class Trainer:
         image_dropout = recipe.image_dropout if captions else 0.0
         flops = flops_per_pair(self.plain_captioner, self.text_tokens, captions, image_dropout)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-        rows = min(recipe.chunk_size or recipe.batch_size // accelerator.num_processes, 256) * config.num_image_tokens
-        gemm = gemm_rate(rows, config.hidden_size, config.intermediate_size, accelerator.device, dtype)
+        images = min(recipe.chunk_size or recipe.batch_size // accelerator.num_processes, 256)
+        tokens, width, inner = image_sizes(config)
+        gemm = gemm_rate(images * tokens, width, inner, accelerator.device, dtype)
         return Speed(recipe.batch_size, flops, gemm * accelerator.num_processes, self.progress.step)
 
     def _count_bad(self, batch: Batch, totals: Totals):

@@ -91,7 +91,7 @@ class Engine:
     """A captioner and its processor, safe to use from several threads.
 
     Args:
-        model: `MomeForConditionalGeneration`, in eval mode.
+        model: `MomeForConditionalGeneration` or `CocaForConditionalGeneration`, in eval mode.
         processor: its `MomeProcessor`.
     """
 
@@ -223,12 +223,12 @@ class Engine:
         with self._tokenizing:
             tokenizer = self.processor.tokenizer
             words = [tokenizer.decode([id]).strip() or tokenizer.convert_ids_to_tokens(id) for id in ids]
-        image, text = self._experts(self._routed_pass(inputs), self.config.num_image_tokens, len(ids))
         patches = [
             f"row {index // self.config.grid_size + 1}, column {index % self.config.grid_size + 1}"
             for index in range(self.config.grid_size**2)
         ]
         patches = ["[CLS]", *patches][-self.config.num_image_tokens :]  # not every model has a [CLS]
+        image, text = self._experts(self._routed_pass(inputs), len(patches), len(ids))
         return RoutedTokens("image", patches, *image), RoutedTokens("text", words, *text)
 
     def _routed_pass(self, inputs: dict[str, torch.Tensor]) -> Any:

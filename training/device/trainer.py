@@ -172,8 +172,7 @@ class DeviceTrainer:
         for parameter in self._unreached():
             parameter.requires_grad_(False)
         self.parameters = [each for each in self.captioner.parameters() if each.requires_grad]
-        layers = self.captioner.config.num_hidden_layers
-        self.optimizer = build_optimizer(self.captioner, recipe, layers, self.device)
+        self.optimizer = build_optimizer(self.captioner, recipe, self.device)
         self.average = MovingAverage(self.captioner, recipe.ema_decay)
         self.sums = torch.zeros(len(StepLosses._fields), device=self.device)
         self.relative_sum = torch.zeros((), device=self.device)  # of contrastive losses, each as a share of ln(batch)
