@@ -164,7 +164,7 @@ def _check_fit(config: PreTrainedConfig, processor: MomeProcessor):
         raise ValueError(f"the processor makes images of {sides[0]}×{sides[1]}, image_size is {config.image_size}")
 
 
-def _copy_export(onnx: Path, model: MomeModel | MomeForConditionalGeneration, folder: Path):
+def _copy_export(onnx: Path, model: PreTrainedModel, folder: Path):
     """Copies the ONNX files and the image processor's second config; each file must be whole and of this model."""
     files = sorted((onnx / "onnx").glob("*.onnx"))
     if not files or not (onnx / "preprocessor_config.json").is_file():
