@@ -528,8 +528,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
-        if inputs.input_ids is not None and (inputs.cache is None or not inputs.cache.get_seq_length()):
-            inputs.attention_mask = text_mask(self.config, inputs.input_ids, inputs.attention_mask)
+        inputs.find_padding(self.config)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:
