@@ -137,6 +137,13 @@ class CaptionInputs:
     image_tokens_in_input: bool | None = None
     image_tokens: int | None = None
 
+    def find_padding(self, config: MomeConfig):
+        """The mask of texts that come without one; only where a call begins them, as a later one can't tell."""
+        if self.attention_mask is not None or self.input_ids is None:  # a graph can't branch on a cache's length
+            return
+        if self.cache is None or not self.cache.get_seq_length():
+            self.attention_mask = text_mask(config, self.input_ids, None)
+
 
 class CaptionContext:
     """The tokens of one call of the captioner, split into image and text.

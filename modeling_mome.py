@@ -444,8 +444,10 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head.decoder = value
 
-    logit_scale = property(lambda self: self.model.logit_scale, doc="(), log of the inverse temperature")
-    logit_bias = property(lambda self: self.model.logit_bias, doc="(), of the sigmoid objective, else `None`")
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """(), log of the inverse temperature, as `MomeModel` has it."""
+        return self.model.logit_scale
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See `MomeModel.get_image_features`."""
@@ -526,9 +528,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def _caption_context(self, inputs: CaptionInputs) -> CaptionContext:
         if inputs.pixel_values is not None:
             check_pixel_values(self.config, inputs.pixel_values)
-        if inputs.input_ids is not None and inputs.attention_mask is None:
-            if inputs.cache is None or not inputs.cache.get_seq_length():  # else a mask covers what the cache holds
-                inputs.attention_mask = text_mask(self.config, inputs.input_ids, None)
+        inputs.find_padding(self.config)
         image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
         context = CaptionContext(self.config, image_embedding, inputs)
         if inputs.input_ids is not None:
