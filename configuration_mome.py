@@ -133,7 +133,7 @@ class MomePublishedConfig:
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:
                 hint = did_you_mean(key, fields, f"see the {name} docstring for the known keys")
-                raise ValueError(f"unknown {name} key {key!r} (value {kwargs[key]!r}): {hint}")
+                raise ValueError(f"unknown {name} key {quoted(key)} (value {quoted(kwargs[key])}): {hint}")
 
     def _check_positive(self, names: str):
         for name in names.split():
@@ -143,7 +143,7 @@ class MomePublishedConfig:
     def _check_activation(self):
         if self.hidden_act not in ACT2FN:
             hint = did_you_mean(self.hidden_act, ACT2FN, "choose a key of transformers.activations.ACT2FN")
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not known: {hint}")
+            raise ValueError(f"hidden_act={quoted(self.hidden_act)} is not known: {hint}")
 
 
 @strict
@@ -298,7 +298,7 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     def from_size(cls, size: str, **overrides) -> "MomeConfig":
         """A config of one of the named sizes (`tiny`, `small`, `base`, `large`); `overrides` win over the table."""
         if size not in MOME_SIZES:
-            raise ValueError(f"unknown size {size!r}: choose one of {', '.join(MOME_SIZES)}")
+            raise ValueError(f"unknown size {quoted(size)}: choose one of {', '.join(MOME_SIZES)}")
         return cls(**{**MOME_SIZES[size], **overrides})
 
     def check(self):

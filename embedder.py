@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding
 from transformers.utils import logging
 
-from .configuration_mome import MomeConfig
+from .configuration_mome import MomeConfig, quoted
 from .data.images import read_image, to_pixel_values
 from .errors import MomeError, first_line
 from .families import FAMILIES, FAMILY_NAMES
@@ -205,7 +205,7 @@ class Embedder:
         texts = texts if isinstance(texts, (list, tuple)) else list(texts)  # a column, a generator
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not (allow_blank or text.strip()):
-                raise MomeError(f"text {number} is {text!r}: pass a text of at least one word")
+                raise MomeError(f"text {number} is {quoted(text)}: pass a text of at least one word")
         parts = [torch.zeros(0, self.dimension)]
         options = long_texts, on_cut, allow_blank
         for inputs in self.token_batches(texts, batch_size, "embedding texts", progress, *options):
@@ -293,7 +293,7 @@ class Embedder:
         Args, Raises: as for `embed_texts`; the warning comes after the last batch.
         """
         if long_texts not in LONG_TEXTS:
-            raise MomeError(f"long_texts={long_texts!r}: choose {' or '.join(map(repr, LONG_TEXTS))}")
+            raise MomeError(f"long_texts={quoted(long_texts)}: choose {' or '.join(map(repr, LONG_TEXTS))}")
         limit, cut, number = self.longest_text, 0, 0
         for some in batches_of(texts, batch_size, what, progress):
             inputs, too_long = tokenize_texts(self.processor.tokenizer, list(some), limit)

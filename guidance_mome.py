@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .captioning_mome import is_image_token
-from .configuration_mome import MomeConfig, did_you_mean
+from .configuration_mome import MomeConfig, did_you_mean, quoted
 from .inputs_mome import text_tokens
 
 GUIDANCE_PRESETS: dict[str, dict[str, Any]] = {
@@ -106,13 +106,13 @@ class MomeGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and lowest <= value <= highest and value < math.inf):
                 bound = f"from {lowest} to {highest}" if highest < math.inf else f"of at least {lowest}"
-                raise ValueError(f"{name}={value!r} must be a number {bound}")
+                raise ValueError(f"{name}={quoted(value)} must be a number {bound}")
         for name in ("contrastive_top_k", "rerank_candidates"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value == int(value) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+                raise ValueError(f"{name}={quoted(value)} must be an integer of at least 1")
         if self.output_cosine not in (None, True, False):
-            raise ValueError(f"output_cosine={self.output_cosine!r} must be True or False")
+            raise ValueError(f"output_cosine={quoted(self.output_cosine)} must be True or False")
         beams = self.num_beams
         if self.reranks and not self.do_sample and (beams or 1) == 1:
             self.num_beams = self.num_return_sequences  # re-ranking will ask for as many
@@ -166,7 +166,7 @@ def guidance_options(guidance: str | Iterable[str] | dict[str, Any] | None) -> d
 def _check_choice(what: str, name: Any, choices: list[str]):
     if name not in choices:
         hint = did_you_mean(name, choices, f"choose from {', '.join(choices)}")
-        raise ValueError(f"unknown {what} {name!r}: {hint}")
+        raise ValueError(f"unknown {what} {quoted(name)}: {hint}")
 
 
 # ------------------------------------------------------------------------------------------- texts from input_ids

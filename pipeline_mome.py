@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .configuration_mome import quoted
 from .guidance_mome import guidance_options
 from .inputs_mome import Pictures, pictures_of
 from .losses_mome import pair_scores
@@ -120,7 +121,7 @@ class _NamedPictures(Pictures):
 
 def _check_on_error(on_error: str | None):
     if on_error not in (None, "raise", "skip"):
-        raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'skip'")
+        raise ValueError(f"on_error={quoted(on_error)}: choose 'raise' or 'skip'")
 
 
 def _given(**options) -> dict[str, Any]:
@@ -181,14 +182,14 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise ValueError(
-                f"unknown option {next(iter(unknown))!r} of image-captioning: options of generate() go into "
+                f"unknown option {quoted(next(iter(unknown)))} of image-captioning: options of generate() go into "
                 "generate_kwargs={...}"
             )
         _check_on_error(on_error)
         if prompt is not None:
             self._check_prompt(prompt)
         if num_captions is not None and (not isinstance(num_captions, int) or num_captions < 1):
-            raise ValueError(f"num_captions={num_captions!r} must be an integer of at least 1")
+            raise ValueError(f"num_captions={quoted(num_captions)} must be an integer of at least 1")
         forward = _given(
             num_captions=num_captions,
             guidance=None if guidance is None else guidance_options(guidance),
@@ -199,7 +200,7 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
 
     def _check_prompt(self, prompt: Any):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt={prompt!r} is of type {type(prompt).__name__}: pass a string")
+            raise ValueError(f"prompt={quoted(prompt)} is of type {type(prompt).__name__}: pass a string")
         inputs, cut = tokenize_texts(self.processor.tokenizer, [prompt], self.longest_text)
         if prompt.strip() and wordless_texts(self.processor.tokenizer, inputs["input_ids"].tolist()):
             raise ValueError(no_words(prompt, "prompt"))
@@ -321,7 +322,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise ValueError(
-                f"unknown option {next(iter(unknown))!r} of open-vocabulary-image-classification: it takes "
+                f"unknown option {quoted(next(iter(unknown)))} of open-vocabulary-image-classification: it takes "
                 "candidate_labels, templates, top_k and on_error; labels that are too long are cut without being asked"
             )
         if hypothesis_template is not None:
@@ -333,9 +334,9 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
         for template in templates or ():
             if not isinstance(template, str) or "{}" not in template:
-                raise ValueError(f"template {template!r} has no {{}} where the label goes")
+                raise ValueError(f"template {quoted(template)} has no {{}} where the label goes")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k={top_k!r} must be an integer of at least 1")
+            raise ValueError(f"top_k={quoted(top_k)} must be an integer of at least 1")
         after = _given(candidate_labels=labels, top_k=top_k)
         return _given(on_error=on_error), _given(candidate_labels=labels, templates=templates), after
 
@@ -416,10 +417,10 @@ def _checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
         raise ValueError("candidate_labels is empty: pass the labels to choose from")
     for label in labels:
         if not isinstance(label, str) or not label.strip():
-            raise ValueError(f"label {label!r} is no text")
+            raise ValueError(f"label {quoted(label)} is no text")
     twice = next((label for label, count in Counter(labels).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"label {twice!r} is given twice: the probabilities would be shared between the two")
+        raise ValueError(f"label {quoted(twice)} is given twice: the probabilities would be shared between the two")
     return labels
 
 

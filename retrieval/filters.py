@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..configuration_mome import quoted
 from ..errors import RetrievalError, first_line, unknown_name
 from .metadata import is_number
 
@@ -55,7 +56,9 @@ def parse_where(where: Where | None, columns: list[str]) -> tuple[Condition, ...
     if where is None:
         return ()
     if not isinstance(where, Mapping):
-        raise RetrievalError(f"where={where!r} is of type {type(where).__name__}: pass a dict from columns to values")
+        raise RetrievalError(
+            f"where={quoted(where)} is of type {type(where).__name__}: pass a dict from columns to values"
+        )
     conditions = []
     for column, wanted in where.items():
         if column not in columns:
@@ -72,14 +75,14 @@ def _operator_for(wanted: Any) -> str:
 
 def _condition(column: str, symbol: str, value: Any) -> Condition:
     if symbol not in OPERATORS:
-        raise RetrievalError(f"filter on {column!r}: operator {symbol!r} is not one of {', '.join(OPERATORS)}")
+        raise RetrievalError(f"filter on {column!r}: operator {quoted(symbol)} is not one of {', '.join(OPERATORS)}")
     if symbol == "in":
         if not isinstance(value, (list, tuple, set, frozenset, range)) or not len(value):
-            raise RetrievalError(f"filter on {column!r}: {value!r} is not a list of values")
+            raise RetrievalError(f"filter on {column!r}: {quoted(value)} is not a list of values")
         value = tuple(sorted(value, key=str)) if isinstance(value, (set, frozenset)) else tuple(value)
     for each in value if symbol == "in" else (value,):
         if isinstance(each, (Mapping, list, tuple, set)) or (each is None and symbol not in ("==", "!=")):
-            raise RetrievalError(f"filter on {column!r}: {each!r} can't be compared with {symbol!r}")
+            raise RetrievalError(f"filter on {column!r}: {quoted(each)} can't be compared with {quoted(symbol)}")
     return Condition(column, symbol, value)
 
 
@@ -93,14 +96,16 @@ def parse_expressions(expressions: list[str], types: Mapping[str, pa.DataType]) 
     for expression in expressions:
         match = re.fullmatch(r"\s*([^=<>!]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.*?)\s*", expression)
         if match is None:
-            raise RetrievalError(f"filter {expression!r}: write COLUMN=VALUE, COLUMN=VALUE,VALUE or COLUMN>=VALUE")
+            raise RetrievalError(
+                f"filter {quoted(expression)}: write COLUMN=VALUE, COLUMN=VALUE,VALUE or COLUMN>=VALUE"
+            )
         column, symbol, value = match.groups()
         if column not in types:
             raise unknown_name(column, types, "the table, for a filter,")
         symbol = "==" if symbol == "=" else symbol
         values = [_typed(column, each.strip(), types[column]) for each in value.split(",")]
         if len(values) > 1 and symbol != "==":
-            raise RetrievalError(f"filter {expression!r}: {symbol} takes a single value")
+            raise RetrievalError(f"filter {quoted(expression)}: {symbol} takes a single value")
         where.setdefault(column, {}).update({"in": values} if len(values) > 1 else {symbol: values[0]})
     return where
 
@@ -109,7 +114,7 @@ def _typed(column: str, text: str, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(text).cast(kind).as_py()
     except pa.ArrowException:
-        raise RetrievalError(f"filter on {column!r}: {text!r} is not of its type, {kind}") from None
+        raise RetrievalError(f"filter on {column!r}: {quoted(text)} is not of its type, {kind}") from None
 
 
 def matching_rows(conditions: tuple[Condition, ...], table: pa.Table) -> np.ndarray:
@@ -133,7 +138,7 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
         else:
             mask = COMPARISONS[condition.operator](column, pa.scalar(condition.value).cast(column.type))
     except (pa.ArrowException, TypeError) as error:
-        reason = f"{condition.value!r} doesn't fit: {first_line(error)}"
+        reason = f"{quoted(condition.value)} doesn't fit: {first_line(error)}"
         raise RetrievalError(f"filter on {condition.column!r} of type {column.type}: {reason}") from None
     return pc.fill_null(mask, False).to_numpy().astype(bool)
 

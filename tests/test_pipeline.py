@@ -237,6 +237,20 @@ def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
     assert "bad.png" in results[1][0]["error"] and len(results[0]) == 2
 
 
+def test_a_long_value_is_cut_in_an_error(checkpoint, caption, images):
+    classify, long = pipeline("open-vocabulary-image-classification", model=str(checkpoint)), "dog " * 5000
+    for wrong in (
+        lambda: classify(images[0], candidate_labels=[long, long]),
+        lambda: classify(images[0], candidate_labels=["dog", "cat"], templates=long),
+        lambda: caption(images[0], on_error=long),
+        lambda: caption(long),
+        lambda: caption(f"data:image/png;base64,{'A' * 9000}"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            wrong()
+        assert 0 < len(str(raised.value)) < 400 and "\n" not in str(raised.value)
+
+
 def test_a_saved_pipeline_has_its_processor_and_every_task(checkpoint, caption, images, tmp_path):
     caption.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
