@@ -147,6 +147,14 @@ cli.main()
 """
 
 
+@pytest.fixture
+def ctrl_c():
+    """Commands take Ctrl-C, also where the tests run as a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -154,7 +162,7 @@ cli.main()
         (("embed", "pictures", "-o", "t.parquet"), "mome: interrupted; run the same command again to resume"),
     ],
 )
-def test_ctrl_c_is_one_line(arguments, line, tmp_path):
+def test_ctrl_c_is_one_line(arguments, line, tmp_path, ctrl_c):
     command = [sys.executable, "-c", WAITING, *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
@@ -163,7 +171,7 @@ def test_ctrl_c_is_one_line(arguments, line, tmp_path):
     assert errors == f"{line}\n" and not output and process.returncode == commands.INTERRUPTED
 
 
-def test_ctrl_c_while_python_still_imports_is_one_line():
+def test_ctrl_c_while_python_still_imports_is_one_line(ctrl_c):
     process = start("--help", PYTHONUNBUFFERED="1", PYTHONVERBOSE="1")
     for line in process.stderr:  # -v tells of every import
         if b"import 'torch" in line:
