@@ -302,10 +302,17 @@ def load_rgb_image(image: Any, name: str = "image", svg_side: int = SVG_SIDE) ->
     source = image.get("path") if isinstance(image, dict) else image
     source = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", None)
     if isinstance(source, (str, os.PathLike)) and source:
-        name = f"{name} ({quoted(os.fspath(source))})"
+        name = f"{name} ({_shown(source)})"
     elif not isinstance(image, dict):
         name = f"{name} ({type(image)})"
     raise ValueError(f"{name}: {reason if len(reason) <= 200 else reason[:199] + '…'}")
+
+
+def _shown(source: str | os.PathLike) -> str:
+    """A path as an error shows it: whole if it is one, else its last 80 characters, in which a file has its name."""
+    text = os.fspath(source)
+    whole = len(text) <= 80 or isinstance(source, os.PathLike) or os.path.isfile(text)
+    return repr(text if whole else f"…{text[-79:]}")
 
 
 def load_images(images: Any, svg_side: int = SVG_SIDE) -> list[Image.Image]:

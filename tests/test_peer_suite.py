@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.testing_utils import torch_device
 
 import peer_suite
-from builders import build_processor
+from builders import WORDS, build_processor, build_tokenizer
 from mome import MomeConfig, MomeForConditionalGeneration, MomeModel, MomeProcessor
 from mome.modeling_mome import MomePreTrainedModel
 
@@ -298,4 +298,7 @@ class ProcessorTest(SkippedHere, processing.ProcessorTesterMixin, unittest.TestC
 
     @classmethod
     def _setup_from_components(cls):
-        return build_processor(image_size=TINY["image_size"], max_length=200)
+        words = [*WORDS.split(), "lower", "newer", "upper", "older", "longer", "string"]  # those that the mixin says
+        processor = build_processor(image_size=TINY["image_size"], max_length=200)
+        processor.tokenizer = build_tokenizer(words, 200)
+        return processor
