@@ -444,10 +444,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head.decoder = value
 
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        """(), log of the inverse temperature, as `MomeModel` has it."""
-        return self.model.logit_scale
+    logit_scale = property(lambda self: self.model.logit_scale, doc="(), log of the inverse temperature")
+    logit_bias = property(lambda self: self.model.logit_bias, doc="(), of the sigmoid objective, else `None`")
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See `MomeModel.get_image_features`."""
