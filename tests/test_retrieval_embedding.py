@@ -129,8 +129,8 @@ def test_links_lead_to_each_file_once_and_dead_ones_are_counted(tmp_path, embedd
     assert [row["id"] for row in bad] == dead and "No such file" in bad[1]["error"]
     assert (report.images, report.bad) == (7, 3)
     assert "7 images embedded, 3 could not be read" in str(report)
-    assert report.left_out == {"links to what is listed already": 5}
-    assert "; left out: 5 links to what is listed already;" in str(report)
+    assert report.left_out == {"links to what is listed already": 5, ".md files": 1}
+    assert "; left out: 5 links to what is listed already" in str(report) and "1 .md files" in str(report)
     (folder / "dead.png").unlink()
     report = embed_corpus(folder, tmp_path / "table.parquet", embedder, **QUIET)
     assert (report.images, report.bad, report.resumed, report.dropped) == (7, 2, 7, 0)
