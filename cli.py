@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,6 +158,18 @@ def embed(
 
         report = embed_with_daft(source, output, checkpoint(model), runner=daft, max_concurrency=workers, **options)
     print(str(report))
+    if report.bad:
+        _name_unreadable(report.output)
+
+
+def _name_unreadable(table: Path, shown: int = 5):
+    """The first of the items that could not be read, with the reason; all are in the file that the report names."""
+    from .retrieval.format import unreadable_file
+
+    with unreadable_file(table).open(encoding="utf-8") as lines:
+        for line in islice(lines, shown):
+            item = json.loads(line)
+            print(f"mome: {item['id']}: {item['error']}", file=sys.stderr)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import time
 import datasets
 import pytest
 import typer.main
+from PIL import Image
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -132,6 +133,19 @@ def test_a_reader_that_stops_ends_the_command_quietly(folder):
     process = start("classify", *pictures, *LABELS, "--model", folder / "model")
     process.stdout.close()  # before the first line: one that is read may be followed by the rest at once
     assert process.stderr.read() == b"" and process.wait() == commands.UNREAD
+
+
+def test_embed_names_the_first_five_files_that_it_could_not_read(folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8), "red").save(pictures / "good.png")
+    for number in range(7):
+        (pictures / f"bad-{number}.png").write_bytes(b"no picture")
+    process = start("embed", pictures, "--output", tmp_path / "table.parquet", "--model", folder / "model")
+    output, errors = (each.decode() for each in process.communicate())
+    named = [line for line in errors.splitlines() if line.startswith("mome: ")]
+    assert named == [f"mome: bad-{number}.png: not an image that Pillow can read" for number in range(5)]
+    assert "7 could not be read (see " in output and process.returncode == 0
 
 
 WAITING = """
