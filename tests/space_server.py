@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from app import build_demo, launch
-from builders import SPECIAL_TOKENS, WORDS, build_processor
+from builders import SPECIAL_TOKENS, WORDS, build_processor, build_tokenizer
 from models import tiny_captioner
 from mome_space.engine import Engine
 from mome_space.gallery import GALLERY_FILE, Gallery, Index
@@ -40,11 +40,15 @@ def small_gallery(folder: Path) -> Gallery:
 
 def tiny_engine(**overrides: Any) -> Engine:
     """A routed model of two layers that sees 4 × 4 patches, and whose captions are words of its tokenizer alone."""
-    vocabulary = len(SPECIAL_TOKENS) + len(WORDS.split())
+    words = [*WORDS.split(), "circus", "tent"]  # which the page's examples say
+    vocabulary = len(SPECIAL_TOKENS) + len(words)
     model = tiny_captioner("dense", image_size=32, vocab_size=vocabulary, **{**ROUTED, **overrides})
     end = model.config.eos_token_id
     model.generation_config.suppress_tokens = [id for id in range(len(SPECIAL_TOKENS)) if id != end]
-    return Engine(model, build_processor(image_size=32, max_length=model.config.max_position_embeddings))
+    longest = model.config.max_position_embeddings
+    processor = build_processor(image_size=32, max_length=longest)
+    processor.tokenizer = build_tokenizer(words, longest)
+    return Engine(model, processor)
 
 
 def tiny_index(folder: Path, engine: Engine) -> Index:
