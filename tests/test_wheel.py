@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRA_REQUIREMENTS = PROJECT["project"]["optional-dependencies"]
 # Rooms that a clone has and the wheel hasn't: they need files that are not installed.
-NOT_INSTALLED = {"benchmarks", "checkpoints", "docs", "samples", "space", "tests"}
+NOT_INSTALLED = {"benchmarks", "checkpoints", "docs", "samples", "space", "space-static", "tests"}
 
 
 @pytest.fixture(scope="module")
