@@ -206,7 +206,7 @@ class CaptionContext:
             )
 
     def _refuse_image_tokens_later(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
-        """In a compiled graph that takes all tokens for text: an error when it runs, if they aren't (not in torch 2.11)."""
+        """For a compiled graph that takes all tokens for text: an error when it runs if not (torch 2.11: none)."""
         first = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
         is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
         is_run = is_image.sum(dim=1) >= min(self.config.num_image_tokens, first.shape[1])
