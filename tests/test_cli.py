@@ -268,7 +268,7 @@ def test_transformers_verbosity_is_obeyed(wanted, monkeypatch):
         (["/usr/bin/mome", "embed"], ["python", "/usr/bin/mome", "embed"], "mome"),
         (["-m", "mome"], ["python", "-m", "pytest", "mome"], None),
         (["train.py", "-m"], ["python", "train.py", "-m"], None),
-        (["/work/mome.py"], ["python", "/work/mome.py"], None),
+        (["/code/mome.py"], ["python", "/code/mome.py"], None),
         (["-c"], ["python", "-c", "import mome"], None),
     ],
 )
