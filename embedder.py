@@ -220,7 +220,10 @@ class Embedder:
     def wordless(self, texts: Sequence[str]) -> list[int]:
         """The numbers of the texts without a word that the tokenizer knows: `embed_texts` refuses them."""
         batches = self.token_batches(texts, on_cut=lambda count: None)
-        rows = [ids for inputs in batches for ids in inputs["input_ids"].tolist()]
+        return self.wordless_rows([ids for inputs in batches for ids in inputs["input_ids"].tolist()])
+
+    def wordless_rows(self, rows: Sequence[list[int]]) -> list[int]:
+        """As `wordless`, of texts that are ids already."""
         return wordless_texts(self.processor.tokenizer, rows)
 
     # ----------------------------------------------------------------------------------------------- captions

@@ -103,9 +103,8 @@ class MomeGenerationMixin(GenerationMixin):
 
     def _check_drafts(self, options: MomeGenerationConfig, kwargs: dict):
         """transformers hands the ids to a draft model, but no image: no draft would be accepted."""
-        for name in (
-            ("assistant_early_exit",) if self.drafts_see_image else ("assistant_model", "assistant_early_exit")
-        ):
+        refused = {"assistant_early_exit"} | (set() if self.drafts_see_image else {"assistant_model"})
+        for name in sorted(refused):
             if kwargs.get(name) is not None or getattr(options, name, None) is not None:
                 raise ValueError(
                     f"{name} drafts captions without seeing the image: leave it out, or pass prompt_lookup_num_tokens"

@@ -75,12 +75,11 @@ def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int
 
     All images go through the model together, and so do all texts; `on_cut` is as in `Embedder.embed_texts`.
     """
-    images, image_places, texts, text_places = [], [], [], []
+    images, image_places, text_places = [], [], []
     for place, item in enumerate(items):
         if item.error is not None:
             continue
         if item.modality == "text":
-            texts.append(item.text)
             text_places.append(place)
             continue
         pixels, item.error = _pixels_of(item, embedder)
@@ -90,12 +89,33 @@ def embed_items(items: Sequence[Item], embedder: Embedder, on_cut: Callable[[int
     embeddings = torch.zeros(len(items), embedder.dimension)
     if images:
         embeddings[image_places] = embed_pixels(torch.cat(images), embedder)
-    for number in reversed(embedder.wordless(texts)):
-        items[text_places.pop(number)].error = "no word that the tokenizer knows"
-        del texts[number]
-    if texts:
-        embeddings[text_places] = embedder.embed_texts(texts, on_cut=on_cut)
+    if text_places:
+        _embed_texts([items[place] for place in text_places], text_places, embeddings, embedder, on_cut)
     return embeddings
+
+
+def _embed_texts(
+    items: Sequence[Item],
+    places: Sequence[int],
+    embeddings: torch.Tensor,
+    embedder: Embedder,
+    on_cut: Callable[[int], Any] | None,
+):
+    """Writes the embeddings of texts to their places; one without a known word gets an `error`, and keeps its zeros.
+
+    Each text is tokenized once: that takes about as long as the model does.
+    """
+    start = 0
+    for inputs in embedder.token_batches([item.text for item in items], on_cut=on_cut):
+        rows = inputs["input_ids"].tolist()
+        embedded = embedder.embed_tokens(inputs)
+        wordless = set(embedder.wordless_rows(rows))
+        for number, place in enumerate(places[start : start + len(rows)]):
+            if number in wordless:
+                items[start + number].error = "no word that the tokenizer knows"
+            else:
+                embeddings[place] = embedded[number]
+        start += len(rows)
 
 
 def columns_of(items: Sequence[Item], schema: pa.Schema) -> dict[str, list]:
