@@ -101,10 +101,7 @@ def _embed_texts(
     embedder: Embedder,
     on_cut: Callable[[int], Any] | None,
 ):
-    """Writes the embeddings of texts to their places; one without a known word gets an `error`, and keeps its zeros.
-
-    Each text is tokenized once: that takes about as long as the model does.
-    """
+    """Writes embeddings of texts to their places; one without a known word gets an `error`, and keeps its zeros."""
     start = 0
     for inputs in embedder.token_batches([item.text for item in items], on_cut=on_cut):
         rows = inputs["input_ids"].tolist()
