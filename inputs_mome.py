@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .configuration_mome import MomeConfig
+from .configuration_mome import MomeConfig, listed
 
 
 def check_pixel_values(config: MomeConfig, pixel_values: torch.Tensor):
@@ -297,12 +297,12 @@ def _is_column(images: Any) -> bool:
 
 def _pictures_of_data_set(data: Any) -> Pictures | Iterator:
     if isinstance(data, dict):
-        raise ValueError(f"this is a dict of splits, {', '.join(data)}: pass one of them")
+        raise ValueError(f"this is a dict of splits, {listed(data)}: pass one of them")
     features = data.features or {}
     names = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
     column = (names or ["image"])[0]
     if features and column not in features:
-        raise ValueError(f"the data set has no column of images among {', '.join(features)}: pass one, data['...']")
+        raise ValueError(f"the data set has no column of images among {listed(features)}: pass one, data['...']")
     if names:
         data = data.cast_column(column, type(features[column])(decode=False))
     if hasattr(data, "__len__"):

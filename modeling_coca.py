@@ -44,6 +44,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .captioning_mome import MomeCache, additive_mask, cached_image_tokens, prepare_prompt
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_coca import CocaConfig
+from .configuration_mome import quoted
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig, eos_token_ids
 from .inputs_mome import (
@@ -551,8 +552,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         """
         if options.guidance_scale not in (None, 1):
             raise ValueError(
-                f"guidance_scale={options.guidance_scale!r} compares with a caption without an image, which CoCa "
-                "can't write: use rerank_weight or contrastive_weight"
+                f"guidance_scale={quoted(options.guidance_scale)} compares with a caption without an image, which "
+                "CoCa can't write: use rerank_weight or contrastive_weight"
             )
         pixel_values, ids, embeds = (kwargs.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
         prompt, mask = ids if embeds is None else embeds, kwargs.get("attention_mask")

@@ -12,6 +12,7 @@ import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_coca import COCA_SIZES, CocaConfig
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence
 from ..processing_mome import MomeProcessor
 from . import operations
@@ -169,16 +170,16 @@ def read_config(path: Path) -> UpstreamConfig:
         found = UpstreamConfig(path, dict(model), dict(content.get("preprocess_cfg") or {}))
         parts = {name: dict(model[name]) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")}
     except FileNotFoundError:
-        raise ConversionError(f"config {path} does not exist: pass open_clip's {CONFIG_FILE}") from None
+        raise ConversionError(f"config {shortened(path)} does not exist: pass open_clip's {CONFIG_FILE}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else first_sentence(error)
+        reason = f"it has no {shortened(error.args[0])}" if isinstance(error, KeyError) else first_sentence(error)
         raise ConversionError(f"config {path} is not that of an open_clip CoCa: {reason}") from error
     for name, part in parts.items():
         for key, value in part.items():
             if key in FIXED and value != FIXED[key]:
-                raise ConversionError(f"config {path}: {name} has {key}={value!r}, which no published CoCa has")
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which no published CoCa has")
             if key not in FIXED and key not in SIZED and key not in IGNORED:
-                raise ConversionError(f"config {path}: {name} has {key}={value!r}, which is not known")
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which is not known")
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..configuration_mome import quoted
 from ..errors import RetrievalError
 from .filters import Condition, Where, matching_rows, parse_where
 from .format import RESERVED_COLUMNS
@@ -83,7 +84,7 @@ class Index(ABC):
         """
         queries = checked_queries(queries, self.table.dimension)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise RetrievalError(f"top_k={top_k!r} must be an integer of at least 1")
+            raise RetrievalError(f"top_k={quoted(top_k)} must be an integer of at least 1")
         conditions = parse_where(where, [name for name in self.table.rows.column_names if name != "embedding"])
         if not len(queries):
             return queries.new_zeros(0, top_k), torch.zeros(0, top_k, dtype=torch.int64)

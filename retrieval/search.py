@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..configuration_mome import quoted
 from ..embedder import Embedder
 from ..errors import RetrievalError, missing_package
 from ..onnx_embedder import load_embedder
@@ -37,14 +38,14 @@ def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:
     """
     if isinstance(index, Index):
         if index.table.dimension != table.dimension or len(index.table) != len(table):
-            raise RetrievalError(f"the index is one of {index.table!r}, not of {table!r}")
+            raise RetrievalError(f"the index is one of {index.table}, not of {table}")
         return index
     if index == "exact":
         return ExactIndex(table)
     if isinstance(index, Path) or isinstance(index, str) and (index.endswith(".db") or "://" in index):
         return _open_milvus(table, index)
     raise RetrievalError(
-        f"index={index!r}: pass 'exact', a path that ends in .db, http://host:port of Milvus, or an open index"
+        f"index={quoted(index)}: pass 'exact', a path that ends in .db, http://host:port of Milvus, or an open index"
     )
 
 
@@ -52,7 +53,7 @@ def _open_milvus(table: EmbeddingTable, uri: str | Path) -> Index:
     try:
         from .milvus import MilvusIndex
     except ModuleNotFoundError as error:
-        raise RetrievalError(f"index={str(uri)!r}: {missing_package(error, 'milvus')}") from None
+        raise RetrievalError(f"index={quoted(uri)}: {missing_package(error, 'milvus')}") from None
     return MilvusIndex(table, uri)
 
 
@@ -141,7 +142,7 @@ class Searcher:
         if len(given) != 1:
             raise RetrievalError(f"pass one of text, image and id, not {' and '.join(given) or 'nothing'}")
         if modality not in (None, *MODALITIES):
-            raise RetrievalError(f"modality={modality!r}: choose 'image' or 'text'")
+            raise RetrievalError(f"modality={quoted(modality)}: choose 'image' or 'text'")
         if modality is not None:
             where = {**(where or {}), "modality": modality}
         ((kind, value),) = given.items()

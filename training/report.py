@@ -1,6 +1,7 @@
 """What a run writes down: its log, contact sheets, and the model card at the end."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,6 @@ def write_card(
         },
         figures=[Figure(name, *figure) for name, values in figures.items() for figure in values.items()],
         # A folder of this machine says nothing to the Hub, which takes `base_model` for a repository.
-        metadata={"base_model": None if Path(recipe.checkpoint or ".").exists() else recipe.checkpoint, **given},
+        metadata={"base_model": None if os.path.exists(recipe.checkpoint or ".") else recipe.checkpoint, **given},
     )
     (folder / "README.md").write_text(text_of(card), encoding="utf-8")
