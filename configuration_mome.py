@@ -116,7 +116,7 @@ def shortened(value: Any, limit: int = 80) -> str:
 def listed(names: Iterable[Any], most: int = 10) -> str:
     """The first of some names, separated by commas, and how many more there are."""
     names = list(names)
-    shown = ", ".join(shortened(name, 40) for name in names[:most])
+    shown = shortened(", ".join(shortened(name) for name in names[:most]), 400)
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 

@@ -174,7 +174,7 @@ def _read(dataset: str, split: str, options: dict[str, Any], streaming: bool) ->
         return datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise DataError(f"data set {quoted(dataset)} is not there: {first_line(error)}") from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DataError(f"data set {quoted(dataset)}, split {quoted(split)}: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"data set {quoted(dataset)} can't be read: {first_line(error.__cause__ or error)}") from None
