@@ -133,7 +133,20 @@ def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | Non
         raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
 
 
-def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None):
+def check_labels(
+    labels: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    loss_options: dict[str, Any],
+):
+    """Refuses labels that don't fit, and their number without them, as transformers' `Trainer` passes it."""
+    if labels is None:
+        if loss_options.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "num_items_in_batch without labels: Trainer's label_smoothing_factor has taken them and would compare "
+                "each token with itself: set it to 0; for a compute_loss_func set model.accepts_loss_kwargs = False"
+            )
+        return
     if pixel_values is None:
         raise ValueError(f"labels of shape {tuple(labels.shape)} without images: pass pixel_values as well")
     if input_ids is None:

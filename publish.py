@@ -165,10 +165,9 @@ def _check_fit(config: PreTrainedConfig, processor: MomeProcessor):
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(config, name):
-            raise ValueError(
-                f"{name} is {getattr(tokenizer, name)} in the tokenizer, {getattr(config, name)} in the config"
-            )
+        own, given = getattr(tokenizer, name), getattr(config, name)
+        if own not in given if isinstance(given, (list, tuple)) else own != given:  # several may end a caption
+            raise ValueError(f"{name} is {own} in the tokenizer, {quoted(given)} in the config")
     crop = getattr(processor.image_processor, "crop_size", None)
     size = crop if getattr(processor.image_processor, "do_center_crop", False) and crop else size
     sides = (size.get("height"), size.get("width")) if hasattr(size, "get") else (size.height, size.width)
