@@ -377,11 +377,11 @@ def _read(name: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
         raise _cache_error(error) or RetrievalError(f"{quoted(name)} is not there: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
-        raise RetrievalError(f"{quoted(name)} can't be read: {first_line(error.__cause__ or error)}") from None
+        raise RetrievalError(f"{shortened(name)} can't be read: {first_line(error.__cause__ or error)}") from None
     except RetrievalError:
         raise
     except (ValueError, *READING_ERRORS) as error:
-        raise _cache_error(error) or RetrievalError(f"{quoted(name)} can't be read: {first_line(error)}") from None
+        raise _cache_error(error) or RetrievalError(f"{shortened(name)} can't be read: {first_line(error)}") from None
 
 
 def _cache_error(error: Exception) -> RetrievalError | None:
