@@ -117,7 +117,7 @@ def _typed(column: str, text: str, kind: pa.DataType) -> Any:
         return pa.scalar(text).cast(kind).as_py()
     except pa.ArrowException:
         raise RetrievalError(
-            f"filter on {quoted(column)}: {quoted(text)} is not of its type, {shortened(kind)}"
+            f"filter on {quoted(column)}: {quoted(text)} is not of its type, {shortened(str(kind))}"
         ) from None
 
 
@@ -144,7 +144,7 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
     except (pa.ArrowException, TypeError) as error:
         reason = f"{quoted(condition.value)} doesn't fit: {first_line(error)}"
         raise RetrievalError(
-            f"filter on {quoted(condition.column)} of type {shortened(column.type)}: {reason}"
+            f"filter on {quoted(condition.column)} of type {shortened(str(column.type))}: {reason}"
         ) from None
     return pc.fill_null(mask, False).to_numpy().astype(bool)
 

@@ -158,7 +158,7 @@ def read_info(path: Path) -> tuple[TableInfo, pa.Schema]:
         )
     kind = schema.field("embedding").type
     if not _is_list(kind) or not pa.types.is_floating(kind.value_type):
-        raise RetrievalError(f"{path}: column 'embedding' is of type {shortened(kind)}, not a list of floats")
+        raise RetrievalError(f"{path}: column 'embedding' is of type {shortened(str(kind))}, not a list of floats")
     return _info_of(path, schema), schema
 
 
