@@ -122,7 +122,7 @@ def listed(names: Iterable[Any], most: int = 10) -> str:
 
 def _cut(value: Any, limit: int) -> str:
     if isinstance(value, (str, os.PathLike)):
-        text = os.fsdecode(value)
+        text = str(os.fsdecode(value))  # of a subclass, such as NumPy's, the plain text
         if limit < len(text) <= LONGEST_PATH and os.path.lexists(text):
             return text
     else:

@@ -4,6 +4,7 @@ tokens stand.
 
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .configuration_mome import MomeConfig, listed
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is an integer of at least 1, NumPy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def check_pixel_values(config: MomeConfig, pixel_values: torch.Tensor):

@@ -276,6 +276,11 @@ def open_corpus(source: str | Path | Rows, options: CorpusOptions) -> Corpus:
     name, left_out = "", {}
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         data = source
+    elif not isinstance(source, (str, os.PathLike)):
+        raise RetrievalError(
+            f"source={quoted(source)} is of type {type(source).__name__}: pass a folder, a file, a Hub id or a data "
+            "set, such as datasets.Dataset.from_dict(...)"
+        )
     else:
         name = str(Path(source).resolve()) if os.path.exists(source) else str(source)
         data, left_out = _read(name, options.split, options.streaming)

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ..configuration_mome import quoted
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError
+from ..inputs_mome import is_count
 from ..onnx_embedder import load_embedder
 from ..texts_mome import warn_of_cut_texts
 from .corpus import Corpus, CorpusOptions, CorpusRow, Rows, open_corpus, records_of
@@ -84,7 +85,7 @@ def embed_corpus(
         MomeError: a model that can't be loaded.
     """
     for name, value in (("batch_size", batch_size), ("part_rows", part_rows), ("workers", workers or 1)):
-        if not isinstance(value, int) or value < 1:
+        if not is_count(value):
             raise RetrievalError(f"{name}={quoted(value)} must be an integer of at least 1")
     (corpus_options,) = records_of(options, "embed_corpus", CorpusOptions)
     corpus = open_corpus(source, corpus_options)

@@ -8,7 +8,7 @@ conditions must hold. A comparison with a missing value is false.
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -63,10 +63,19 @@ def parse_where(where: Where | None, columns: list[str]) -> tuple[Condition, ...
     for column, wanted in where.items():
         if column not in columns:
             raise unknown_name(column, columns, "the table, for a filter,")
+        wanted = plain_values(wanted)
         pairs = wanted if isinstance(wanted, Mapping) else {_operator_for(wanted): wanted}
         for symbol, value in pairs.items():
             conditions.append(_condition(column, symbol, value))
     return tuple(conditions)
+
+
+def plain_values(value: Any) -> Any:
+    """Python's own values of NumPy, pandas, Arrow or torch; anything else as it is."""
+    for name in ("to_pylist", "as_py", "tolist"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value
 
 
 def _operator_for(wanted: Any) -> str:
@@ -78,12 +87,13 @@ def _condition(column: str, symbol: str, value: Any) -> Condition:
         raise RetrievalError(
             f"filter on {quoted(column)}: operator {quoted(symbol)} is not one of {', '.join(OPERATORS)}"
         )
+    value = plain_values(value)
     if symbol == "in":
         if not isinstance(value, (list, tuple, set, frozenset, range)) or not len(value):
             raise RetrievalError(f"filter on {quoted(column)}: {quoted(value)} is not a list of values")
         value = tuple(sorted(value, key=str)) if isinstance(value, (set, frozenset)) else tuple(value)
     for each in value if symbol == "in" else (value,):
-        if isinstance(each, (Mapping, list, tuple, set)) or (each is None and symbol not in ("==", "!=")):
+        if not isinstance(each, Hashable) or isinstance(each, tuple) or (each is None and symbol not in ("==", "!=")):
             raise RetrievalError(f"filter on {quoted(column)}: {quoted(each)} can't be compared with {quoted(symbol)}")
     return Condition(column, symbol, value)
 
@@ -141,7 +151,7 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
             mask = pc.is_in(column, value_set=pa.array(condition.value).cast(column.type))
         else:
             mask = COMPARISONS[condition.operator](column, pa.scalar(condition.value).cast(column.type))
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         reason = f"{quoted(condition.value)} doesn't fit: {first_line(error)}"
         raise RetrievalError(
             f"filter on {quoted(condition.column)} of type {shortened(str(column.type))}: {reason}"
@@ -160,4 +170,4 @@ def _check_order(condition: Condition, kind: pa.DataType):
         )
 
 
-__all__ = ["OPERATORS", "Condition", "Where", "matching_rows", "parse_expressions", "parse_where"]
+__all__ = ["OPERATORS", "Condition", "Where", "matching_rows", "parse_expressions", "parse_where", "plain_values"]

@@ -113,7 +113,7 @@ def settings_of(corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
     }
     if "text" in corpus.modalities:
         settings["longest_text"] = embedder.longest_text
-        settings["tokenizer"] = digest_of([tokenizer(text)["input_ids"] for text in PROBES])
+        settings["tokenizer"] = digest_of([tokenizer(text, verbose=False)["input_ids"] for text in PROBES])
     if "image" in corpus.modalities:
         settings |= images
     return json.loads(json.dumps(settings, default=str))

@@ -112,9 +112,9 @@ def expression_for(conditions: tuple[Condition, ...], table: EmbeddingTable) -> 
     parts = []
     for condition in conditions:
         if condition.column not in fields:
-            kind = table.column(condition.column).type
+            kind = shortened(str(table.column(condition.column).type))
             raise RetrievalError(
-                f"filter on {quoted(condition.column)}: Milvus has no type for {shortened(str(kind))}; use index='exact'"
+                f"filter on {quoted(condition.column)}: Milvus has no type for {kind}; use index='exact'"
             )
         parts.append(_expression(condition, *fields[condition.column], table.column(condition.column).type))
     return " and ".join(parts)
