@@ -185,26 +185,6 @@ def check_number_of_labels(num_items: int | torch.Tensor | None):
         )
 
 
-if not hasattr(torch.ops.mome, "passed_on_unless"):  # a checkpoint's copy of this file may have been loaded before
-
-    @torch.library.custom_op("mome::passed_on_unless", mutates_args=())
-    def _passed_on_unless(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
-        torch._assert_async(~wrong.any(), problem)
-        return values.clone()
-
-    @_passed_on_unless.register_fake
-    def _(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
-        return torch.empty_like(values)
-
-
-def passed_on_unless(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
-    """The same values, or in a compiled graph a RuntimeError once it runs where anything is `wrong`.
-
-    The host waits for nothing. A bare assertion is not enough: compilers drop what no result depends on.
-    """
-    return torch.ops.mome.passed_on_unless(wrong, values, problem)
-
-
 def image_places(config: MomeConfig, kept_patches: torch.Tensor) -> torch.Tensor:
     """Places of patches in the grid (images, kept) → of tokens in the image, `[CLS]` first if there is one."""
     return F.pad(kept_patches + 1, (1, 0)) if config.image_cls_token else kept_patches

@@ -87,7 +87,10 @@ def load_pairs(
     """
     files = [str(path) for path in files]
     options = {"data_files": {"train": files}}
-    rows, _ = load_rows("parquet", "train", options, True, image_column, text_column)
+    try:
+        rows, _ = load_rows("parquet", "train", options, True, image_column, text_column)
+    except DataError as error:
+        raise DataError(f"{listed(files, 3)}: {error}") from None
     pairs = list(itertools.islice(pairs_of(rows, image_column, text_column), limit))
     if not pairs:
         raise DataError(f"no image with a text in {listed(files, 3)}")

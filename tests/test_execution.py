@@ -11,6 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
+from mome.compatibility_mome import is_exporting
 from mome.kernels_mome import FEW_ROWS, MomeLinear, matmul_attention_forward
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -69,6 +70,21 @@ def test_whoever_asks_for_attentions_gets_them(variant):
         close(seen[0][:, keep], seen[1][:, keep])
     half = captioner.bfloat16().model.get_image_features(batch["pixel_values"].bfloat16(), output_attentions=True)
     assert len(half.attentions) == captioner.config.num_hidden_layers
+
+
+def test_compiling_is_no_export():
+    """Otherwise what is compiled would take the experts of an export, and leave out what is checked when it runs."""
+
+    class Asked(torch.nn.Module):
+        def forward(self, numbers):
+            return numbers + 1 if is_exporting() else numbers
+
+    numbers = torch.zeros(2)
+    torch.compiler.reset()
+    assert torch.compile(Asked(), backend="eager", fullgraph=True)(numbers).tolist() == [0, 0]
+    for strict in (True, False):
+        assert torch.export.export(Asked(), (numbers,), strict=strict).module()(numbers).tolist() == [1, 1]
+    assert not is_exporting()
 
 
 def flash_like(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
