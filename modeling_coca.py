@@ -399,8 +399,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
                 position table, an id beyond the vocabulary, images of a wrong size.
         """
         options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-        self._check(input_ids, inputs_embeds, image_tokens_in_input)
-        check_labels(labels, input_ids, pixel_values, options)
+        self._check(input_ids, inputs_embeds, pixel_values, labels, options, image_tokens_in_input)
         if attention_mask is None and input_ids is not None and (cache is None or not cache.get_seq_length()):
             attention_mask = text_mask(self.config, input_ids, None)
         use_cache = use_cache and labels is None
@@ -426,11 +425,12 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             **losses,
         )
 
-    def _check(self, input_ids, inputs_embeds, image_tokens_in_input: bool | None):
+    def _check(self, input_ids, inputs_embeds, pixel_values, labels, options, image_tokens_in_input: bool | None):
         if image_tokens_in_input:
             raise ValueError("image_tokens_in_input=True: CoCa has no places for an image in input_ids, leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
+        check_labels(labels, input_ids, pixel_values, options)
         if input_ids is not None:
             check_vocabulary(input_ids, self.model.vocabulary)
 
