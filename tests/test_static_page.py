@@ -460,6 +460,7 @@ def test_a_browser_without_simd_is_told_so(browser, url):
 )
 def test_a_failed_download_is_told(browser, url, fault, told):
     context = browser.new_context(service_workers="block")
+    context.add_init_script("Object.defineProperty(navigator, 'hardwareConcurrency', {value: 3})")  # for two threads
     page = context.new_page()
     pattern = "**/text_model*"
     page.route(pattern, lambda route: route.abort() if fault == "abort" else route.fulfill(**fault))
@@ -474,6 +475,7 @@ def test_a_failed_download_is_told(browser, url, fault, told):
         search(page, "umbrella")
         assert names(page)[0] == "umbrella"
         expect(problem).to_be_hidden()
+        assert len(page.workers) == 2  # and the second thread
     context.close()
 
 
