@@ -10,7 +10,7 @@ import { Captions } from "./captions.js";
 import { Downloads, FailedDownload, forget } from "./download.js";
 import { Engine } from "./engine.js";
 import { Gallery } from "./gallery.js";
-import { readPicture } from "./pictures.js";
+import { readPicture, typed } from "./pictures.js";
 import { toPixelValues } from "./pixels.js";
 import { missingFeature } from "./support.js";
 import { Refusal, shortened } from "./texts.js";
@@ -242,7 +242,8 @@ async function searchPicture(file) {
 /** The button that has what is asked for described; null where nothing can be. */
 function description(question) {
   if (!captions) return null;
-  return describeBox(async (report) => captions.describe(await pixelValues(question), report), captions.missingBytes());
+  const describe = async (report) => captions.describe(await pixelValues(question), report);
+  return describeBox(describe, () => captions.missingBytes());
 }
 
 async function pixelValues(question) {
@@ -259,7 +260,7 @@ function showAsked(question) {
   if (image.src.startsWith("blob:") && image.dataset.own) URL.revokeObjectURL(image.src);
   box.hidden = kind !== "picture" && kind !== "icon";
   if (box.hidden) return;
-  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(file);
+  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(typed(file));
   image.dataset.own = kind === "icon" ? "" : "1";
   const name = kind === "icon" ? gallery.icon(index).name : shortened(file.name || "your picture");
   find("div", box).replaceChildren(element("p", {}, name), description(question) ?? "");

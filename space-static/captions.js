@@ -13,12 +13,13 @@ export class Captions {
     Object.assign(this, { engine, towers, settings: manifest.captions, files: manifest.files });
     this.file = manifest.files[DECODER];
     this.loading = null; // a promise, which everyone waits for who asks meanwhile
+    this.isLoaded = false;
     this.reports = new Set();
   }
 
   /** How many bytes a visitor still has to download. */
   async missingBytes() {
-    const isHere = this.loading !== null || (await globalThis.caches?.match(addressOf(this.file)));
+    const isHere = this.isLoaded || (await globalThis.caches?.match(addressOf(this.file)));
     return isHere ? 0 : this.file.bytes;
   }
 
@@ -50,5 +51,6 @@ export class Captions {
     downloads.expect(DECODER);
     const [graph] = await Promise.all([downloads.bytes(DECODER), this.towers]);
     await this.engine.loadCaptions({ graph, settings: this.settings });
+    this.isLoaded = true;
   }
 }

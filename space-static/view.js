@@ -149,35 +149,40 @@ function copyButton(label, text) {
   return letCopy(element("button", { type: "button" }), label, text);
 }
 
-/** A button that has a picture described, and what came of it: `describe(report)` does it, `missing` bytes before. */
-export function describeBox(describe, missing) {
+/**
+ * A button that has a picture described, and what came of it.
+ *
+ * @param describe does it, and tells `report` of the download.
+ * @param missingBytes promises how many bytes that will be.
+ */
+export function describeBox(describe, missingBytes) {
   const label = element("span", {}, "Describe this picture");
   const size = element("small");
   const button = element("button", { type: "button" }, symbol("describe"), label, size);
-  const bar = element("progress", { max: 1, value: 0, hidden: true, "aria-label": "Loading what writes captions" });
+  const bar = element("progress", { max: 1, value: 0, hidden: true, "aria-label": "Loading what writes descriptions" });
   const words = element("p", { "aria-live": "polite", "aria-atomic": "true" });
+  const say = (text, kind = "") => Object.assign(words, { textContent: text, className: kind });
+  const looking = () => say("Looking at it …");
   const megabytes = (bytes) => Math.max(1, Math.round(bytes / 1e6));
-  missing.then((bytes) => bytes && (size.textContent ||= `${megabytes(bytes)} MB, once`));
   const report = (done, all) => {
     bar.hidden = done >= all;
     bar.value = done / all;
     size.textContent = bar.hidden ? "" : `${megabytes(done)} of ${megabytes(all)} MB`;
+    if (bar.hidden) looking();
   };
+  missingBytes().then((bytes) => (size.textContent = bytes ? `${megabytes(bytes)} MB, once` : ""));
   button.onclick = async () => {
     if (button.getAttribute("aria-disabled") === "true") return;
     button.setAttribute("aria-disabled", "true"); // it keeps the focus
-    words.className = "";
-    words.textContent = "Looking at it …";
     try {
+      if (await missingBytes()) say("Loading what writes descriptions …");
+      else looking();
       const { text } = await describe(report);
-      words.className = "said";
-      words.textContent = text ? `The model sees “${text}”` : "The model finds no words for it.";
+      say(text ? `The model sees “${text}”` : "The model finds no words for it.", "said");
       if (text) letCopy(button, "Copy description", text);
       else button.remove();
     } catch (error) {
-      words.className = "failed";
-      const hint = error instanceof FailedDownload ? " Is there a network?" : "";
-      words.textContent = `No description: ${error.message}.${hint}`;
+      say(`No description: ${error.message}.${error instanceof FailedDownload ? " Is there a network?" : ""}`, "failed");
       label.textContent = "Try again";
       size.textContent = "";
     }
