@@ -47,7 +47,7 @@ class MomeLinear(nn.Linear):
         if self.has_few_rows(inputs):
             outputs = linear_of_few_rows(inputs.reshape(-1, inputs.shape[-1]), self.weight, self.bias)
             return outputs.view(*inputs.shape[:-1], -1)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], None)
+        return _onednn_linear(inputs, self.weight, self.bias)
 
     def chooses_kernel(self, inputs: torch.Tensor) -> bool:
         """Whether this is a plain product on a CPU. Compilers choose for themselves, as do weights of other types."""
@@ -55,9 +55,7 @@ class MomeLinear(nn.Linear):
             return False
         if type(self.weight) is not nn.Parameter or torch.is_autocast_enabled("cpu"):
             return False
-        if not self.weight.device.type == inputs.device.type == "cpu" or self.weight.dtype != inputs.dtype:
-            return False
-        return has_onednn(inputs.dtype) and inputs.numel() > 0
+        return self.weight.device == inputs.device and self.weight.dtype == inputs.dtype and _has_kernels(inputs)
 
     def has_few_rows(self, inputs: torch.Tensor) -> bool:
         """Whether the product waits for the weights, in the only precision in which their order matters."""
@@ -88,20 +86,33 @@ def activated_linear(linear: nn.Module, act_fn: nn.Module, inputs: torch.Tensor)
     rows: 1.1 to 1.5 times as fast with the tanh form in bfloat16, 1.2 to 1.4 in float32; 1.03 to 1.3 with the exact
     one.
     """
-    if _fuses(linear, act_fn, inputs):
-        how = GELUS[type(act_fn).__name__]
-        return torch.ops.mkldnn._linear_pointwise(inputs, linear.weight, linear.bias, "gelu", [], how)
-    return act_fn(linear(inputs))
-
-
-def _fuses(linear: nn.Module, act_fn: nn.Module, inputs: torch.Tensor) -> bool:
-    """Whether nobody but this file has a say in what the two modules compute, and one pass is quicker."""
-    if type(linear) is not MomeLinear or type(act_fn).__name__ not in GELUS:
-        return False
+    gelu = _gelu_of(act_fn)
+    if gelu is None or type(linear) is not MomeLinear or _is_watched(linear):
+        return act_fn(linear(inputs))
     if not linear.chooses_kernel(inputs) or linear.has_few_rows(inputs):
-        return False
-    own = (linear, act_fn)
-    return not any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in own)
+        return act_fn(linear(inputs))
+    return _onednn_linear(inputs, linear.weight, linear.bias, gelu)
+
+
+def _onednn_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
+) -> torch.Tensor:
+    attribute = "none" if gelu is None else "gelu"
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, attribute, [], gelu)
+
+
+def _gelu_of(act_fn: nn.Module) -> str | None:
+    """What oneDNN calls it, if it is a GELU and nothing else."""
+    return None if _is_watched(act_fn) else GELUS.get(type(act_fn).__name__)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else has a say in what it computes: a hook, offloading."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _has_kernels(inputs: torch.Tensor) -> bool:
+    return inputs.device.type == "cpu" and inputs.numel() > 0 and has_onednn(inputs.dtype)
 
 
 @functools.cache
@@ -218,15 +229,25 @@ def sorted_experts_forward(
     expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
     inverse = order.argsort()
     tokens_per_expert = F.one_hot(expert_ids, experts.num_experts).sum(dim=0)
-    # (tokens, width) → (tokens · k, width), sorted by expert
-    rows = hidden_states.to(dtype)[:, None].expand(-1, k, -1).reshape(tokens * k, -1)
-    rows = permute_rows(rows, order, inverse)
-    inner = grouped_linear(rows, experts.up_proj.to(dtype), experts.up_proj_bias.to(dtype), tokens_per_expert)
-    inner = experts.act_fn(inner).to(dtype)
+    rows = _rows_of_experts(hidden_states.to(dtype), order, inverse, k)
+    up = experts.up_proj.to(dtype), experts.up_proj_bias.to(dtype)
+    gelu = _gelu_of(experts.act_fn) if not _needs_operators() and _has_kernels(rows) else None
+    if gelu is not None:
+        inner = _grouped_products(rows, *up, tokens_per_expert, True, gelu)
+    else:
+        inner = experts.act_fn(grouped_linear(rows, *up, tokens_per_expert)).to(dtype)
     outputs = grouped_linear(inner, experts.down_proj.to(dtype), experts.down_proj_bias.to(dtype), tokens_per_expert)
     # back in the order of the tokens: (tokens, k, width), weighted and summed over k
     outputs = permute_rows(outputs, inverse, order).unflatten(0, (tokens, k))
     return (outputs * top_k_weights[..., None].to(dtype)).sum(dim=1).to(hidden_states.dtype)
+
+
+def _rows_of_experts(hidden_states: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, k: int) -> torch.Tensor:
+    """(tokens, width) → (tokens · k, width), each token k times, sorted by expert."""
+    if not _needs_operators():
+        return hidden_states.index_select(0, order // k)
+    rows = hidden_states[:, None].expand(-1, k, -1).reshape(len(order), -1)
+    return permute_rows(rows, order, inverse)
 
 
 def grouped_linear(
@@ -245,9 +266,7 @@ def grouped_linear(
     """
     if _needs_operators():
         return torch.ops.mome.grouped_linear(inputs, weight, bias, tokens_per_expert)
-    waits_for_weights = inputs.device.type == "cpu" and inputs.dtype == torch.float32
-    few = FEW_ROWS_OF_AN_EXPERT if waits_for_weights else 0
-    return _grouped_products(inputs, weight, bias, tokens_per_expert, few)
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, quick=_has_kernels(inputs))
 
 
 def permute_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -286,22 +305,31 @@ def _wants_standard_sizes(inputs: torch.Tensor) -> bool:
 def _grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor
 ) -> torch.Tensor:
-    return _grouped_products(inputs, weight, bias, tokens_per_expert, few=0)
+    return _grouped_products(inputs, weight, bias, tokens_per_expert, quick=False)
 
 
 def _grouped_products(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, tokens_per_expert: torch.Tensor, few: int
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    quick: bool,
+    gelu: str | None = None,
 ) -> torch.Tensor:
-    """`grouped_linear`; experts with up to `few` rows are computed by `linear_of_few_rows`."""
+    """`grouped_linear`, or with `gelu` the GELU of it, see `GELUS`. With `quick`, by the kernels for outputs only."""
     outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+    few = FEW_ROWS_OF_AN_EXPERT if quick and inputs.dtype == torch.float32 else 0
     for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
+        matrix, shift = weight[expert], bias[expert]
         if end - start <= few:
-            outputs[start:end] = linear_of_few_rows(inputs[start:end], weight[expert], bias[expert])
+            products = linear_of_few_rows(inputs[start:end], matrix, shift)
+            outputs[start:end] = products if gelu is None else F.gelu(products, approximate=gelu)
+        elif quick:
+            outputs[start:end] = _onednn_linear(inputs[first:last], matrix, shift, gelu)[start - first : end - first]
         elif (first, last) == (start, end):
-            torch.addmm(bias[expert], inputs[start:end], weight[expert].T, out=outputs[start:end])
+            torch.addmm(shift, inputs[start:end], matrix.T, out=outputs[start:end])
         else:
-            window = F.linear(inputs[first:last], weight[expert], bias[expert])
-            outputs[start:end] = window[start - first : end - first]
+            outputs[start:end] = F.linear(inputs[first:last], matrix, shift)[start - first : end - first]
     return outputs
 
 
