@@ -32,7 +32,7 @@ class MomeLinear(nn.Linear):
     """`nn.Linear` that is quicker on a CPU for the few rows of a decoding step: a token of some captions or beams.
 
     Measured on an AMD EPYC with 2 threads in float32, for layers of a ViT-B and a vocabulary of 49,408: 1.3 to 1.9
-    times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times for 8 to 32. With 1 thread on another EPYC, for
+    times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times for 8 to 32. With 1 thread on another, for
     layers of width 512: 1.2 to 2.3 times for one row, 1 to 2.6 times for 2, 0.6 to 1.5 times for 4, then slower.
     """
 
