@@ -162,11 +162,12 @@ def test_other_parts_that_do_not_fit_are_named(folder, tmp_path, capsys):
     assert "is a file: pass a folder" in refused(folder / "config.json", capsys)
 
 
-def test_without_a_tokenizer_images_are_embedded(folder):
+def test_without_a_tokenizer_images_are_embedded(folder, capsys):
     output = folder.parent / "out"
     (folder / "spiece.model").unlink()
     command = ["siglip", "--checkpoint", str(folder), "--output", str(output), "--no-tokenizer"]
     assert main(command) == 0
+    assert "guesses" not in capsys.readouterr().out  # config.json has the special tokens
     model = AutoModel.from_pretrained(output)
     assert model.get_image_features(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
     assert "pipeline_tag: image-feature-extraction" in (output / "README.md").read_text()
