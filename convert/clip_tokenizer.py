@@ -66,16 +66,14 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
     try:
         vocabulary, merges = _read(path)
         _check(path, vocabulary, merges)
-        start, end = (next(name for name in names if name in vocabulary) for names in (START, END))
+        start, end = (next((name for name in names if name in vocabulary), None) for names in (START, END))
+        if start is None or end is None:
+            raise ConversionError(f"tokenizer {path} is not CLIP's, it has no {START[1]} and {END[1]}: pass {HINT}")
         highest = max(vocabulary.values())
         # Checks that the vocabulary has all that the merges make.
         model = models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, unk_token=end)
     except ConversionError:
         raise
-    except StopIteration:
-        raise ConversionError(
-            f"tokenizer {path} is not CLIP's, it has no {START[1]} and {END[1]}: pass {HINT}"
-        ) from None
     except Exception as error:  # not JSON, not gzip, other fields
         raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
     if highest >= vocab_size:
