@@ -60,11 +60,16 @@ class MomeCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
-        """Give each beam the cache of the beam that it goes on from, room included."""
+        """Give each beam the cache of the beam that it goes on from; the room behind it holds nothing to be copied."""
         length = self.get_seq_length()
         if not self._has_room_for(length):
             return super().reorder_cache(beam_idx)
-        self.buffers = tuple(buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers)
+        index, reordered = beam_idx.to(self.buffers[0].device), []
+        for buffer in self.buffers:
+            target = buffer.new_empty(index.shape[0], *buffer.shape[1:])
+            torch.index_select(buffer[:, :, :length], 0, index, out=target[:, :, :length])
+            reordered.append(target)
+        self.buffers = tuple(reordered)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def _has_room_for(self, length: int) -> bool:

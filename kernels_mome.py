@@ -23,6 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 FEW_ROWS = 64  # up to which a CPU multiplies them with parts of a weight, see `MomeLinear`
+FEW_ROWS_OF_ONE_THREAD = 4  # the same where no second thread takes half of the parts
 FEW_ROWS_OF_AN_EXPERT = 8  # up to which `linear_of_few_rows` is the quicker one for an expert's matrices
 MANY_ROWS = 256  # of all experts, from which half precision pays for windows of standard sizes, see `_windows`
 WEIGHT_PARTS = 8
@@ -59,7 +60,8 @@ class MomeLinear(nn.Linear):
 
     def has_few_rows(self, inputs: torch.Tensor) -> bool:
         """Whether the product waits for the weights, in the only precision in which their order matters."""
-        return inputs.dtype == torch.float32 and inputs.shape[:-1].numel() <= FEW_ROWS
+        few = FEW_ROWS if torch.get_num_threads() > 1 else FEW_ROWS_OF_ONE_THREAD
+        return inputs.dtype == torch.float32 and inputs.shape[:-1].numel() <= few
 
 
 def linear_of_few_rows(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

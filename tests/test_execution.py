@@ -13,7 +13,14 @@ from transformers.masking_utils import flash_attention_mask
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
-from mome.kernels_mome import FEW_ROWS, MomeLinear, activated_linear, has_onednn, matmul_attention_forward
+from mome.kernels_mome import (
+    FEW_ROWS,
+    FEW_ROWS_OF_ONE_THREAD,
+    MomeLinear,
+    activated_linear,
+    has_onednn,
+    matmul_attention_forward,
+)
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -201,14 +208,16 @@ def test_attention_as_matrix_products_equals_sdpa(mask):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("threads, few", [(1, FEW_ROWS_OF_ONE_THREAD), (2, FEW_ROWS)])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 24), (4, 1, 24), (3, 5, 24), (FEW_ROWS, 24), (FEW_ROWS + 1, 24)])
-def test_products_with_few_rows_are_the_same(shape, bias, monkeypatch):
+def test_products_with_few_rows_are_the_same(shape, threads, few, bias, monkeypatch):
     layer, inputs, parted = MomeLinear(24, 40, bias=bias), torch.randn(shape), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     product = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda weight, rows: parted.append(len(weight)) or product(weight, rows))
     with torch.inference_mode():
         outputs = layer(inputs)
-    assert parted == ([8] if inputs.numel() <= FEW_ROWS * 24 else [])
+    assert parted == ([8] if inputs.numel() <= few * 24 else [])
     close(outputs, F.linear(inputs, layer.weight, layer.bias))
     assert outputs.is_contiguous()
     parted.clear()
