@@ -225,6 +225,8 @@ class CaptionContext:
 
     def text_only(self, tensor: torch.Tensor) -> torch.Tensor:
         """(batch, tokens in line with `input_ids`, …) → (batch, text tokens, …)."""
+        if not self.image_tokens:
+            return tensor
         if self.order is None:
             return tensor[:, -self.text_tokens :]
         index = self.order[:, self.image_tokens :]
@@ -393,7 +395,7 @@ class CaptionContext:
         if position_ids is not None:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
-            positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
+            positions = self.text_only(position_ids.expand(self.batch, -1)[:, -self.tokens :]) - counted
             if self.attention_mask is None or self.attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
                 check_text_positions(positions, self.text_mask(), counted)
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_mome import attention_function
 from .compatibility_mome import CACHE_NAME, NUMBERS_COUNT_THE_INPUT, accepts_cache
 from .configuration_coca import CocaConfig
-from .kernels_mome import MomeLinear
+from .kernels_mome import MomeLinear, activated_linear
 from .loading_mome import MomeCompleteLoading
 from .outputs_mome import MomeEncoderOutput
 
@@ -205,7 +205,7 @@ class CocaFeedForward(nn.Module):
         self.down_proj = MomeLinear(intermediate_size, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(activated_linear(self.up_proj, self.act_fn, hidden_states))
 
 
 class CocaLayer(GradientCheckpointingLayer):
