@@ -38,7 +38,8 @@ class MomeLinear(nn.Linear):
     Measured on an AMD EPYC, for layers of a ViT-B, of mome-icons and a vocabulary of 49,408:
 
     - the few rows of a decoding step (a token of some captions or beams) in float32, with two threads: 1.3 to 1.9
-      times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times for 8 to 32;
+      times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times for 8 to 32; with one thread, beside oneDNN
+      and for layers of width 512, 1 to 2 times for one row, 0.8 to 2 times for 2, 0.5 to 1.6 times for 4, then less;
     - oneDNN for more, with one thread: 1.04 to 1.16 times in float32, 1 to 1.1 times in bfloat16.
     """
 
