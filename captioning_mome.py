@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
-from .inputs_mome import check_positions, check_text_positions, text_mask
+from .inputs_mome import check_positions, check_text_positions, passed_on_unless, text_mask
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -188,6 +188,9 @@ class CaptionContext:
         self.text_ids = None if inputs.input_ids is None else self.text_only(inputs.input_ids)
         self.text_embeds = None if inputs.inputs_embeds is None else self.text_only(inputs.inputs_embeds)
         self.position_ids = self._text_positions(inputs.position_ids, tokens.device)
+        if inputs.pixel_values is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if inputs.image_tokens_in_input is None:  # a graph can't branch on ids
+                self._refuse_image_tokens_later(image_embedding, inputs)
         self.num_mask_tokens = 0
         if config.caption_objective == "masked":
             self.num_mask_tokens = min(self._last_logits, self.text_tokens) or self.text_tokens
@@ -199,8 +202,6 @@ class CaptionContext:
             raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
         if torch.compiler.is_compiling():  # a graph can't branch on ids
             self.placed = bool(inputs.image_tokens_in_input)
-            if inputs.image_tokens_in_input is None and not torch.compiler.is_exporting():
-                self._refuse_image_tokens_later(image_embedding, inputs)
         elif inputs.image_tokens_in_input is not False:
             is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
             self.placed, self.order = _locate_image(self.config, is_image, inputs.attention_mask)
@@ -211,12 +212,12 @@ class CaptionContext:
             )
 
     def _refuse_image_tokens_later(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
-        """For a compiled graph that takes all tokens for text: an error when it runs if not (torch 2.11: none)."""
+        """For a compiled graph that takes all tokens for text: an error when it runs if not."""
         first = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
         is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
         is_run = is_image.sum(dim=1) >= min(self.config.num_image_tokens, first.shape[1])
         problem = "compiled without a look at input_ids, which hold image tokens: pass image_tokens_in_input=True"
-        torch._assert_async(~is_run.any(), problem)
+        self.position_ids = passed_on_unless(is_run, self.position_ids, problem)
 
     @property
     def _last_logits(self) -> int:

@@ -4,6 +4,7 @@ tokens stand.
 
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .configuration_mome import MomeConfig
+from .configuration_mome import MomeConfig, listed
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is an integer of at least 1, NumPy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def check_pixel_values(config: MomeConfig, pixel_values: torch.Tensor):
@@ -133,7 +139,20 @@ def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | Non
         raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
 
 
-def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None):
+def check_labels(
+    labels: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    loss_options: dict[str, Any],
+):
+    """Refuses labels that don't fit, and their number without them, as transformers' `Trainer` passes it."""
+    if labels is None:
+        if loss_options.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "num_items_in_batch without labels: Trainer's label_smoothing_factor has taken them and would compare "
+                "each token with itself: set it to 0; for a compute_loss_func set model.accepts_loss_kwargs = False"
+            )
+        return
     if pixel_values is None:
         raise ValueError(f"labels of shape {tuple(labels.shape)} without images: pass pixel_values as well")
     if input_ids is None:
@@ -164,6 +183,26 @@ def check_number_of_labels(num_items: int | torch.Tensor | None):
             "num_items_in_batch=0: all labels are -100, so no caption is learnt; to learn embeddings alone train a "
             "MomeModel with return_loss=True"
         )
+
+
+if not hasattr(torch.ops.mome, "passed_on_unless"):  # a checkpoint's copy of this file may have been loaded before
+
+    @torch.library.custom_op("mome::passed_on_unless", mutates_args=())
+    def _passed_on_unless(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
+        torch._assert_async(~wrong.any(), problem)
+        return values.clone()
+
+    @_passed_on_unless.register_fake
+    def _(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
+        return torch.empty_like(values)
+
+
+def passed_on_unless(wrong: torch.Tensor, values: torch.Tensor, problem: str) -> torch.Tensor:
+    """The same values, or in a compiled graph a RuntimeError once it runs where anything is `wrong`.
+
+    The host waits for nothing. A bare assertion is not enough: compilers drop what no result depends on.
+    """
+    return torch.ops.mome.passed_on_unless(wrong, values, problem)
 
 
 def image_places(config: MomeConfig, kept_patches: torch.Tensor) -> torch.Tensor:
@@ -297,12 +336,12 @@ def _is_column(images: Any) -> bool:
 
 def _pictures_of_data_set(data: Any) -> Pictures | Iterator:
     if isinstance(data, dict):
-        raise ValueError(f"this is a dict of splits, {', '.join(data)}: pass one of them")
+        raise ValueError(f"this is a dict of splits, {listed(data)}: pass one of them")
     features = data.features or {}
     names = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
     column = (names or ["image"])[0]
     if features and column not in features:
-        raise ValueError(f"the data set has no column of images among {', '.join(features)}: pass one, data['...']")
+        raise ValueError(f"the data set has no column of images among {listed(features)}: pass one, data['...']")
     if names:
         data = data.cast_column(column, type(features[column])(decode=False))
     if hasattr(data, "__len__"):

@@ -151,16 +151,21 @@ def matmul_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """What SDPA computes, as two matrix products: a CPU is faster at them in half precision, above all in decoding."""
     query, key, value = (_with_heads_in_line(states) for states in (query * scaling, key, value))
-    scores = query @ key.transpose(-1, -2)
-    if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
+    scores = masked_scores(query @ key.transpose(-1, -2), attention_mask, is_causal)
     weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), None
+
+
+def masked_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """Scores (batch, heads, tokens, keys) under a mask as SDPA takes it: bool, added, or none and causal."""
+    tokens, keys = scores.shape[-2:]
+    if attention_mask is None and is_causal and tokens > 1:
+        attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).tril(keys - tokens)
+    if attention_mask is None:
+        return scores
+    if attention_mask.dtype == torch.bool:
+        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
 
 
 def _with_heads_in_line(states: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from .captioning_mome import MomeCache, additive_mask, cached_image_tokens, prepare_prompt
 from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_coca import CocaConfig
+from .configuration_mome import quoted
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig, eos_token_ids
 from .inputs_mome import (
@@ -398,7 +399,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
                 position table, an id beyond the vocabulary, images of a wrong size.
         """
         options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-        self._check(input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input)
+        self._check(input_ids, inputs_embeds, image_tokens_in_input)
+        check_labels(labels, input_ids, pixel_values, options)
         if attention_mask is None and input_ids is not None and (cache is None or not cache.get_seq_length()):
             attention_mask = text_mask(self.config, input_ids, None)
         use_cache = use_cache and labels is None
@@ -424,13 +426,11 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             **losses,
         )
 
-    def _check(self, input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input: bool | None):
+    def _check(self, input_ids, inputs_embeds, image_tokens_in_input: bool | None):
         if image_tokens_in_input:
             raise ValueError("image_tokens_in_input=True: CoCa has no places for an image in input_ids, leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
-        if labels is not None:
-            check_labels(labels, input_ids, pixel_values)
         if input_ids is not None:
             check_vocabulary(input_ids, self.model.vocabulary)
 
@@ -551,8 +551,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         """
         if options.guidance_scale not in (None, 1):
             raise ValueError(
-                f"guidance_scale={options.guidance_scale!r} compares with a caption without an image, which CoCa "
-                "can't write: use rerank_weight or contrastive_weight"
+                f"guidance_scale={quoted(options.guidance_scale)} compares with a caption without an image, which "
+                "CoCa can't write: use rerank_weight or contrastive_weight"
             )
         pixel_values, ids, embeds = (kwargs.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
         prompt, mask = ids if embeds is None else embeds, kwargs.get("attention_mask")

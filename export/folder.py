@@ -5,6 +5,7 @@ checkpoint ─ loaded ─┬─ config, tokenizer, processor ──────�
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from ..configuration_mome import MomeConfig
+from ..configuration_mome import MomeConfig, quoted, shortened
 from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
@@ -67,9 +68,9 @@ def export_checkpoint(
     dtypes, output = list(dict.fromkeys(dtypes)), Path(output)
     for dtype in dtypes:
         if dtype not in SUFFIXES:
-            raise ExportError(f"dtype {dtype!r}: choose from {', '.join(SUFFIXES)}")
-    if output.exists() or output.is_symlink():
-        raise ExportError(f"output {output} exists: choose another --output or remove it")
+            raise ExportError(f"dtype {quoted(dtype)}: choose from {', '.join(SUFFIXES)}")
+    if os.path.exists(output) or os.path.islink(output):
+        raise ExportError(f"output {shortened(output)} exists: choose another --output or remove it")
     source = _folder_of(checkpoint)
     config = _check(source)
     captions = config.architectures == [MomeForConditionalGeneration.__name__]
@@ -100,17 +101,17 @@ def parts_of(embedder: Embedder) -> dict[str, Exportable]:
 
 
 def _folder_of(checkpoint: str | Path) -> Path:
-    if Path(checkpoint).is_dir():
+    if os.path.isdir(checkpoint):
         return Path(checkpoint).resolve()
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ExportError(f"checkpoint {str(checkpoint)!r}: no such folder, and {first_line(error)}") from None
+        raise ExportError(f"checkpoint {quoted(checkpoint)}: no such folder, and {first_line(error)}") from None
 
 
 def _check(folder: Path) -> MomeConfig:
-    if (folder / "adapter_config.json").exists():
+    if os.path.exists(folder / "adapter_config.json"):
         raise ExportError(f"{folder} is an adapter: merge it into its model first (PEFT: merge_and_unload)")
     for name in NEEDED:
         if not (folder / name).exists():
@@ -121,8 +122,8 @@ def _check(folder: Path) -> MomeConfig:
         raise ExportError(f"{folder / 'config.json'} is no config: save the model again") from None
     if kind != MomeConfig.model_type:
         raise ExportError(
-            f"{folder} holds a model of type {kind!r}: only {MomeConfig.model_type!r} can be exported; python -m "
-            "mome.convert makes one of BEiT-3 and VLMo checkpoints"
+            f"{folder} holds a model of type {quoted(kind)}: only {MomeConfig.model_type!r} can be exported; python "
+            "-m mome.convert makes one of BEiT-3 and VLMo checkpoints"
         )
     config = MomeConfig.from_pretrained(folder)
     if config.fixed_text_length:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..captioning_mome import MomeCache
+from ..configuration_mome import quoted
 
 KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 ANY = Dim.DYNAMIC(min=1)  # a size that may be anything
@@ -80,7 +81,7 @@ def _check_family(model: nn.Module):
     """Raises ValueError for a model that is no MoME."""
     kind = type(model.config).model_type
     if kind != "mome":
-        raise ValueError(f"a model of type {kind!r} can't be exported: pass a MomeModel or its captioner")
+        raise ValueError(f"a model of type {quoted(kind)} can't be exported: pass a MomeModel or its captioner")
 
 
 class ImageTower(Exportable):

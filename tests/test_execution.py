@@ -49,6 +49,37 @@ def test_eager_equals_sdpa(variant):
         close(eager, sdpa)
 
 
+@every_variant
+@torch.no_grad()
+def test_whoever_asks_for_attentions_gets_them(variant):
+    """SDPA has none to give: such a call takes the attention that is written out, and says the same."""
+    captioner = tiny_captioner(variant)
+    batch = random_batch(captioner.config)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    calls = [
+        (captioner.model.get_image_features, {"pixel_values": batch["pixel_values"]}, "pooler_output"),
+        (captioner.model.get_text_features, text, "pooler_output"),
+        (captioner.model.get_multimodal_features, batch, "last_hidden_state"),
+        (captioner, batch, "logits"),
+        (captioner, batch | {"attention_mask": None}, "logits"),
+    ]
+    for call, inputs, name in calls:
+        outputs = {}
+        for kind in ("sdpa", "eager"):
+            captioner.set_attn_implementation(kind)
+            outputs[kind] = call(**inputs, output_attentions=True)
+        captioner.set_attn_implementation("sdpa")
+        assert len(outputs["sdpa"].attentions) == captioner.config.num_hidden_layers
+        for found, expected in zip(outputs["sdpa"].attentions, outputs["eager"].attentions, strict=True):
+            close(found, expected)
+            close(found.sum(dim=-1), torch.ones(found.shape[:-1]))
+        seen = outputs["sdpa"][name], call(**inputs)[name]
+        keep = slice(None) if name == "pooler_output" else slice(0, 3)  # what padding sees is nobody's business
+        close(seen[0][:, keep], seen[1][:, keep])
+    half = captioner.bfloat16().model.get_image_features(batch["pixel_values"].bfloat16(), output_attentions=True)
+    assert len(half.attentions) == captioner.config.num_hidden_layers
+
+
 def flash_like(module, query, key, value, attention_mask, scaling, dropout=0.0, is_causal=None, **kwargs):
     """What flash attention's kernels do: padding is cut out by a 2D mask, causal is aligned at the bottom right."""
     assert attention_mask is None or attention_mask.ndim == 2
