@@ -192,7 +192,9 @@ def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch
     traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
     if not traced and not is_pad.any():
         return None
-    before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
+    is_word = (~is_pad).long()  # of which there are none so far, as ONNX has no running product
+    before, behind = ((each.cumsum(dim=1) == 0).long() for each in (is_word, is_word.flip(1)))
+    behind = behind.flip(1)
     if config.pad_token_id == config.bos_token_id:
         before = before * F.pad(before[:, 1:], (0, 1))
     ends = config.eos_token_id
