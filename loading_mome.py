@@ -57,7 +57,9 @@ def with_loadable_names(metadata: dict[str, Any], prefix: str) -> dict[str, Any]
     names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
     inside = [name for name in names if name.startswith(prefix) and "." in name.removeprefix(prefix)]
     names += [name.removeprefix(prefix) for name in inside]
-    return metadata | {name.removeprefix(prefix): metadata[name] for name in inside} | {"tensor_names": json.dumps(names)}
+    return (
+        metadata | {name.removeprefix(prefix): metadata[name] for name in inside} | {"tensor_names": json.dumps(names)}
+    )
 
 
 __all__ = ["MomeCompleteLoading", "with_loadable_names"]
