@@ -1,6 +1,7 @@
 """The caption pass: where image and caption are, who sees whom, and what `generate()` starts from.
 
 - `MomeCache`: keys and values of an image and its caption, with room to grow;
+- `MomeStaticLayer`: a layer of transformers' static cache that may go with weights as constants;
 - `CaptionInputs`, `CaptionContext`: one call's tokens as the trunk wants them (image first, then text), and the way
   back;
 - `additive_mask`: a mask as numbers;
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_mome import MomeConfig
@@ -103,6 +104,32 @@ class MomeCache(DynamicCache):
             layer.keys, layer.values = keys, values
         cache.num_image_tokens = config.num_image_tokens
         return cache
+
+
+class MomeStaticLayer(StaticLayer):
+    """A layer of a static cache for a CPU, whose tensors are inputs of a compiled step like all others.
+
+    `StaticLayer` marks them as tensors that stay where they are, which only a GPU's graphs need. Inductor's `freezing`
+    takes what is marked so for constants: captions would go on from what the cache held when the step was compiled.
+    """
+
+    @classmethod
+    def in_place_of(cls, layer: StaticLayer) -> "MomeStaticLayer":
+        """The same layer, whether it holds anything or not."""
+        unmarked = cls(layer.max_cache_len)
+        vars(unmarked).update(vars(layer))
+        if layer.is_initialized:
+            unmarked._unmark()
+        return unmarked
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        super().lazy_initialization(key_states, value_states)
+        self._unmark()
+
+    def _unmark(self):
+        for name in ("keys", "values", "cumulative_length"):
+            if isinstance(tensor := getattr(self, name, None), torch.Tensor):
+                setattr(self, name, tensor.detach())  # of the same memory, without the mark
 
 
 def cached_image_tokens(cache: Cache | None) -> int:

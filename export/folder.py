@@ -125,13 +125,7 @@ def _check(folder: Path) -> MomeConfig:
             f"{folder} holds a model of type {quoted(kind)}: only {MomeConfig.model_type!r} can be exported; python "
             "-m mome.convert makes one of BEiT-3 and VLMo checkpoints"
         )
-    config = MomeConfig.from_pretrained(folder)
-    if config.fixed_text_length:
-        raise ExportError(
-            f"{folder} fills its texts with padding (fixed_text_length, as SigLIP does): only models whose texts have "
-            "their own length can be exported"
-        )
-    return config
+    return MomeConfig.from_pretrained(folder)
 
 
 def _copy_small_files(source: Path, folder: Path):

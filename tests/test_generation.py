@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.captioning_mome import MomeCache, MomeCacheLayer
@@ -400,3 +401,18 @@ def test_decoding_compiles_without_graph_breaks(variant, batch):
     )
     assert hasattr(captioner, "_compiled_call")
     assert torch.equal(compiled, expected)
+
+
+@torch._inductor.config.patch(freezing=True)
+def test_a_step_with_weights_as_constants_reads_the_cache_of_each_call(batch):
+    """Inductor's `freezing`, which search.md shows, would take a static cache for one, too."""
+    captioner = tiny_captioner()
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    compile_config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    for images in (batch["pixel_values"], batch["pixel_values"].flip(0), -batch["pixel_values"]):
+        expected = captioner.generate(pixel_values=images, **GREEDY)
+        assert torch.equal(captioner.generate(pixel_values=images, **GREEDY, **static), expected)
+    given = StaticCache(captioner.config, max_cache_len=captioner.config.num_image_tokens + 24)
+    given_cache = {CACHE_NAME: given, "compile_config": compile_config}
+    assert torch.equal(captioner.generate(pixel_values=images, **GREEDY, **given_cache), expected)
