@@ -289,7 +289,7 @@ def _check_sizes(checkpoint: Checkpoint, upstream: UpstreamConfig, config: dict)
         numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != count or (key == "std" and not all(value > 0 for value in values)):
             raise ConversionError(
-                f"config {upstream.path}: preprocess_cfg has {key}={values!r}, expected {count} numbers"
+                f"config {upstream.path}: preprocess_cfg has {key}={quoted(values)}, expected {count} numbers"
                 + (" above 0" if key == "std" else "")
             )
     said, side = upstream.preprocessing.get("size"), config["image_size"]

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-from ..configuration_mome import shortened
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence, missing_package
 from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
@@ -175,7 +175,7 @@ def published_image_processor(files: CheckpointFiles, side: int, new_side: int) 
     what = f"checkpoint {files.name}: {file.name}"
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if not isinstance(options.get(name, True), bool):
-            raise ConversionError(f"{what}: {name}={options[name]!r}, expected true or false")
+            raise ConversionError(f"{what}: {name}={quoted(options[name])}, expected true or false")
     try:
         images = MomeImageProcessor(size={"height": new_side, "width": new_side}, do_center_crop=False, **options)
         with warnings.catch_warnings():  # of a division by 0: the error below says what is wrong
