@@ -61,11 +61,16 @@ class MomeCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
-        """Give each beam the cache of the beam that it goes on from, room included."""
+        """Give each beam the cache of the beam that it goes on from; the room behind it holds nothing to be copied."""
         length = self.get_seq_length()
         if not self._has_room_for(length):
             return super().reorder_cache(beam_idx)
-        self.buffers = tuple(buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers)
+        index, reordered = beam_idx.to(self.buffers[0].device), []
+        for buffer in self.buffers:
+            target = buffer.new_empty(index.shape[0], *buffer.shape[1:])
+            torch.index_select(buffer[:, :, :length], 0, index, out=target[:, :, :length])
+            reordered.append(target)
+        self.buffers = tuple(reordered)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def _has_room_for(self, length: int) -> bool:
@@ -247,6 +252,8 @@ class CaptionContext:
 
     def text_only(self, tensor: torch.Tensor) -> torch.Tensor:
         """(batch, tokens in line with `input_ids`, …) → (batch, text tokens, …)."""
+        if not self.image_tokens:
+            return tensor
         if self.order is None:
             return tensor[:, -self.text_tokens :]
         index = self.order[:, self.image_tokens :]
@@ -415,7 +422,7 @@ class CaptionContext:
         if position_ids is not None:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
-            positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
+            positions = self.text_only(position_ids.expand(self.batch, -1)[:, -self.tokens :]) - counted
             if self.attention_mask is None or self.attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
                 check_text_positions(positions, self.text_mask(), counted)
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:

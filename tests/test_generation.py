@@ -372,6 +372,24 @@ def test_the_cache_does_what_a_dynamic_cache_does():
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
+def test_beams_are_reordered_without_a_copy_of_the_room_and_leave_what_was_handed_out(monkeypatch):
+    cache, copied = MomeCache(tiny_captioner().config), []
+    keys, _ = cache.update(*torch.randn(2, 3, 4, 5, 8), 0)
+    before = keys.clone()
+    select = torch.index_select
+
+    def recorded(states, *arguments, **options):
+        copied.append(states.shape)
+        return select(states, *arguments, **options)
+
+    monkeypatch.setattr(torch, "index_select", recorded)
+    cache.reorder_cache(torch.tensor([2, 0, 0, 1]))
+    assert copied == [(3, 4, 5, 8)] * 2
+    assert torch.equal(cache.layers[0].keys, before[[2, 0, 0, 1]]) and torch.equal(keys, before)
+    after, _ = cache.update(*torch.randn(2, 4, 4, 1, 8), 0)
+    assert after.data_ptr() == cache.layers[0].keys.data_ptr() and torch.equal(after[:, :, :5], before[[2, 0, 0, 1]])
+
+
 @pytest.mark.parametrize("variant", ["dense", "routed", "relative", "masked"])
 def test_decoding_compiles_without_graph_breaks(variant, batch):
     captioner = tiny_captioner(variant)
