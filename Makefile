@@ -57,6 +57,8 @@ bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
 	$(RUN) -m mome.benchmarks.inference --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.captioning --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.cpu --model icons --results evaluation/results.csv
+	$(RUN) -m mome.benchmarks.cpu --model base --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.conversion --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.coca --results evaluation/results.csv
 	$(RUN) -m mome.benchmarks.training --results evaluation/results.csv

@@ -1,6 +1,7 @@
 """The caption pass: where image and caption are, who sees whom, and what `generate()` starts from.
 
 - `MomeCache`: keys and values of an image and its caption, with room to grow;
+- `MomeStaticLayer`: a layer of transformers' static cache that may go with weights as constants;
 - `CaptionInputs`, `CaptionContext`: one call's tokens as the trunk wants them (image first, then text), and the way
   back;
 - `additive_mask`: a mask as numbers;
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from .compatibility_mome import is_exporting
@@ -61,11 +62,16 @@ class MomeCacheLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
-        """Give each beam the cache of the beam that it goes on from, room included."""
+        """Give each beam the cache of the beam that it goes on from; the room behind it holds nothing to be copied."""
         length = self.get_seq_length()
         if not self._has_room_for(length):
             return super().reorder_cache(beam_idx)
-        self.buffers = tuple(buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self.buffers)
+        index, reordered = beam_idx.to(self.buffers[0].device), []
+        for buffer in self.buffers:
+            target = buffer.new_empty(index.shape[0], *buffer.shape[1:])
+            torch.index_select(buffer[:, :, :length], 0, index, out=target[:, :, :length])
+            reordered.append(target)
+        self.buffers = tuple(reordered)
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def _has_room_for(self, length: int) -> bool:
@@ -99,6 +105,32 @@ class MomeCache(DynamicCache):
             layer.keys, layer.values = keys, values
         cache.num_image_tokens = config.num_image_tokens
         return cache
+
+
+class MomeStaticLayer(StaticLayer):
+    """A layer of a static cache for a CPU, whose tensors are inputs of a compiled step like all others.
+
+    `StaticLayer` marks them as tensors that stay where they are, which only a GPU's graphs need. Inductor's `freezing`
+    takes what is marked so for constants: captions would go on from what the cache held when the step was compiled.
+    """
+
+    @classmethod
+    def in_place_of(cls, layer: StaticLayer) -> "MomeStaticLayer":
+        """The same layer, whether it holds anything or not."""
+        unmarked = cls(layer.max_cache_len)
+        vars(unmarked).update(vars(layer))
+        if layer.is_initialized:
+            unmarked._unmark()
+        return unmarked
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        super().lazy_initialization(key_states, value_states)
+        self._unmark()
+
+    def _unmark(self):
+        for name in ("keys", "values", "cumulative_length"):
+            if isinstance(tensor := getattr(self, name, None), torch.Tensor):
+                setattr(self, name, tensor.detach())  # of the same memory, without the mark
 
 
 def cached_image_tokens(cache: Cache | None) -> int:
@@ -221,6 +253,8 @@ class CaptionContext:
 
     def text_only(self, tensor: torch.Tensor) -> torch.Tensor:
         """(batch, tokens in line with `input_ids`, …) → (batch, text tokens, …)."""
+        if not self.image_tokens:
+            return tensor
         if self.order is None:
             return tensor[:, -self.text_tokens :]
         index = self.order[:, self.image_tokens :]
@@ -389,7 +423,7 @@ class CaptionContext:
         if position_ids is not None:
             # As generate() counts them: image tokens included if input_ids holds them.
             counted = self.num_image_tokens if self.placed or not self.image_tokens else 0
-            positions = self.text_only(position_ids.expand(self.batch, -1)) - counted
+            positions = self.text_only(position_ids.expand(self.batch, -1)[:, -self.tokens :]) - counted
             if self.attention_mask is None or self.attention_mask.ndim == 2:  # with 4D, the caller says who sees whom
                 check_text_positions(positions, self.text_mask(), counted)
         elif self.attention_mask is not None and self.attention_mask.ndim == 2:

@@ -2,6 +2,10 @@
 
 5.24 renamed keys and values of earlier calls from `past_key_values` to `cache`: the argument of forwards, the key that
 `generate()` passes on, the field of outputs. This code says `cache`; callers may use either name with any release.
+
+Numbers in `output_hidden_states=[…]` are those of the states, the first layer's input being 0; in older releases those
+of the layers, and the input is left out of the answer.
+
 torch before 2.13 takes `torch.compile` for an export.
 """
 
@@ -15,10 +19,12 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import output_capturing
 
 OLD_CACHE_NAME = "past_key_values"
 _RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = "cache" if _RENAMED else OLD_CACHE_NAME  # the name that the installed transformers uses
+NUMBERS_COUNT_THE_INPUT = hasattr(output_capturing, "selected_hidden_states")
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:
@@ -61,4 +67,11 @@ if not _RENAMED:  # since 5.24, transformers' outputs answer to both names
     MomeCachedOutput.cache = property(lambda self: self[OLD_CACHE_NAME] if OLD_CACHE_NAME in self else None)
 
 
-__all__ = ["CACHE_NAME", "MomeCachedOutput", "accepts_cache", "is_exporting", "take_cache"]
+__all__ = [
+    "CACHE_NAME",
+    "NUMBERS_COUNT_THE_INPUT",
+    "MomeCachedOutput",
+    "accepts_cache",
+    "is_exporting",
+    "take_cache",
+]

@@ -50,7 +50,8 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     embedding = getattr(model, "model", model)  # of a captioner
     digest = hashlib.sha256()
     for name, tensor in sorted(embedding.state_dict().items()):
-        values = tensor.detach().flatten()
+        plain = tensor.dequantize() if type(tensor).__module__.startswith("torchao.") else tensor
+        values = plain.detach().flatten()
         step = max(1, values.numel() // FINGERPRINT_SAMPLES)
         sample = values[::step].to("cpu", torch.bfloat16).view(torch.int16).numpy().astype("<i2")
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())

@@ -9,10 +9,10 @@ a prompt, keeps captions inside the position table, and lets beams and candidate
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.utils import logging
 
-from .captioning_mome import MomeCache, cached_image_tokens, is_image_token, prepare_prompt
+from .captioning_mome import MomeCache, MomeStaticLayer, cached_image_tokens, is_image_token, prepare_prompt
 from .compatibility_mome import CACHE_NAME, take_cache
 from .guidance_mome import CaptionGuidance, ClassifierFreeGuidance, MomeGenerationConfig, eos_token_ids
 from .inputs_mome import check_pixel_values, check_position_ids
@@ -188,12 +188,17 @@ class MomeGenerationMixin(GenerationMixin):
         return criteria
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """In place of the default cache, one that isn't copied for every token."""
+        """In place of the default cache, one that isn't copied for every token; static ones that can be frozen."""
         given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get(CACHE_NAME)
         if made is not given and type(made) is DynamicCache and not made.offloading:
             model_kwargs[CACHE_NAME] = MomeCache(self.config)
+        elif self.device.type == "cpu" and any(type(layer) is StaticLayer for layer in getattr(made, "layers", ())):
+            is_plain = [type(layer) is StaticLayer for layer in made.layers]
+            made.layers = [
+                MomeStaticLayer.in_place_of(each) if plain else each for plain, each in zip(is_plain, made.layers)
+            ]
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
         """Beams and candidates share their image: its pixels are not repeated."""

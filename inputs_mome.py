@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from .compatibility_mome import is_exporting
 from .configuration_mome import MomeConfig, listed
 
 
@@ -211,7 +212,9 @@ def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch
     traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
     if not traced and not is_pad.any():
         return None
-    before, behind = is_pad.long().cumprod(dim=1), is_pad.long().flip(1).cumprod(dim=1).flip(1)
+    is_word = (~is_pad).long()  # of which there are none so far, as ONNX has no running product
+    before, behind = ((each.cumsum(dim=1) == 0).long() for each in (is_word, is_word.flip(1)))
+    behind = behind.flip(1)
     if config.pad_token_id == config.bos_token_id:
         before = before * F.pad(before[:, 1:], (0, 1))
     ends = config.eos_token_id
@@ -241,15 +244,15 @@ def text_tokens(
         attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
     if not config.fixed_text_length:
         return input_ids, attention_mask
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    # Words to the left in their order, padding behind them.
-    order = attention_mask.long().argsort(dim=1, descending=True, stable=True)
-    ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id).gather(1, order)
+    is_text = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     length = config.max_position_embeddings
-    if ids.shape[1] > length:
-        _check_length(int(attention_mask.sum(dim=1).max()), length)
-    return F.pad(ids[:, :length], (0, max(length - ids.shape[1], 0)), value=config.pad_token_id), None
+    # An exported graph has no place for an error: it reads the beginning of a text that is too long.
+    if not is_exporting() and input_ids.shape[1] > length:
+        _check_length(int(is_text.sum(dim=1).max()), length)
+    # Words to the left in their order, and all else to a place behind the last, which is left out.
+    place = torch.where(is_text == 1, is_text.cumsum(dim=1) - 1, length).clamp(max=length)
+    ids = input_ids.new_full((input_ids.shape[0], length + 1), config.pad_token_id).scatter(1, place, input_ids)
+    return ids[:, :length], None
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

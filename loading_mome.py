@@ -1,4 +1,7 @@
-"""Loading a checkpoint: weights that are missing or left over are an error, not a warning."""
+"""Loading a checkpoint: weights that are missing or left over are an error, not a warning; int8 weights load again."""
+
+import json
+from typing import Any
 
 from .configuration_mome import listed, shortened
 
@@ -27,5 +30,39 @@ class MomeCompleteLoading:
                 )
         return model
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; weights in torchao's int8 can be loaded again."""
+        quantizer = getattr(self, "hf_quantizer", None)
+        if not hasattr(quantizer, "get_state_dict_and_metadata"):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        flattened = quantizer.get_state_dict_and_metadata
 
-__all__ = ["MomeCompleteLoading"]
+        def with_names(*arguments, **options):
+            weights, metadata = flattened(*arguments, **options)
+            return weights, with_loadable_names(metadata, f"{self.base_model_prefix}.")
+
+        quantizer.get_state_dict_and_metadata = with_names
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del quantizer.get_state_dict_and_metadata
+
+
+def with_loadable_names(metadata: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What torchao writes of its tensors (`tensor_names`, and JSON for each), so that every class reads it.
+
+    - Without names that have no dot, such as `logit_scale`: it splits all at a dot. They are plain tensors, which
+      transformers loads by themselves.
+    - Names with `prefix` also without: those by which the model inside of a captioner looks for its weights.
+    """
+    if "tensor_names" not in metadata:
+        return metadata
+    names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+    inside = [name for name in names if name.startswith(prefix) and "." in name.removeprefix(prefix)]
+    names += [name.removeprefix(prefix) for name in inside]
+    return (
+        metadata | {name.removeprefix(prefix): metadata[name] for name in inside} | {"tensor_names": json.dumps(names)}
+    )
+
+
+__all__ = ["MomeCompleteLoading", "with_loadable_names"]

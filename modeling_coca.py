@@ -412,9 +412,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         states, keep = caption.last_hidden_state, logits_to_keep
         logits = self.lm_head(states[:, -keep:] if isinstance(keep, int) else states[:, keep])
         image_embeds = None if image is None else self.model.project_image(image.last_hidden_state)
-        losses = {}
-        if labels is not None:
-            losses = self._losses(input_ids, attention_mask, image_embeds, logits, labels, options)
+        parts = input_ids, attention_mask, image_embeds, logits, labels, options
+        losses = {} if labels is None else self._losses(*parts)
         return CocaCaptionOutput(
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},

@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 
+from .captioning_mome import prepare_prompt
 from .configuration_mome import MomeConfig, quoted
 from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
 from .errors import MomeError, first_line, missing_package
@@ -33,7 +34,8 @@ VISION, TEXT, JOINT, DECODER = "vision_model", "text_model", "model", "decoder_m
 SUFFIXES = {"fp32": "", "q8": "_quantized", "fp16": "_fp16"}
 PRECISIONS = {"fp32": "float32", "q8": "int8", "fp16": "float16"}
 BACKENDS = ("torch", "onnx", *(f"onnx-{dtype}" for dtype in SUFFIXES))
-FINGERPRINT = "mome_fingerprint"  # key of a file's metadata
+# Keys of a file's metadata: of which weights it is, and the model's numbers of these names.
+FINGERPRINT, LOGIT_SCALE, LOGIT_BIAS = "mome_fingerprint", "mome_logit_scale", "mome_logit_bias"
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -150,6 +152,22 @@ class OnnxEmbedder(Embedder):
         return PRECISIONS[self.export_dtype]
 
     @property
+    def logit_scale(self) -> float:
+        """Log of the inverse temperature, as the model has it."""
+        return self._number(LOGIT_SCALE)
+
+    @property
+    def logit_bias(self) -> float | None:
+        """Of the sigmoid objective, whose scores are each text's own; else `None`."""
+        return self._number(LOGIT_BIAS)
+
+    def _number(self, key: str) -> float | None:
+        values = self.sessions[VISION].get_modelmeta().custom_metadata_map
+        if LOGIT_SCALE not in values:
+            raise MomeError(f"{self.name} was exported before files told their {key}: export the checkpoint again")
+        return float(values[key]) if key in values else None
+
+    @property
     def fingerprint(self) -> str:
         """That of the checkpoint's weights: an export in any type goes with tables of the checkpoint."""
         return self._fingerprint
@@ -191,10 +209,22 @@ class OnnxEmbedder(Embedder):
             captions += self.processor.post_process_image_text_to_text(ids)
         return captions
 
-    def caption_ids(self, pixel_values: torch.Tensor, max_new_tokens: int = CAPTION_TOKENS) -> torch.Tensor:
-        """(images, channels, height, width) float32 → (images, tokens) int64: `[BOS]`, a caption, `[EOS]`, padding."""
+    def caption_ids(
+        self,
+        pixel_values: torch.Tensor,
+        max_new_tokens: int = CAPTION_TOKENS,
+        prompt: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(images, channels, height, width) float32 → (images, tokens) int64: `[BOS]`, a caption, `[EOS]`, padding.
+
+        Args:
+            pixel_values: of the images.
+            max_new_tokens: longest caption; at most as many as the model has places for.
+            prompt: `input_ids` and `attention_mask` (images, tokens) of what captions begin with, as the processor
+                makes them; it comes before the caption in place of `[BOS]`, padding on the left.
+        """
         vision, decoder = self.sessions[VISION], self.sessions[DECODER]
-        return greedy_ids(vision, decoder, self.config, self._end_tokens, pixel_values, max_new_tokens)
+        return greedy_ids(vision, decoder, self.config, self._end_tokens, pixel_values, max_new_tokens, prompt)
 
 
 def greedy_ids(
@@ -204,15 +234,20 @@ def greedy_ids(
     end_tokens: list[int],
     pixel_values: torch.Tensor,
     max_new_tokens: int = CAPTION_TOKENS,
+    prompt: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Captions by the sessions of two files, the likeliest token each time; see `OnnxEmbedder.caption_ids`."""
     names = [output.name for output in vision.get_outputs() if output.name.startswith("present.")]
     states = vision.run(names, {"pixel_values": pixel_values.to("cpu", torch.float32).numpy()})
     batch, image_tokens = len(pixel_values), states[0].shape[2]
-    ids = np.full((batch, 1), config.bos_token_id, dtype=np.int64)
-    mask = np.ones((batch, image_tokens + 1), dtype=np.int64)
+    ids, mask = np.full((batch, 1), config.bos_token_id, dtype=np.int64), np.ones((batch, 1), dtype=np.int64)
+    if prompt is not None:
+        given = prompt["input_ids"], prompt["attention_mask"], None
+        ids, mask = (each.numpy() for each in prepare_prompt(config, *given, end_tokens)[:2])
+    room = config.max_position_embeddings - int(mask.sum(axis=1).max())
+    mask = np.pad(mask, ((0, 0), (image_tokens, 0)), constant_values=1)
     written, ended = [ids], np.zeros((batch, 1), dtype=bool)
-    for _ in range(min(max_new_tokens, config.max_position_embeddings - 1)):  # [BOS] has a place, too
+    for _ in range(min(max_new_tokens, room)):
         past = {name.replace("present", "past_key_values"): state for name, state in zip(names, states)}
         logits, *states = decoder.run(["logits", *names], {"input_ids": ids, "attention_mask": mask, **past})
         ids = np.where(ended, config.pad_token_id, logits.argmax(axis=-1))
@@ -276,7 +311,10 @@ def _end_tokens(folder: Path, config: MomeConfig) -> list[int]:
 __all__ = [
     "BACKENDS",
     "DECODER",
+    "FINGERPRINT",
     "JOINT",
+    "LOGIT_BIAS",
+    "LOGIT_SCALE",
     "SUFFIXES",
     "TEXT",
     "VISION",

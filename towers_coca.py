@@ -23,9 +23,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mome import attention_function
-from .compatibility_mome import CACHE_NAME, accepts_cache
+from .compatibility_mome import CACHE_NAME, NUMBERS_COUNT_THE_INPUT, accepts_cache
 from .configuration_coca import CocaConfig
-from .kernels_mome import MomeLinear
+from .kernels_mome import MomeLinear, activated_linear
 from .loading_mome import MomeCompleteLoading
 from .outputs_mome import MomeEncoderOutput
 
@@ -42,10 +42,14 @@ def all_states(options: dict) -> dict:
 
 
 def asked_for(states: tuple[torch.Tensor, ...] | None, options: dict) -> tuple[torch.Tensor | None, ...] | None:
-    """Hidden states with `None` for those that `output_hidden_states=[…]` leaves out; indices may be negative."""
+    """Hidden states with `None` for those that `output_hidden_states=[…]` leaves out; indices may be negative.
+
+    They count as those of the installed transformers do, see `NUMBERS_COUNT_THE_INPUT`.
+    """
     wanted = options.get("output_hidden_states")
     if states is None or wanted is None or isinstance(wanted, bool):
         return states
+    states = states if NUMBERS_COUNT_THE_INPUT else states[1:]
     count, wanted = len(states), [wanted] if isinstance(wanted, int) else wanted
     kept = {index % count for index in wanted if -count <= index < count}
     return tuple(each if index in kept else None for index, each in enumerate(states))
@@ -201,7 +205,7 @@ class CocaFeedForward(nn.Module):
         self.down_proj = MomeLinear(intermediate_size, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(activated_linear(self.up_proj, self.act_fn, hidden_states))
 
 
 class CocaLayer(GradientCheckpointingLayer):

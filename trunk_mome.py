@@ -28,7 +28,7 @@ from .compatibility_mome import CACHE_NAME, accepts_cache
 from .configuration_mome import MomeConfig
 from .embeddings_mome import MomeImageEmbedding, MomeRelativePositionBias, MomeTextEmbedding
 from .heads_mome import MomeAttentionPooling
-from .kernels_mome import MomeLinear, sorted_experts_forward
+from .kernels_mome import MomeLinear, activated_linear, sorted_experts_forward
 from .loading_mome import MomeCompleteLoading
 from .outputs_mome import MomeEncoderOutput
 from .routing_mome import MomeRouter, run_experts
@@ -158,7 +158,7 @@ class MomeFeedForward(nn.Module):
         self.down_proj = MomeLinear(intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.act_fn(self.up_proj(hidden_states))
+        hidden_states = activated_linear(self.up_proj, self.act_fn, hidden_states)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return self.down_proj(hidden_states)

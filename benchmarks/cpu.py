@@ -1,143 +1,249 @@
-"""Ways to embed and caption faster on a CPU: compiled bfloat16, 8-bit weights in torch, and ONNX Runtime.
+"""Ways to embed and caption faster on a CPU, beside CLIP and BLIP of the same size in all precisions that suit them.
 
-    python -m mome.benchmarks.cpu --model icons --threads 2 --rounds 5 --results evaluation/results.csv
-    python -m mome.benchmarks.cpu --model base --threads 2 --rounds 5 --results evaluation/results.csv
+    python -m mome.benchmarks.cpu --model icons --threads 2 --seconds 220 --results evaluation/results.csv
+    python -m mome.benchmarks.cpu --model base --threads 2 --seconds 480 --results evaluation/results.csv
 
-- `images`: image embeddings per second, batches of 1 and 32: float32 as loaded, bfloat16 compiled with the weights as
-  constants, dynamic int8 of torchao compiled, ONNX Runtime in float32 and in int8 (`mome.export`);
-- `captions`: greedy captions per second, batches of 1 and 8: float32, bfloat16, and ONNX Runtime.
+- `images`: image embeddings, batches of 1 and 32: float32 as loaded, bfloat16, bfloat16 compiled with the weights as
+  constants; of MoME also dynamic int8 of torchao, compiled, and ONNX Runtime in float32 and int8 (`mome.export`);
+- `captions`: greedy captions of a set length, batches of 1 and 8: float32, bfloat16, and with decoding compiled; of
+  MoME also int8 as above. MoME decodes with a static cache, which BLIP does not take.
 
-`icons` is `checkpoints/mome-icons` with icons' shapes, `base` a ViT-B/16 at 224 px of random weights, beside SigLIP of
-the same size in the same ways of torch. All take turns; a row is a median and its ratio to float32 MoME. A way whose
-package is missing is named and left out.
+`icons` is `checkpoints/mome-icons` with icons' shapes, beside dense models of its width and depth with as many active
+weights; `base` is a ViT-B/16 at 224 px. All but the checkpoint have random weights. The peer for images is CLIP, the
+fastest of those in `mome.benchmarks.inference`. After a warm-up all take turns in an order that rotates; one that has
+used up its time waits for the others. A row is a median and the median ratio to the fastest way of the peer. A way
+that can't be, such as for want of a package, is named and left out.
 """
 
 import functools
+import gc
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch._inductor.config
 from torch import nn
+from transformers import CompileConfig
 
 from ..embedder import Embedder
+from ..errors import first_line
 from ..evaluation.results import append_rows
-from ..export.folder import parts_of
-from ..export.graphs import graph_of, quantised, save
 from ..modeling_mome import MomeForConditionalGeneration
 from ..onnx_embedder import DECODER, VISION, greedy_ids, open_session
 from .command import begin, parser_of
-from .inference import BASE, QUICK, mome_captioner, siglip
+from .inference import BASE, BF16, QUICK, blip, clip, mome_captioner
 
 ICONS = Path(__file__).resolve().parents[1] / "checkpoints" / "mome-icons"
-IMAGE_BATCHES, CAPTION_BATCHES, CAPTION_TOKENS, ORT_TYPES = (1, 32), (1, 8), 16, ("float32", "int8")
-Way = tuple[str, Callable[[torch.Tensor], object]]
+BATCHES = {"images": (1, 32), "captions": (1, 8)}
+CAPTION_TOKENS, ORT_TYPES, PEERS = 20, ("float32", "int8"), ("CLIP", "BLIP")
+SHARE = 4.0  # seconds of measurements after which a way waits for the others
+Run = Callable[[torch.Tensor], object]
+# A way: what it is called, and what makes it.
+Way = tuple[str, Callable[[], Run]]
 
 
-def rates_of(ways: list[Way], inputs: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Items per second of each way, which take turns; medians of the rounds, one more of which is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name, _ in ways}
-    with torch.inference_mode():
-        for round_number in range(rounds + 1):
-            for name, run in ways:
-                start = time.perf_counter()
-                run(inputs)
-                if round_number:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: len(inputs) / statistics.median(times) for name, times in seconds.items()}
+@dataclass
+class Models:
+    """What is measured: MoME's captioner, its peers of the same size, and how long captions are."""
+
+    captioner: Callable[[], MomeForConditionalGeneration]
+    shape: dict
+    caption_tokens: int
+    sessions: dict[str, dict] = field(default_factory=dict)
 
 
-def ways_of_torch(name: str, build: Callable[[], nn.Module]) -> Iterator[Way]:
-    """A model's image embeddings as loaded, compiled in bfloat16, and compiled in int8."""
+def models_of(name: str, quick: bool) -> Models:
+    """`icons` or `base`; `quick`: `base` in tiny dimensions."""
+    if name == "base":
+        shape = QUICK if quick else BASE
+        return Models(lambda: mome_captioner(shape).eval(), shape, CAPTION_TOKENS)
+    build = functools.partial(MomeForConditionalGeneration.from_pretrained, ICONS, dtype=torch.float32)
+    config = build().config
+    shape = {key: getattr(config, key) for key in BASE}
+    return Models(build, shape, min(CAPTION_TOKENS, config.max_position_embeddings - 1))  # [BOS] has a place, too
 
-    def embed(model: nn.Module) -> Callable:
-        return lambda pixels: model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
 
-    yield f"{name} float32", embed(build())
-    yield f"{name} bfloat16 compiled", torch.compile(embed(build().bfloat16()))
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ModuleNotFoundError as error:
-        print(f"{name} int8 torchao is left out: {error}")
-        return
-    model = build()
+def int8(model: nn.Module) -> nn.Module:
+    """The model with torchao's int8 weights, by which it multiplies inputs that it rounds to int8 as they come."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    yield f"{name} int8 torchao compiled", torch.compile(embed(model))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- ways
+
+
+def embedding(build: Callable[[], nn.Module], compiled: bool = False) -> Run:
+    model = build().eval()
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        return model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+
+    return torch.compile(embed, dynamic=False) if compiled else embed
+
+
+def image_ways(models: Models) -> Iterator[Way]:
+    """The likely fastest first: time may run out."""
+    builders = {"MoME": lambda: models.captioner().model, "CLIP": lambda: clip(models.shape)}
+    half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
+    for name, build in builders.items():
+        yield f"{name} float32", functools.partial(embedding, build)
+        yield f"{name} bfloat16 compiled", functools.partial(embedding, half[name], compiled=True)
+    yield "MoME int8 torchao compiled", functools.partial(embedding, lambda: int8(models.captioner().model), True)
+
+    def by_runtime(kind: str) -> Run:
+        session = models.sessions[kind][VISION]
+        return lambda pixels: session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
+
+    for kind in models.sessions:
+        yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
+    for name, build in half.items():
+        yield f"{name} bfloat16", functools.partial(embedding, build)
+
+
+def captioning(models: Models, build: Callable[[], nn.Module], compiled: bool = False) -> Run:
+    """Greedy captions; `compiled`: MoME's image pass and its step with a static cache, or the two parts of BLIP."""
+    model, options = build().eval(), {"do_sample": False, "num_beams": 1}
+    options |= dict.fromkeys(("max_new_tokens", "min_new_tokens"), models.caption_tokens)
+    if compiled and hasattr(model, "image_pass_for_captions"):
+        options |= {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False, mode="default")}
+        options["compile_config"]._compile_all_devices = True
+        model.image_pass_for_captions = torch.compile(model.image_pass_for_captions, dynamic=False)
+    elif compiled:
+        model.vision_model.compile(dynamic=False)
+        model.text_decoder.compile(dynamic=True)
+    return lambda pixels: model.generate(pixel_values=pixels.to(model.dtype), **options)
+
+
+def caption_ways(models: Models) -> Iterator[Way]:
+    """The likely fastest first: time may run out."""
+    write = functools.partial(captioning, models)
+    builders = {"MoME": models.captioner, "BLIP": lambda: blip(models.shape)}
+    half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
+    for name, build in builders.items():
+        yield f"{name} float32", functools.partial(write, build)
+        yield f"{name} bfloat16 compiled", functools.partial(write, half[name], compiled=True)
+    yield "MoME int8 torchao compiled", functools.partial(write, lambda: int8(models.captioner()), compiled=True)
+
+    def by_runtime(kind: str) -> Run:
+        vision, decoder = models.sessions[kind][VISION], models.sessions[kind][DECODER]
+        config = models.captioner().config
+        return lambda pixels: greedy_ids(vision, decoder, config, [], pixels, models.caption_tokens)
+
+    for kind in models.sessions:
+        yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
+    for name, build in half.items():
+        yield f"{name} bfloat16", functools.partial(write, build)
+
+
+WAYS = {"images": image_ways, "captions": caption_ways}
 
 
 def sessions_of(captioner: MomeForConditionalGeneration, folder: Path) -> dict[str, dict]:
-    """`float32`, `int8` → ONNX Runtime's sessions of the image tower and the caption step."""
+    """`float32`, `int8` → ONNX Runtime's sessions of the image tower and the caption step; none without packages."""
+    try:
+        from ..export.folder import parts_of
+        from ..export.graphs import graph_of, quantised, save
+    except ModuleNotFoundError as error:
+        print(f"  MoME ONNX Runtime is left out: {error}")
+        return {}
     parts = parts_of(Embedder(captioner, None))
     sessions: dict[str, dict] = {kind: {} for kind in ORT_TYPES}
     for part in (VISION, DECODER):
         graph = graph_of(parts[part])
         for kind in ORT_TYPES:
             path = folder / f"{part}-{kind}.onnx"
-            if kind == "int8":
-                quantised(graph, path)
-            else:
-                save(graph, path)
+            (quantised if kind == "int8" else save)(graph, path)
             sessions[kind][part] = open_session(path)
     return sessions
 
 
-def image_ways(build: Callable[[], nn.Module], sessions: dict[str, dict], peer: Callable | None) -> list[Way]:
-    def embed(session) -> Callable:
-        return lambda pixels: session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
-
-    ways = list(ways_of_torch("MoME", lambda: build().model))
-    ways += [(f"MoME {kind} ONNX Runtime", embed(sessions[kind][VISION])) for kind in ORT_TYPES]
-    return ways + ([] if peer is None else list(ways_of_torch("SigLIP", peer)))
+# ---------------------------------------------------------------------------------------------------------- turns
 
 
-def caption_ways(build: Callable[[], nn.Module], sessions: dict[str, dict]) -> list[Way]:
-    model = build()
-    config = model.config
-    length = min(CAPTION_TOKENS, config.max_position_embeddings - 1)  # [BOS] has a place, too
+def rates_of(ways: dict[str, Run], inputs: torch.Tensor, rounds: int, deadline: float) -> dict[str, list[float]]:
+    """Items per second in each round of each way; one that fails or comes after the deadline is named and left out."""
+    rates: dict[str, list[float]] = {}
+    for name, run in ways.items():
+        if rates and time.perf_counter() > deadline:
+            print(f"  {name} is left out: the time is up", flush=True)
+            continue
+        try:
+            run(inputs)  # compiles
+        except Exception as error:
+            print(f"  {name} is left out: {type(error).__name__}: {first_line(error)}", flush=True)
+        else:
+            rates[name] = []
+    for turn in range(rounds):
+        start = turn % max(len(rates), 1)
+        for name in [*rates][start:] + [*rates][:start]:
+            if sum(len(inputs) / rate for rate in rates[name]) < SHARE:
+                begun = time.perf_counter()
+                ways[name](inputs)
+                rates[name].append(len(inputs) / (time.perf_counter() - begun))
+    return rates
 
-    def write(model: nn.Module) -> Callable:
-        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
-        return lambda pixels: model.generate(pixel_values=pixels.to(model.dtype), **options, num_beams=1)
 
-    def write_by(kind: str) -> Callable:
-        vision, decoder = sessions[kind][VISION], sessions[kind][DECODER]
-        return lambda pixels: greedy_ids(vision, decoder, config, [], pixels, length)
+def built(section: str, models: Models) -> dict[str, Run]:
+    """Name → a way that is ready to run; one without its package is named and left out."""
+    ways = {}
+    for name, make in WAYS[section](models):
+        try:
+            ways[name] = make()
+        except ModuleNotFoundError as error:
+            print(f"  {name} is left out: {error}")
+    return ways
 
-    ways = [("MoME float32", write(model)), ("MoME bfloat16", write(build().bfloat16()))]
-    return ways + [(f"MoME {kind} ONNX Runtime", write_by(kind)) for kind in ORT_TYPES]
+
+def rows_of(title: str, rates: dict[str, list[float]]) -> Iterator[dict[str, str]]:
+    """Each way's median rate and its ratio to the peer's fastest way within a round, which are also printed."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    peers = [name for name in rates if name.startswith(PEERS)]
+    peer = max(peers, key=medians.get) if peers else "MoME float32"
+    for name, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[peer])]
+        spread = f"ratio {min(ratios):.3f} to {max(ratios):.3f}"
+        ratio = statistics.median(ratios)
+        print(f"{title}: {name:28} {medians[name]:9.4g}/s, {ratio:6.3f} of {peer}", flush=True)
+        yield {
+            "data": f"random inputs, {len(values)} rounds, {spread}",
+            "metric": f"CPU, {title}: {name}",
+            "value": f"{medians[name]:.4g}",
+            "peer": peer,
+            "peer_value": f"{medians[peer]:.4g}",
+            "ratio": f"{ratio:.3f}",
+        }
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = parser_of(__doc__, ("images", "captions"))
+    parser = parser_of(__doc__, WAYS)
     parser.add_argument("--model", choices=("icons", "base"), default="icons")
+    parser.add_argument("--seconds", type=float, default=480, help="then what is left is named and left out")
     options, sections, common = begin(parser, "cpu", argv)
-    shape = QUICK if options.quick else BASE
-    if options.model == "icons":
-        build = functools.partial(MomeForConditionalGeneration.from_pretrained, ICONS, dtype=torch.float32)
-        side, peer = build().config.image_size, None
-    else:
-        build, side = lambda: mome_captioner(shape).eval(), shape["image_size"]
-        peer = lambda: siglip(shape).eval()  # noqa: E731
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, torch._inductor.config.patch(freezing=True):
-        sessions = sessions_of(build().eval(), Path(folder))
-        for section in sections:
-            ways = image_ways(build, sessions, peer) if section == "images" else caption_ways(build, sessions)
-            for batch in IMAGE_BATCHES if section == "images" else CAPTION_BATCHES:
-                found = rates_of(ways, torch.randn(batch, 3, side, side), options.rounds)
-                for name, rate in found.items():
-                    ratio = rate / found["MoME float32"]
-                    print(f"{section}, batch {batch:2d}: {name:32s} {rate:9.1f}/s {ratio:6.2f}", flush=True)
-                    metric = f"CPU, {options.model}, {section}/s, batch {batch}: {name}"
-                    values = {"metric": metric, "value": round(rate, 1), "peer": "MoME float32"}
-                    values |= {"peer_value": round(found["MoME float32"], 1), "ratio": round(ratio, 2)}
-                    rows.append(common | {"data": f"random inputs, {options.rounds} rounds"} | values)
-    if options.results:
-        append_rows(options.results, rows)
+    begun, rows = time.perf_counter(), []
+    models = models_of(options.model, options.quick)
+    batches = [(section, batch) for section in sections for batch in BATCHES[section]]
+    with tempfile.TemporaryDirectory() as folder:
+        models.sessions = sessions_of(models.captioner().eval(), Path(folder))
+        for number, (section, batch) in enumerate(batches):
+            # Each may last until its part of the time that is left is over.
+            now = time.perf_counter()
+            deadline = now + (begun + options.seconds - now) / (len(batches) - number)
+            side = models.shape["image_size"]
+            with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+                rates = rates_of(built(section, models), torch.randn(batch, 3, side, side), options.rounds, deadline)
+            found = [common | row for row in rows_of(f"{options.model}, {section}/s, batch {batch}", rates)]
+            if options.results:  # at once: a run may be stopped
+                append_rows(options.results, found)
+            rows += found
+            torch._dynamo.reset()
+            gc.collect()
     return rows
 
 

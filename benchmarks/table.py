@@ -26,6 +26,8 @@ TABLES = {
         "query forms",
         "speed",
         "speed gpu",
+        "speed cpu icons",
+        "speed cpu base",
         "training gpu",
         "guidance",
         "ablation 128",
@@ -66,6 +68,13 @@ MARGINS = {
 }
 WAYS = {"as it is": "as they are", "trimmed": "trimmed"}
 FORMS = "query forms, R@1 of "  # begins the metrics of `mome.experiments.query_forms`
+# What `mome.benchmarks.cpu` measures → heading.
+CPU_COLUMNS = {
+    "images/s, batch 1": "images/s, batch 1",
+    "images/s, batch 32": "batch 32",
+    "captions/s, batch 1": "captions/s, batch 1",
+    "captions/s, batch 8": "batch 8",
+}
 DEVICE = "training on a device, pairs per second: "  # begins the metrics of `mome.training.device`'s speed
 ABLATION_METRICS = {
     "text_to_image_r1": "R@1 t→i",
@@ -94,6 +103,20 @@ def speed_table(rows: list[dict], gpu: bool = False) -> str:
         lines.append(f"| {what} | {row['value']} | {peer} | {row['peer_value']} | {row['ratio']} ({low}–{high}) |")
     hardware = sorted({row["hardware"] for row in latest.values()})
     return "\n".join([*lines, "", "Measured on " + "; ".join(hardware) + "."])
+
+
+def cpu_table(rows: Iterable[dict], model: str) -> str:
+    """Each way of `mome.benchmarks.cpu` with a model, what it gives, and the ratio to the peer's fastest way."""
+    begins = f"CPU, {model}, "
+    latest = {row["metric"].removeprefix(begins): row for row in rows if row["metric"].startswith(begins)}
+    cells: dict[str, dict[str, str]] = {}
+    for metric, row in latest.items():
+        column, way = metric.split(": ")
+        cells.setdefault(way, {})[column] = f"{float(row['value']):,.4g} ({float(row['ratio']):.2f})"
+    lines = [[way, *(own.get(column, "–") for column in CPU_COLUMNS)] for way, own in cells.items()]
+    hardware = "; ".join(sorted({row["hardware"] for row in latest.values()}))
+    table = _table(["", *CPU_COLUMNS.values()], sorted(lines, key=lambda line: not line[0].startswith("MoME")))
+    return table + (f"\n\nMeasured on {hardware}." if hardware else "\n\nNot measured yet.")
 
 
 def searches_table(rows: Iterable[dict]) -> str:
@@ -207,6 +230,8 @@ def tables(rows: list[dict]) -> dict[str, str]:
         "query forms": forms_table(rows),
         "speed": speed_table(rows),
         "speed gpu": speed_table(rows, gpu=True),
+        "speed cpu icons": cpu_table(rows, "icons"),
+        "speed cpu base": cpu_table(rows, "base"),
         "training gpu": device_table(rows),
         "guidance": guidance_table(rows),
         **{name: ablation_table(rows, data) for name, data in ABLATIONS.items()},

@@ -67,21 +67,23 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
         raise ConversionError(f"tokenizer {shortened(path)} does not exist: pass its file or folder")
     try:
         vocabulary, merges = _read(path)
-        start, end = (next(name for name in names if name in vocabulary) for names in (START, END))
+        _check(path, vocabulary, merges)
+        start, end = (next((name for name in names if name in vocabulary), None) for names in (START, END))
+        if start is None or end is None:
+            raise ConversionError(f"tokenizer {path} is not CLIP's, it has no {START[1]} and {END[1]}: pass {HINT}")
+        highest = max(vocabulary.values())
+        # Checks that the vocabulary has all that the merges make.
+        model = models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, unk_token=end)
     except ConversionError:
         raise
-    except StopIteration:
-        raise ConversionError(
-            f"tokenizer {path} is not CLIP's, it has no {START[1]} and {END[1]}: pass {HINT}"
-        ) from None
     except Exception as error:  # not JSON, not gzip, other fields
         raise ConversionError(f"tokenizer {path} can't be read: {first_sentence(error)}") from error
-    if (highest := max(vocabulary.values())) >= vocab_size:
+    if highest >= vocab_size:
         raise ConversionError(
             f"tokenizer {path} has ids up to {highest}, the checkpoint {vocab_size} words: pass the tokenizer that "
             "the checkpoint was trained with"
         )
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=END_OF_WORD, unk_token=end))
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(_cleaning())
     split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -99,6 +101,14 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def _check(path: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]]):
+    if not all(type(index) is int and index >= 0 for index in vocabulary.values()):
+        raise ConversionError(f"tokenizer {path} has ids that are not whole numbers: download it again")
+    if not merges or not all(len(merge) == 2 for merge in merges):
+        reason = "merges that are not pairs" if merges else "no merges, it would read letter by letter"
+        raise ConversionError(f"tokenizer {path} has {reason}: download it again")
 
 
 def _read(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

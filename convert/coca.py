@@ -127,6 +127,7 @@ SIZED = {
     "heads",
 }
 SIZED |= {"attn_pooler_queries", "n_queries", "attn_pooler_heads", "pad_id", "eos_id", "correct_cls_mask", "dim_head"}
+MAY_BE_0 = {"pad_id", "eos_id"}
 FIXED = {
     "attentional_pool": True,
     "embed_cls": True,
@@ -141,6 +142,8 @@ FIXED = {
     "hf_model_name": None,
     "timm_model_name": None,
 }
+# How open_clip prepares images for its published models, where the config says it.
+PREPARED = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
 IGNORED = {"use_pad_mask", "hf_tokenizer_name", "tokenizer_kwargs", "pos_embed_type", "final_ln_after_pool"}
 
 
@@ -151,7 +154,7 @@ class UpstreamConfig:
     Attributes:
         path: the file.
         model: `embed_dim`, `vision_cfg`, `text_cfg`, `multimodal_cfg`.
-        preprocessing: `mean`, `std` and the like; may be empty.
+        preprocessing: `mean`, `std` and the like; may be empty. As in the model, what is null is left out.
     """
 
     path: Path
@@ -164,23 +167,43 @@ class UpstreamConfig:
 
 def read_config(path: Path) -> UpstreamConfig:
     """Raises ConversionError: no such file, one that can't be read, or of another architecture."""
+    names = "vision_cfg", "text_cfg", "multimodal_cfg"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        model = content.get("model_cfg", content)
-        found = UpstreamConfig(path, dict(model), dict(content.get("preprocess_cfg") or {}))
-        parts = {name: dict(model[name]) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")}
+        model = dict(content.get("model_cfg", content).items())
+        preprocessing = _said(content.get("preprocess_cfg") or {})
+        model |= {name: _said(model[name]) for name in names}
     except FileNotFoundError:
         raise ConversionError(f"config {shortened(path)} does not exist: pass open_clip's {CONFIG_FILE}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         reason = f"it has no {shortened(error.args[0])}" if isinstance(error, KeyError) else first_sentence(error)
         raise ConversionError(f"config {path} is not that of an open_clip CoCa: {reason}") from error
-    for name, part in parts.items():
-        for key, value in part.items():
+    for name in names:
+        for key, value in model[name].items():
             if key in FIXED and value != FIXED[key]:
                 raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which no published CoCa has")
             if key not in FIXED and key not in SIZED and key not in IGNORED:
                 raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which is not known")
-    return found
+            if key in SIZED and not _is_size(key, value):
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, expected a positive number")
+    for key, value in preprocessing.items():
+        if value != PREPARED.get(key, value):
+            raise ConversionError(
+                f"config {path}: preprocess_cfg has {key}={quoted(value)}, only {PREPARED[key]!r} is supported"
+            )
+    return UpstreamConfig(path, model, preprocessing)
+
+
+def _said(part: dict) -> dict:
+    return {key: value for key, value in part.items() if value is not None}
+
+
+def _is_size(key: str, value) -> bool:
+    if key == "correct_cls_mask":
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if key == "mlp_ratio" else int):
+        return False
+    return value > 0 or (value == 0 and key in MAY_BE_0)
 
 
 def _heads_of(config: UpstreamConfig, vision_width: int) -> dict:
@@ -246,7 +269,8 @@ def _check_sizes(checkpoint: Checkpoint, upstream: UpstreamConfig, config: dict)
         | {"image_size": "image_size", "attn_pooler_queries": "pooler_num_queries"},
         "text_cfg": {"width": "hidden_size", "layers": "text_num_hidden_layers", "vocab_size": "vocab_size"}
         | {"context_length": "max_position_embeddings"},
-        "multimodal_cfg": {"width": "hidden_size", "layers": "decoder_num_hidden_layers"},
+        "multimodal_cfg": {"width": "hidden_size", "layers": "decoder_num_hidden_layers", "vocab_size": "vocab_size"}
+        | {"context_length": "max_position_embeddings"},
     }.items():
         for key, name in names.items():
             said = upstream.part(part).get(key)
@@ -255,6 +279,22 @@ def _check_sizes(checkpoint: Checkpoint, upstream: UpstreamConfig, config: dict)
                     f"config {upstream.path} is not that of {checkpoint.path}: {part} has {key}={said}, the shapes "
                     f"say {config[name]}"
                 )
+    if (said := upstream.model.get("embed_dim")) not in (None, config["projection_dim"]):
+        raise ConversionError(
+            f"config {upstream.path} is not that of {checkpoint.path}: embed_dim={said}, the shapes say "
+            f"{config['projection_dim']}"
+        )
+    for key, count in (("mean", config["num_channels"]), ("std", config["num_channels"])):
+        values = upstream.preprocessing.get(key, [1] * count)
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != count or (key == "std" and not all(value > 0 for value in values)):
+            raise ConversionError(
+                f"config {upstream.path}: preprocess_cfg has {key}={quoted(values)}, expected {count} numbers"
+                + (" above 0" if key == "std" else "")
+            )
+    said, side = upstream.preprocessing.get("size"), config["image_size"]
+    if said not in (None, side, [side, side]):
+        raise ConversionError(f"config {upstream.path}: preprocess_cfg has size={said}, the shapes say {side}")
 
 
 def layout_of(checkpoint: Checkpoint) -> tuple[KeyMap, dict[str, Operation]]:
@@ -277,7 +317,7 @@ def build_processor(config: CocaConfig, tokenizer, upstream: UpstreamConfig | No
     images = CLIPImageProcessor(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        image_mean=list(said.get("mean") or OPENAI_CLIP_MEAN),
-        image_std=list(said.get("std") or OPENAI_CLIP_STD),
+        image_mean=said.get("mean", OPENAI_CLIP_MEAN),
+        image_std=said.get("std", OPENAI_CLIP_STD),
     )
     return images if tokenizer is None else MomeProcessor(images, tokenizer)

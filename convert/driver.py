@@ -99,7 +99,7 @@ def _on_vocabulary(source: Source, config: MomeConfig, with_tokenizer: bool) -> 
     if config.vocab_size == source.vocab_size:
         others = ", ".join(f"{name} {index}" for name, index in published.items() if getattr(config, name) != index)
         return [f"the tokenizer is not that of the published {source.name}, which has {others}"] if others else []
-    if with_tokenizer:
+    if with_tokenizer or not published:  # a source whose config.json has them leaves nothing to guess
         return []
     guesses = ", ".join(f"{name} {getattr(config, name)}" for name in published)
     return [f"without a tokenizer {guesses} are guesses: correct them in config.json"]

@@ -158,7 +158,10 @@ class HubFiles(CheckpointFiles):
             ) from error
         except HfHubHTTPError as error:
             raise ConversionError(f"{what}: the Hub did not send {name}: {first_sentence(error)}") from error
-        except LocalEntryNotFoundError as error:
+        except (LocalEntryNotFoundError, RuntimeError) as error:
+            # Without a network, huggingface_hub before 2 closes its client and then calls it once more.
+            if isinstance(error, RuntimeError) and "client has been closed" not in str(error):
+                raise
             reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub can't be reached"
             raise ConversionError(
                 f"{what}: {name} is not in the cache, and {reason}: check the network, or pass a folder"

@@ -12,13 +12,15 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
+from PIL import Image
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, XLMRobertaTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
-from ..configuration_mome import shortened
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence, missing_package
 from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
@@ -156,7 +158,7 @@ def published_image_processor(files: CheckpointFiles, side: int, new_side: int) 
         new_side: of the output's.
 
     Raises:
-        ConversionError: no such file, or one that is for other images.
+        ConversionError: no such file, one that is for other images, or values with which no image can be prepared.
     """
     file = files.need("preprocessor_config.json", "processor_config.json", hint="it tells how images are prepared")
     fields = files.json(file)
@@ -170,10 +172,20 @@ def published_image_processor(files: CheckpointFiles, side: int, new_side: int) 
     names = "do_resize do_rescale do_normalize rescale_factor resample image_mean image_std".split()
     options = {name: fields[name] for name in names if fields.get(name) is not None}
     options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | options  # where SigLIP's class has its defaults
+    what = f"checkpoint {files.name}: {file.name}"
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not isinstance(options.get(name, True), bool):
+            raise ConversionError(f"{what}: {name}={quoted(options[name])}, expected true or false")
     try:
-        return MomeImageProcessor(size={"height": new_side, "width": new_side}, do_center_crop=False, **options)
+        images = MomeImageProcessor(size={"height": new_side, "width": new_side}, do_center_crop=False, **options)
+        with warnings.catch_warnings():  # of a division by 0: the error below says what is wrong
+            warnings.simplefilter("ignore")
+            pixels = images(Image.linear_gradient("L").convert("RGB"), return_tensors="pt")["pixel_values"]
     except Exception as error:  # a value that can't be
-        raise ConversionError(f"checkpoint {files.name}: {file.name}: {first_sentence(error)}") from error
+        raise ConversionError(f"{what} prepares no image: {first_sentence(error)}") from error
+    if pixels.shape[1:] != (3, new_side, new_side) or not pixels.isfinite().all():
+        raise ConversionError(f"{what} makes no pixels of {new_side} × {new_side} of an image: {options}")
+    return images
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast | None, sizes: Sizes) -> MomeProcessor | ImageProcessingMixin:

@@ -147,8 +147,10 @@ def _check_towers(what: str, config: SiglipConfig):
     if getattr(vision, "vision_use_head", True) is False:
         raise ConversionError(f"{what} has no attention pooling (vision_use_head=False): it embeds no images")
     for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise ConversionError(f"{what}: {name}={getattr(vision, name)}, expected one number: images are square")
+        if not isinstance(getattr(vision, name), int) or getattr(vision, name) < 1:
+            raise ConversionError(
+                f"{what}: {name}={getattr(vision, name)}, expected one positive number: images are square"
+            )
 
 
 def measure(checkpoint: Checkpoint, options: Options) -> Sizes:

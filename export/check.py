@@ -147,7 +147,8 @@ def draw_tokens(random: np.random.Generator, embedder: Embedder, texts: int, lon
     ids = np.full((texts, longest), config.pad_token_id)
     lengths = np.array([longest, *random.integers(3, longest + 1, texts - 1)])
     for row, length in zip(ids, lengths):
-        row[:length] = [config.bos_token_id, *random.choice(words, length - 2), tokenizer.eos_token_id]
+        first = [config.bos_token_id] if config.text_start_token else []
+        row[:length] = [*first, *random.choice(words, length - len(first) - 1), tokenizer.eos_token_id]
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 

@@ -19,7 +19,19 @@ from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
 from ..modeling_mome import MomeForConditionalGeneration
-from ..onnx_embedder import DECODER, JOINT, SUFFIXES, TEXT, VISION, OnnxEmbedder, onnx_file, open_session
+from ..onnx_embedder import (
+    DECODER,
+    FINGERPRINT,
+    JOINT,
+    LOGIT_BIAS,
+    LOGIT_SCALE,
+    SUFFIXES,
+    TEXT,
+    VISION,
+    OnnxEmbedder,
+    onnx_file,
+    open_session,
+)
 from .check import Agreement, Checks
 from .graphs import graph_of, half, mark, quantised, save
 from .modules import BothTowers, CaptionStep, Exportable, ImageTower, TextTower
@@ -125,13 +137,7 @@ def _check(folder: Path) -> MomeConfig:
             f"{folder} holds a model of type {quoted(kind)}: only {MomeConfig.model_type!r} can be exported; python "
             "-m mome.convert makes one of BEiT-3 and VLMo checkpoints"
         )
-    config = MomeConfig.from_pretrained(folder)
-    if config.fixed_text_length:
-        raise ExportError(
-            f"{folder} fills its texts with padding (fixed_text_length, as SigLIP does): only models whose texts have "
-            "their own length can be exported"
-        )
-    return config
+    return MomeConfig.from_pretrained(folder)
 
 
 def _copy_small_files(source: Path, folder: Path):
@@ -144,10 +150,18 @@ def _copy_small_files(source: Path, folder: Path):
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
 
 
+def _properties(embedder: Embedder) -> dict[str, str]:
+    """What every file tells of the model."""
+    model = embedder.model
+    numbers = {LOGIT_SCALE: model.logit_scale} | ({} if model.logit_bias is None else {LOGIT_BIAS: model.logit_bias})
+    return {FINGERPRINT: embedder.fingerprint} | {key: repr(float(value)) for key, value in numbers.items()}
+
+
 def _write_files(
     embedder: Embedder, folder: Path, dtypes: Sequence[str], progress: Callable[[str], object]
 ) -> dict[str, Agreement]:
     (folder / "onnx").mkdir()
+    properties = _properties(embedder)
     for part, module in parts_of(embedder).items():
         progress(f"exporting {part}")
         try:
@@ -158,7 +172,7 @@ def _write_files(
                     quantised(graph, path)
                 else:
                     save(half(module) if dtype == "fp16" else graph, path)
-                mark(path, embedder.fingerprint)
+                mark(path, properties)
         except (RuntimeError, TypeError, NotImplementedError) as error:  # those of the exporter
             raise ExportError(f"{part} can't be exported: {first_line(error)}") from error
     progress("comparing with the checkpoint")

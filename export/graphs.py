@@ -18,7 +18,6 @@ from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from onnxscript import ir
 from onnxscript.optimizer import fold_constants_ir, remove_unused_nodes
 
-from ..onnx_embedder import FINGERPRINT
 from .modules import Exportable
 
 OPSET = 20
@@ -152,10 +151,10 @@ def _in_half(module: Exportable) -> Exportable:
     return copy.deepcopy(module).half()
 
 
-def mark(path: Path, fingerprint: str):
-    """Writes into a file of which weights it is, and checks that it is whole."""
+def mark(path: Path, properties: dict[str, str]):
+    """Writes properties into a file, such as of which weights it is, and checks that it is whole."""
     graph = onnx.load(path)
-    helper.set_model_props(graph, {FINGERPRINT: fingerprint})
+    helper.set_model_props(graph, properties)
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
 

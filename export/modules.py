@@ -107,7 +107,7 @@ class ImageTower(Exportable):
         return (image_embeds, image.key_values) if self.key_values else image_embeds
 
     def sample_inputs(self) -> tuple[torch.Tensor]:
-        config, weight = self.model.config, self.model.image_projection.weight
+        config, weight = self.model.config, self.model.text_projection.weight
         return (weight.new_zeros(3, config.num_channels, config.image_size, config.image_size),)
 
     def dynamic_shapes(self, named: bool = False) -> tuple:
@@ -206,7 +206,7 @@ class CaptionStep(Exportable):
         return outputs.logits, tuple((layer.keys, layer.values) for layer in cache.layers)
 
     def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor, KeyValues]:
-        config, weight = self.captioner.config, self.captioner.model.image_projection.weight
+        config, weight = self.captioner.config, self.captioner.model.text_projection.weight
         cached = config.num_image_tokens + 2
         input_ids = torch.full((3, 4), config.bos_token_id, device=weight.device)
         heads = config.num_attention_heads

@@ -3,16 +3,21 @@
 //   words ───────────── engine.embedText ──┐
 //   picture or SVG ──── engine.embedImage ─┼─ gallery.search ── hits
 //   an icon of it ──────────────────────── ┘
+//
+//   picture, SVG, icon ── captions.describe ── words
 
-import { Downloads, FailedDownload } from "./download.js";
+import { Captions } from "./captions.js";
+import { Downloads, FailedDownload, forget } from "./download.js";
 import { Engine } from "./engine.js";
 import { Gallery } from "./gallery.js";
-import { readPicture } from "./pictures.js";
+import { readPicture, typed } from "./pictures.js";
+import { toPixelValues } from "./pixels.js";
 import { missingFeature } from "./support.js";
 import { Refusal, shortened } from "./texts.js";
 import {
   appendHits,
   clearHits,
+  describeBox,
   element,
   find,
   hideProblem,
@@ -30,6 +35,8 @@ const WAIT_FOR_SERVICE_WORKER = 4000; // milliseconds; without it the page works
 
 export const engine = new Engine();
 export let gallery = null;
+export let captions = null; // of a model that writes none
+let imageSettings = null;
 
 /** What is ready, as promises, and how long it took. */
 export const ready = { texts: deferred(), images: deferred() };
@@ -69,6 +76,9 @@ async function load() {
   const response = await fetch("data/manifest.json").catch((error) => error);
   if (!response.ok) throw new FailedDownload("data/manifest.json could not be downloaded");
   const manifest = await response.json();
+  imageSettings = manifest.images;
+  if (manifest.captions) captions = new Captions(engine, ready.images, manifest);
+  showAsked(asked); // what was asked for before
   const downloads = new Downloads(manifest.files, (done, all) => {
     const [have, need] = [done, all].map((bytes) => (bytes / 1e6).toFixed(0));
     showProgress(done / all, `Loading the search: ${have} of ${need} MB, kept for the next visit`);
@@ -117,7 +127,7 @@ async function loadImages(manifest) {
 function explain(error) {
   for (const part of Object.values(ready)) part.reject(error);
   if (error instanceof FailedDownload) {
-    navigator.serviceWorker?.controller?.postMessage({ forget: true });
+    forget(error.file);
     showProblem("A download failed", `${error.message}. Is there a network?`, () => location.reload());
   } else {
     showProblem("The search could not be started", error.message, () => location.reload());
@@ -129,16 +139,20 @@ function explain(error) {
 const status = (words) => (find("#status").textContent = words);
 const count = (number) => number.toLocaleString("en");
 
-/** The embedding of what is asked for, and how it is called. */
-async function embed({ kind, text, pixels, index }) {
+/** The embedding of what is asked for, how it is called, and how long that took. */
+async function embed({ kind, text, picture, index, reading = 0 }) {
   if (kind === "icon") return { embedding: gallery.embedding(index), called: `like “${gallery.icon(index).name}”` };
-  if (kind === "picture") {
-    await ready.images;
-    return { ...(await engine.embedImage(pixels)), called: "like your picture" };
-  }
-  await ready.texts;
-  const found = await engine.embedText(text);
-  return { ...found, called: `for “${shortened(text)}”${found.cut ? ", of which only the beginning was read" : ""}` };
+  await (kind === "picture" ? ready.images : ready.texts);
+  const start = performance.now();
+  const found = await (kind === "picture" ? engine.embedImage(picture) : engine.embedText(text));
+  const called = kind === "picture" ? "like your picture" : `for “${shortened(text)}”`;
+  const cut = found.cut ? ", of which only the beginning was read" : "";
+  return { ...found, called: `${called}${cut}`, milliseconds: reading + performance.now() - start };
+}
+
+/** The same, once for each question. */
+function embedded(question) {
+  return (question.embedded ??= embed(question));
 }
 
 /** Searches for what is asked for; a newer question makes an older answer void. */
@@ -148,13 +162,15 @@ export async function search() {
   if (!gallery) return status("Loading …");
   const style = find("#style").value === "" ? null : Number(find("#style").value);
   try {
-    const start = performance.now();
-    const { embedding, called } = await embed(question);
+    const isNew = question.embedded === undefined;
+    const found = await embedded(question);
     if (question !== asked) return;
-    hits = gallery.search(embedding, style, question.index ?? null);
+    const start = performance.now();
+    hits = gallery.search(found.embedding, style, question.index ?? null);
     show();
-    const milliseconds = Math.max(1, Math.round(performance.now() - start));
-    status(`The nearest of ${count(gallery.length)} icons ${called} · ${count(milliseconds)} ms`);
+    const before = isNew ? (found.milliseconds ?? 0) : 0;
+    const milliseconds = Math.max(1, Math.round(before + performance.now() - start));
+    status(`The nearest of ${count(gallery.length)} icons ${found.called} · ${count(milliseconds)} ms`);
   } catch (error) {
     if (question !== asked) return;
     hits = [];
@@ -183,7 +199,8 @@ function show() {
 }
 
 function showMore() {
-  appendHits(gallery, hits.slice(shown, shown + PAGE), (hit) => showDetail(gallery, hit, searchLike));
+  const open = (hit) => showDetail(gallery, hit, searchLike, description({ kind: "icon", index: hit.index }));
+  appendHits(gallery, hits.slice(shown, shown + PAGE), open);
   shown = Math.min(hits.length, shown + PAGE);
   find("#more").hidden = shown >= hits.length;
 }
@@ -212,8 +229,9 @@ function searchLike(index) {
 async function searchPicture(file) {
   find("#words").blur();
   try {
-    const pixels = await readPicture(file);
-    const search = ask({ kind: "picture", pixels, file });
+    const start = performance.now();
+    const picture = await readPicture(file);
+    const search = ask({ kind: "picture", picture, file, reading: performance.now() - start });
     if (!find("#loading").hidden) status("Your picture is searched for as soon as everything is loaded …");
     await search;
   } catch (error) {
@@ -221,16 +239,31 @@ async function searchPicture(file) {
   }
 }
 
+/** The button that has what is asked for described; null where nothing can be. */
+function description(question) {
+  if (!captions) return null;
+  const describe = async (report) => captions.describe(await pixelValues(question), report);
+  return describeBox(describe, () => captions.missingBytes());
+}
+
+async function pixelValues(question) {
+  if (question.kind === "picture") return (await embedded(question)).values;
+  const { data, width, height } = await readPicture(gallery.blob(question.index));
+  return toPixelValues(data, width, height, imageSettings);
+}
+
 /** The picture or icon that is searched by, beside a button that ends it. */
-function showAsked({ kind, index, file }) {
+function showAsked(question) {
+  const { kind, index, file } = question;
   const box = find("#asked");
   const image = find("img", box);
   if (image.src.startsWith("blob:") && image.dataset.own) URL.revokeObjectURL(image.src);
   box.hidden = kind !== "picture" && kind !== "icon";
   if (box.hidden) return;
-  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(file);
+  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(typed(file));
   image.dataset.own = kind === "icon" ? "" : "1";
-  find("p", box).textContent = kind === "icon" ? gallery.icon(index).name : shortened(file.name || "your picture");
+  const name = kind === "icon" ? gallery.icon(index).name : shortened(file.name || "your picture");
+  find("div", box).replaceChildren(element("p", {}, name), description(question) ?? "");
 }
 
 // --------------------------------------------------------------------------------------------------- the visitor

@@ -3,6 +3,7 @@
     python space-static/build_page.py
 
     checkpoint ── mome.export ── vision_model, text_model, int8 ─┐
+                            └─── decoder_model_merged ───────────┤   (of a captioner; downloaded when it is asked for)
     space/gallery.parquet ── names, credits, PNG files ──────────┼─ data/, gzipped where that makes a file smaller
                         └─── embeddings, int8 ───────────────────┘   └─ manifest.json: sizes and hashes
                                                                         version.js: for the service worker
@@ -32,37 +33,43 @@ CHECKPOINT = ROOT / "checkpoints" / "mome-icons"
 DATA = FOLDER / "data"
 CACHE = ROOT / ".cache" / "static-demo"
 TOWERS = ("vision_model", "text_model")
+DECODER = "decoder_model_merged"
 # What a service worker keeps of the page itself; the rest is in the manifest.
 SHELL = ("*.js", "*.css", "*.svg", "*.webmanifest", "vendor/*.mjs")
 PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
 
 
-def quantized_towers(checkpoint: Path, model: Any) -> dict[str, Path]:
-    """The two towers as int8 ONNX files, exported once for the same weights and code."""
-    kept = CACHE / digest_of(path.read_bytes() for path in weights_and_code(checkpoint))[:32]
+def quantized_parts(checkpoint: Path, embedder: Any) -> dict[str, Path]:
+    """The parts of the model as int8 ONNX files, exported once for the same weights and code."""
+    from mome.export.folder import parts_of
+
+    modules = {part: module for part, module in parts_of(embedder).items() if part in (*TOWERS, DECODER)}
+    sources = [path.read_bytes() for path in weights_and_code(checkpoint)]
+    kept = CACHE / digest_of([*sources, *(part.encode() for part in modules)])[:32]
     if not kept.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            part = Path(folder) / "onnx"
-            part.mkdir()
-            export_towers(model.model, part)
-            part.rename(kept)
-    return {tower: kept / f"{tower}_quantized.onnx" for tower in TOWERS}
+            made = Path(folder) / "onnx"
+            made.mkdir()
+            export_parts(modules, made, embedder.fingerprint)
+            made.rename(kept)
+    return {part: kept / f"{part}_quantized.onnx" for part in modules}
 
 
 def weights_and_code(checkpoint: Path) -> list[Path]:
-    """What exported towers depend on."""
+    """What exported parts depend on."""
     code = [*ROOT.glob("*_mome.py"), *(ROOT / "export").glob("*.py")]
     return [checkpoint / "model.safetensors", checkpoint / "config.json", *sorted(code)]
 
 
-def export_towers(model: Any, folder: Path):
-    """Writes `vision_model_quantized.onnx` and `text_model_quantized.onnx`."""
-    from mome.export.graphs import graph_of, quantised
-    from mome.export.modules import ImageTower, TextTower
+def export_parts(modules: dict[str, Any], folder: Path, fingerprint: str):
+    """Writes `vision_model_quantized.onnx` and its like, as `mome.export` does."""
+    from mome.export.graphs import graph_of, mark, quantised
 
-    for tower, module in zip(TOWERS, (ImageTower, TextTower)):
-        quantised(graph_of(module(model)), folder / f"{tower}_quantized.onnx")
+    for part, module in modules.items():
+        path = folder / f"{part}_quantized.onnx"
+        quantised(graph_of(module), path)
+        mark(path, fingerprint)
 
 
 def quantized(embeddings: np.ndarray) -> bytes:
@@ -133,6 +140,24 @@ def text_settings(processor: Any, config: Any) -> dict[str, Any]:
     return {"limit": limit, "wordless": sorted(wordless)}
 
 
+def writes_captions(checkpoint: Path) -> bool:
+    """Whether the weights are a captioner's."""
+    architectures = json.loads((checkpoint / "config.json").read_text()).get("architectures")
+    return architectures == ["MomeForConditionalGeneration"]
+
+
+def caption_settings(model: Any) -> dict[str, Any]:
+    """What model.js needs to know of captions."""
+    from mome.embedder import CAPTION_TOKENS
+
+    ends = model.generation_config.eos_token_id
+    return {
+        "bos": model.config.bos_token_id,
+        "ends": ends if isinstance(ends, list) else [] if ends is None else [ends],
+        "most_tokens": min(CAPTION_TOKENS, model.config.max_position_embeddings - 1),
+    }
+
+
 def digest_of(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -163,10 +188,11 @@ class Writer:
 
 
 def sources_of_page(checkpoint: Path) -> str:
-    """Digest of everything that data/ is made of."""
+    """Digest of everything that data/ is made of, but for the page itself."""
     named = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
     files = [*weights_and_code(checkpoint), *(checkpoint / name for name in named), SPACE / "gallery.parquet"]
-    return digest_of([*(path.read_bytes() for path in [*files, *page_files(), STAMP, Path(__file__)])])
+    files += checkpoint.glob("generation_config.json")
+    return digest_of(path.read_bytes() for path in [*files, STAMP, Path(__file__)])
 
 
 def page_files() -> list[Path]:
@@ -182,30 +208,31 @@ def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
         ValueError: an image processor that the page can't imitate.
     """
     made_of, manifest_file = sources_of_page(checkpoint), DATA / "manifest.json"
-    if (DATA / "version.js").is_file() and json.loads(manifest_file.read_text())["made_of"] == made_of:
-        return json.loads(manifest_file.read_text())
+    if (DATA / "version.js").is_file():
+        manifest = json.loads(manifest_file.read_text())
+        if manifest["made_of"] == made_of:
+            write_version(manifest)
+            return manifest
     if str(SPACE) not in sys.path:
         sys.path.insert(0, str(SPACE))
     # Only now: they bring torch and gradio, which take seconds.
-    from mome import MomeForConditionalGeneration, MomeProcessor
+    from mome.embedder import Embedder
     from mome_space.engine import Engine
     from mome_space.gallery import Gallery, Index
 
-    model, processor = (
-        MomeForConditionalGeneration.from_pretrained(checkpoint),
-        MomeProcessor.from_pretrained(checkpoint),
-    )
-    gallery = Gallery()
+    captions = writes_captions(checkpoint)
+    embedder = Embedder.load(checkpoint, "cpu", captions=captions)
+    model, processor, gallery = embedder.model, embedder.processor, Gallery()
     index = Index(Engine(model, processor), gallery)
     images, texts = image_settings(processor), text_settings(processor, model.config)
     index.build()
-    towers = quantized_towers(checkpoint, model)
+    parts = quantized_parts(checkpoint, embedder)
     shutil.rmtree(DATA, ignore_errors=True)
     DATA.mkdir()
     writer = Writer(DATA)
     writer.note("runtime", FOLDER / "vendor" / "ort-wasm-simd-threaded.wasm.gz")
-    for tower, path in towers.items():
-        writer.add(tower, path.name, path.read_bytes())
+    for part, path in parts.items():
+        writer.add(part, path.name, path.read_bytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         writer.add(Path(name).stem, name, (checkpoint / name).read_bytes())
     writer.add("gallery", "gallery.json", json.dumps(gallery_table(gallery), separators=(",", ":")).encode())
@@ -216,6 +243,7 @@ def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
         "icons": len(gallery),
         "images": images,
         "texts": texts,
+        "captions": caption_settings(model) if captions else None,
         "files": writer.files,
         "packages": [f"{package.name} {package.version}" for package in PACKAGES],
         "made_of": made_of,
@@ -249,10 +277,13 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+    later = sizes.pop(DECODER, None)
     total = sum(sizes.values())
     print(f"{manifest['checkpoint']}, {manifest['icons']:,} icons: {total / 1e6:.1f} MB over the wire")
     for name, size in sizes.items():
         print(f"  {name} {size / 1e6:.2f} MB")
+    if later is not None:
+        print(f"  for captions, when one is asked for: {later / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,20 @@
 // Files of the page with progress, checked and unpacked. What is asked for again comes from the service worker's cache.
 
-/** A file that could not be had, in words for a visitor. */
-export class FailedDownload extends Error {}
+/** A file that could not be had, in words for a visitor; `file` is what the manifest says of it. */
+export class FailedDownload extends Error {
+  constructor(message, file = null) {
+    super(message);
+    this.file = file;
+  }
+}
+
+/** Where a file is fetched from: another version has another address. */
+export const addressOf = (file) => `${file.path}?v=${file.sha256.slice(0, 16)}`;
+
+/** The service worker forgets a file that turned out to be another one. */
+export function forget(file) {
+  if (file) navigator.serviceWorker?.controller?.postMessage({ forget: addressOf(file) });
+}
 
 export class Downloads {
   /** @param files name → {path, bytes, sha256}, as in data/manifest.json. */
@@ -34,15 +47,14 @@ export class Downloads {
   }
 
   async #fetch(file) {
-    const url = `${file.path}?v=${file.sha256.slice(0, 16)}`;
     const packed = new Uint8Array(file.bytes);
     let length = 0;
     try {
-      const response = await fetch(url);
-      if (!response.ok) throw new FailedDownload(`${file.path}: the server answers ${response.status}`);
+      const response = await fetch(addressOf(file));
+      if (!response.ok) throw new FailedDownload(`${file.path}: the server answers ${response.status}`, file);
       const reader = response.body.getReader();
       for (let part = await reader.read(); !part.done; part = await reader.read()) {
-        if (length + part.value.length > packed.length) throw new FailedDownload(`${file.path} is too long`);
+        if (length + part.value.length > packed.length) throw new FailedDownload(`${file.path} is too long`, file);
         packed.set(part.value, length);
         length += part.value.length;
         this.done += part.value.length;
@@ -50,10 +62,10 @@ export class Downloads {
       }
     } catch (error) {
       if (error instanceof FailedDownload) throw error;
-      throw new FailedDownload(`${file.path} could not be downloaded: ${error.message}`);
+      throw new FailedDownload(`${file.path} could not be downloaded: ${error.message}`, file);
     }
     if (length < packed.length) {
-      throw new FailedDownload(`${file.path} is cut off: ${length} of ${packed.length} bytes arrived`);
+      throw new FailedDownload(`${file.path} is cut off: ${length} of ${packed.length} bytes arrived`, file);
     }
     return packed;
   }
@@ -63,7 +75,7 @@ async function check(file, bytes) {
   if (!globalThis.crypto?.subtle) return; // only there on secure pages
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (found !== file.sha256) throw new FailedDownload(`${file.path} is not the file that belongs to this page`);
+  if (found !== file.sha256) throw new FailedDownload(`${file.path} is not the file that belongs to this page`, file);
 }
 
 export function isGzipped(bytes) {

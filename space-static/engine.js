@@ -4,6 +4,14 @@ import { Refusal } from "./texts.js";
 
 const MOST_THREADS = 4; // more bring nothing to a model of this size
 
+/**
+ * How many threads run the model: one core stays free. Threads wait for each other by turning in circles, and where one
+ * of them has to share its core, with the page itself or with other programs, two take twice as long as one.
+ */
+export function threadsFor(cores) {
+  return Math.max(1, Math.min(MOST_THREADS, cores - 1));
+}
+
 export class Engine {
   constructor() {
     this.waiting = new Map();
@@ -20,7 +28,7 @@ export class Engine {
 
   prepare(wasm) {
     // Threads share memory, which browsers allow only to pages that are isolated from other sites.
-    const threads = globalThis.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency || 1) : 1;
+    const threads = globalThis.crossOriginIsolated ? threadsFor(navigator.hardwareConcurrency || 1) : 1;
     return this.#ask("prepare", { wasm, threads }, [wasm]);
   }
 
@@ -37,9 +45,18 @@ export class Engine {
     return this.#ask("embedText", { text });
   }
 
-  /** An ImageData → `embedding`. */
+  /** An ImageData, whose memory moves to the worker → `embedding`, and the `values` of its pixels. */
   embedImage({ data, width, height }) {
-    return this.#ask("embedImage", { rgba: data, width, height });
+    return this.#ask("embedImage", { rgba: data, width, height }, [data.buffer]);
+  }
+
+  loadCaptions(parts) {
+    return this.#ask("loadCaptions", parts, [parts.graph]);
+  }
+
+  /** Pixel values → `text`, and the `ids` that it was written as. */
+  describe(values) {
+    return this.#ask("describe", { values });
   }
 
   stop() {

@@ -27,6 +27,12 @@ export async function readPicture(file) {
   return pixelsOf(bitmap, bitmap.width, bitmap.height);
 }
 
+/** A file as `<img>` shows it: a drawing from a system that does not know its type is given it. */
+export function typed(file) {
+  const isDrawing = file.type === "" && /\.svg$/i.test(file.name ?? "");
+  return isDrawing ? new Blob([file], { type: "image/svg+xml" }) : file;
+}
+
 async function smaller(bitmap) {
   const scale = Math.sqrt(MOST_PIXELS / (bitmap.width * bitmap.height));
   const options = { resizeQuality: "high", premultiplyAlpha: "none" };

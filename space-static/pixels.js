@@ -25,73 +25,85 @@ export class Picture {
 /** (height, width, 4) bytes, colours not multiplied by opacity → a `Picture` on the background that its ink needs. */
 export function overBackground(rgba, width, height) {
   const picture = new Picture(width, height);
+  const { data } = picture;
   let opaque = true;
   for (let at = 3; at < rgba.length && opaque; at += 4) opaque = rgba[at] === 255;
-  const behind = opaque ? 0 : backgroundOf(rgba, width, height);
+  if (opaque) {
+    for (let from = 0, to = 0; from < rgba.length; from += 4) {
+      data[to++] = rgba[from];
+      data[to++] = rgba[from + 1];
+      data[to++] = rgba[from + 2];
+    }
+    return picture;
+  }
+  const behind = backgroundOf(rgba, width, height);
   for (let from = 0, to = 0; from < rgba.length; from += 4) {
     const opacity = rgba[from + 3];
-    for (let channel = 0; channel < 3; channel++) {
-      picture.data[to++] = Math.round((rgba[from + channel] * opacity + behind * (255 - opacity)) / 255);
-    }
+    const rest = behind * (255 - opacity);
+    data[to++] = (rgba[from] * opacity + rest) / 255; // a Uint8ClampedArray rounds it
+    data[to++] = (rgba[from + 1] * opacity + rest) / 255;
+    data[to++] = (rgba[from + 2] * opacity + rest) / 255;
   }
   return picture;
 }
 
 /**
  * The background that the ink of a transparent picture needs: 255 for white, 0 for black, where the ink is light.
- * Ink counts by its opacity, and where it borders on transparency, since there it is seen or not.
+ * Ink counts by its opacity, and where it borders on transparency, since there it is seen or not. The edge of the
+ * picture is no such border.
  */
 export function backgroundOf(rgba, width, height) {
-  const ink = reduced(rgba, width, height);
-  const { opacity } = ink;
-  let most = 0;
-  for (const value of opacity) most = Math.max(most, value);
+  const { colours, opacity, columns, rows } = reduced(rgba, width, height);
+  const most = opacity.reduce((largest, value) => Math.max(largest, value), 0);
   if (most === 0) return 255;
-  const isInk = (x, y) =>
-    x >= 0 && y >= 0 && x < ink.width && y < ink.height && opacity[y * ink.width + x] >= most / 2;
-  const inside = { all: 0, visible: 0 };
-  const border = { all: 0, visible: 0 };
-  for (let y = 0; y < ink.height; y++) {
-    for (let x = 0; x < ink.width; x++) {
-      if (!isInk(x, y)) continue;
-      const at = y * ink.width + x;
-      const onBorder = !(isInk(x - 1, y) && isInk(x + 1, y) && isInk(x, y - 1) && isInk(x, y + 1));
-      const visible = 1.05 / (luminance(ink.colours, at, opacity[at]) + 0.05) >= LEAST_CONTRAST ? opacity[at] : 0;
-      for (const sums of onBorder ? [inside, border] : [inside]) {
-        sums.all += opacity[at];
-        sums.visible += visible;
-      }
+  const isClear = opacity.map((value) => (value < most / 2 ? 1 : 0));
+  const ink = [];
+  const border = [];
+  for (let y = 0, at = 0; y < rows; y++) {
+    for (let x = 0; x < columns; x++, at++) {
+      if (isClear[at]) continue;
+      ink.push(at);
+      const besides = (x > 0 && isClear[at - 1]) || (x < columns - 1 && isClear[at + 1]);
+      const above = (y > 0 && isClear[at - columns]) || (y < rows - 1 && isClear[at + columns]);
+      if (besides || above) border.push(at);
     }
   }
-  const sums = border.all > 0 ? border : inside;
-  return sums.visible >= sums.all / 2 ? 255 : 0;
+  let [all, visible] = [0, 0];
+  for (const at of border.length ? border : ink) {
+    all += opacity[at];
+    if (1.05 / (luminance(colours, at, opacity[at]) + 0.05) >= LEAST_CONTRAST) visible += opacity[at];
+  }
+  return visible >= all / 2 ? 255 : 0;
 }
 
 /** Colours times opacity, and opacity, both 0…1, averaged over blocks so that INK_SIDE pixels are left. */
 function reduced(rgba, width, height) {
   const factor = Math.max(1, Math.floor(Math.max(width, height) / INK_SIDE));
   const [columns, rows] = [Math.ceil(width / factor), Math.ceil(height / factor)];
-  const colours = new Float32Array(3 * columns * rows);
-  const opacity = new Float32Array(columns * rows);
-  for (let row = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++) {
-      const sums = [0, 0, 0, 0];
-      let count = 0;
-      for (let y = row * factor; y < Math.min(height, (row + 1) * factor); y++) {
-        for (let x = column * factor; x < Math.min(width, (column + 1) * factor); x++, count++) {
-          const at = 4 * (y * width + x);
-          const alpha = rgba[at + 3];
-          for (let channel = 0; channel < 3; channel++) sums[channel] += Math.round((rgba[at + channel] * alpha) / 255);
-          sums[3] += alpha;
-        }
+  const sums = new Uint32Array(4 * columns * rows);
+  const counts = new Uint32Array(columns * rows);
+  for (let y = 0, from = 0; y < height; y++) {
+    const row = Math.floor(y / factor) * columns;
+    for (let x = 0; x < width; x++, from += 4) {
+      const block = row + Math.floor(x / factor);
+      const alpha = rgba[from + 3];
+      if (alpha > 0) {
+        sums[4 * block] += ((rgba[from] * alpha) / 255 + 0.5) | 0;
+        sums[4 * block + 1] += ((rgba[from + 1] * alpha) / 255 + 0.5) | 0;
+        sums[4 * block + 2] += ((rgba[from + 2] * alpha) / 255 + 0.5) | 0;
+        sums[4 * block + 3] += alpha;
       }
-      const [red, green, blue, alpha] = sums.map((sum) => Math.round(sum / count) / 255);
-      const at = row * columns + column;
-      colours.set([red, green, blue], 3 * at);
-      opacity[at] = alpha;
+      counts[block]++;
     }
   }
-  return { width: columns, height: rows, colours, opacity };
+  const colours = new Float32Array(3 * counts.length);
+  const opacity = new Float32Array(counts.length);
+  counts.forEach((count, block) => {
+    const mean = (channel) => Math.round(sums[4 * block + channel] / count) / 255;
+    for (let channel = 0; channel < 3; channel++) colours[3 * block + channel] = mean(channel);
+    opacity[block] = mean(3);
+  });
+  return { columns, rows, colours, opacity };
 }
 
 /** Relative luminance of an sRGB colour, as WCAG 2.2 defines it. */
@@ -117,11 +129,10 @@ function luminance(colours, at, opacity) {
 export function trimMargins(picture, margin, seen = 0) {
   const { width, height, data } = picture;
   const colour = data.slice(0, 3);
-  const differs = (x, y, channel) => Math.abs(data[3 * (y * width + x) + channel] - colour[channel]) > SAME_COLOUR;
-  for (const [x, y] of [[width - 1, 0], [0, height - 1], [width - 1, height - 1]]) {
-    if (differs(x, y, 0) || differs(x, y, 1) || differs(x, y, 2)) return picture;
-  }
-  const boxes = [0, 1, 2].map((channel) => boxOf(width, height, (x, y) => differs(x, y, channel))).filter(Boolean);
+  const corners = [width - 1, (height - 1) * width, height * width - 1];
+  const differs = (value, channel) => Math.abs(value - colour[channel]) > SAME_COLOUR;
+  if (corners.some((at) => colour.some((_, channel) => differs(data[3 * at + channel], channel)))) return picture;
+  const boxes = [0, 1, 2].map((channel) => boxOf(picture, channel, colour[channel])).filter(Boolean);
   const isWhole = (box) => box.left === 0 && box.top === 0 && box.right === width && box.bottom === height;
   if (!boxes.length || boxes.some(isWhole)) return picture;
   const [left, top] = ["left", "top"].map((side) => Math.min(...boxes.map((box) => box[side])));
@@ -140,18 +151,19 @@ export function trimMargins(picture, margin, seen = 0) {
   return square;
 }
 
-function boxOf(width, height, isIn) {
-  const box = { left: width, top: height, right: 0, bottom: 0 };
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      if (!isIn(x, y)) continue;
-      box.left = Math.min(box.left, x);
-      box.top = Math.min(box.top, y);
-      box.right = Math.max(box.right, x + 1);
-      box.bottom = y + 1;
+/** What of a picture differs from `colour` in a channel: `left`, `top`, and `right`, `bottom` behind it; or null. */
+function boxOf({ width, height, data }, channel, colour) {
+  let [left, top, right, bottom] = [width, height, 0, 0];
+  for (let y = 0, at = channel; y < height; y++) {
+    for (let x = 0; x < width; x++, at += 3) {
+      if (data[at] - colour <= SAME_COLOUR && colour - data[at] <= SAME_COLOUR) continue;
+      if (x < left) left = x;
+      if (x >= right) right = x + 1;
+      if (y < top) top = y;
+      bottom = y + 1;
     }
   }
-  return box.right ? box : null;
+  return right ? { left, top, right, bottom } : null;
 }
 
 function roundHalfToEven(value) {

@@ -50,5 +50,6 @@ self.addEventListener("fetch", (event) => {
 
 // The page asks for a file to be forgotten that turned out to be another one.
 self.addEventListener("message", (event) => {
-  if (event.data?.forget) event.waitUntil(caches.delete(FILES));
+  const address = event.data?.forget;
+  if (address) event.waitUntil(caches.open(FILES).then((cache) => cache.delete(absolute(address))));
 });

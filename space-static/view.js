@@ -1,5 +1,6 @@
 // What the page shows. Names come from the gallery: they are set as text, never as markup.
 
+import { FailedDownload } from "./download.js";
 import { creditOf } from "./gallery.js";
 
 export const find = (selector, within = document) => within.querySelector(selector);
@@ -9,6 +10,7 @@ const SYMBOLS = {
   close: "m6 6 12 12M18 6 6 18",
   copy: "M9 9h9a2 2 0 0 1 2 2v8a2 2 0 0 1-2 2h-7a2 2 0 0 1-2-2zM5 15a2 2 0 0 1-1-2V5a2 2 0 0 1 2-2h7a2 2 0 0 1 2 2",
   save: "M12 4v11m0 0-4-4m4 4 4-4M5 20h14",
+  describe: "M20 12a7.5 7 0 0 1-7.5 7c-1.2 0-2.4-.3-3.4-.8L4.5 19.5l1.3-3.8A6.8 6.8 0 0 1 5 12a7.5 7 0 0 1 15 0zM9 12h.01M12.5 12h.01M16 12h.01",
   similar: "M11 4.5a6.5 6.5 0 1 0 0 13 6.5 6.5 0 0 0 0-13zM16 16l4.5 4.5",
 };
 
@@ -123,17 +125,18 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
   } catch {
     // No permission, or a page without https.
-    const field = element("textarea", { value: text });
-    find("#detail").append(field);
+    const field = element("textarea", { class: "hidden", value: text });
+    (find("dialog[open]") ?? document.body).append(field);
     field.select();
     document.execCommand("copy");
     field.remove();
   }
 }
 
-function copyButton(label, text) {
+/** Makes a button copy a text. */
+function letCopy(button, label, text) {
   const words = element("span", { "aria-live": "polite" }, label);
-  const button = element("button", { type: "button" }, symbol("copy"), words);
+  button.replaceChildren(symbol("copy"), words);
   button.onclick = async () => {
     await copy(text);
     words.textContent = "Copied";
@@ -142,8 +145,55 @@ function copyButton(label, text) {
   return button;
 }
 
-/** Everything about an icon; `similar` is called to find icons like it. */
-export function showDetail(gallery, { index, cosine }, similar) {
+function copyButton(label, text) {
+  return letCopy(element("button", { type: "button" }), label, text);
+}
+
+/**
+ * A button that has a picture described, and what came of it.
+ *
+ * @param describe does it, and tells `report` of the download.
+ * @param missingBytes promises how many bytes that will be.
+ */
+export function describeBox(describe, missingBytes) {
+  const label = element("span", {}, "Describe this picture");
+  const size = element("small");
+  const button = element("button", { type: "button" }, symbol("describe"), label, size);
+  const bar = element("progress", { max: 1, value: 0, hidden: true, "aria-label": "Loading what writes descriptions" });
+  const words = element("p", { "aria-live": "polite", "aria-atomic": "true" });
+  const say = (text, kind = "") => Object.assign(words, { textContent: text, className: kind });
+  const looking = () => say("Looking at it …");
+  const megabytes = (bytes) => Math.max(1, Math.round(bytes / 1e6));
+  const report = (done, all) => {
+    bar.hidden = done >= all;
+    bar.value = done / all;
+    size.textContent = bar.hidden ? "" : `${megabytes(done)} of ${megabytes(all)} MB`;
+    if (bar.hidden) looking();
+  };
+  missingBytes().then((bytes) => (size.textContent = bytes ? `${megabytes(bytes)} MB, once` : ""));
+  button.onclick = async () => {
+    if (button.getAttribute("aria-disabled") === "true") return;
+    button.setAttribute("aria-disabled", "true"); // it keeps the focus
+    try {
+      if (await missingBytes()) say("Loading what writes descriptions …");
+      else looking();
+      const { text } = await describe(report);
+      say(text ? `The model sees “${text}”` : "The model finds no words for it.", "said");
+      if (text) letCopy(button, "Copy description", text);
+      else button.remove();
+    } catch (error) {
+      say(`No description: ${error.message}.${error instanceof FailedDownload ? " Is there a network?" : ""}`, "failed");
+      label.textContent = "Try again";
+      size.textContent = "";
+    }
+    bar.hidden = true;
+    button.removeAttribute("aria-disabled");
+  };
+  return element("div", { class: "describe" }, words, bar, button);
+}
+
+/** Everything about an icon; `similar` is called to find icons like it, `description` is a `describeBox` or null. */
+export function showDetail(gallery, { index, cosine }, similar, description) {
   const icon = gallery.icon(index);
   const { set } = icon;
   const dialog = find("#detail");
@@ -163,6 +213,7 @@ export function showDetail(gallery, { index, cosine }, similar) {
     element("h2", { id: "detail-name" }, icon.name),
     icon.otherNames.length ? element("p", {}, `also: ${icon.otherNames.join(", ")}`) : "",
     element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+    description ?? "",
     element(
       "div",
       { class: "actions" },

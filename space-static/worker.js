@@ -3,10 +3,23 @@
 
 import * as runtime from "./vendor/ort.wasm.min.mjs";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
-import { ImageTower, prepareRuntime, TextTower } from "./model.js";
+import { Captioner, ImageTower, prepareRuntime, TextTower } from "./model.js";
 import { Refusal } from "./texts.js";
 
-let texts, images;
+// Browsers compile what runs often a second time, for speed. It is run that often, but no longer than this.
+const WARM_RUNS = 10;
+const WARM_MILLISECONDS = 3000;
+
+let texts, images, captioner;
+
+async function warmUp() {
+  const { height, width } = images.settings;
+  const end = performance.now() + WARM_MILLISECONDS;
+  for (let run = 0; run < WARM_RUNS && performance.now() < end; run++) {
+    await images.run(new Float32Array(3 * height * width), 1);
+    await new Promise((resolve) => setTimeout(resolve)); // a visitor's request comes first
+  }
+}
 
 const tasks = {
   prepare({ wasm, threads }) {
@@ -22,10 +35,16 @@ const tasks = {
   async loadImages({ graph, settings }) {
     images = await ImageTower.load(runtime, graph, settings);
     await images.run(new Float32Array(3 * settings.height * settings.width), 1);
+    warmUp();
+  },
+
+  async loadCaptions({ graph, settings }) {
+    captioner = await Captioner.load(runtime, graph, images, texts.tokenizer, settings);
   },
 
   embedText: ({ text }) => texts.embed(text),
   embedImage: ({ rgba, width, height }) => images.embed(rgba, width, height),
+  describe: ({ values }) => captioner.describe(values),
 };
 
 self.onmessage = async ({ data: { id, task, ...request } }) => {

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mome_space.engine import Engine, load_checkpoint
+from mome_space.engine import load_engine
 from mome_space.gallery import EMBEDDINGS_FILE, FOLDER, GALLERY_FILE, UNLABELLED, Gallery, Index, embed_gallery
 
 # "- [Name](url) by Author ([licence](url)): 1,234 pictures, `prefix`"; both links may be missing.
@@ -98,7 +98,7 @@ def main():
         shutil.copyfile(arguments.icons / "ATTRIBUTION.md", FOLDER / "ATTRIBUTION.md")
         write_examples(Gallery(), FOLDER / "examples")
     gallery = Gallery()
-    engine = Engine(*load_checkpoint())
+    engine = load_engine()
     fingerprint = Index(engine, gallery).fingerprint
     embed_gallery(engine, gallery).save(EMBEDDINGS_FILE, fingerprint)
     print(f"{len(gallery):,} pictures of {len(gallery.sets)} sets; embeddings in {EMBEDDINGS_FILE}")

@@ -370,7 +370,8 @@ class LoopbackHub:
         if isinstance(found, Response):
             return found
         if found[0].gated and self._user(request) != found[0].owner:
-            return refuse(403, "GatedRepo", "Access to this repository is restricted")
+            status = 403 if "authorization" in request.headers else 401
+            return refuse(status, "GatedRepo", "Access to this repository is restricted")
         commit, path = found[1], request.path_params["path"]
         blob = commit.files.get(path)
         if blob is None:

@@ -1,5 +1,6 @@
 """The static page with the shipped weights, built once, served on this machine; and inputs to try it with."""
 
+import base64
 import contextlib
 import importlib.util
 import subprocess
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image, ImageDraw
+from playwright.sync_api import Page, expect
 
 import serve_page
-from test_space_browser import CHROMIUM
+from test_space_browser import CHROMIUM, TIMEOUT
 from vendor_packages import is_vendored
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,34 @@ def served(folder: Path = PAGE) -> Iterator[str]:
         thread.join()
 
 
+def wait_until_loaded(page: Page):
+    expect(page.locator("#place")).to_have_text("Works offline", timeout=TIMEOUT)
+
+
+def search(page: Page, words: str):
+    page.locator("#words").fill(words)
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text(f"for “{words}”", timeout=TIMEOUT)
+
+
+def drop(page: Page, name: str, data: bytes):
+    """Lets a file fall on the page, as from a visitor's folder."""
+    transfer = page.evaluate_handle(
+        """({name, data}) => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
+          return transfer;
+        }""",
+        {"name": name, "data": encoded(data)},
+    )
+    for event in ("dragover", "drop"):
+        page.dispatch_event("body", event, {"dataTransfer": transfer})
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 def write_pictures(folder: Path) -> dict[str, Path]:
     """Pictures of every kind that is prepared in its own way: name → file."""
     random = np.random.default_rng(0)
@@ -100,6 +130,7 @@ def write_pictures(folder: Path) -> dict[str, Path]:
         "light-with-outline": drawn((250, 250, 240, 255), outline=(0, 0, 0, 255)),
         "margins": drawn((200, 30, 30, 255), ground=(255, 255, 255, 255), box=(0.4, 0.45, 0.65, 0.6)),
         "margins-of-colour": drawn((0, 0, 0, 255), ground=(90, 160, 220, 255), box=(0.1, 0.2, 0.3, 0.7), side=250),
+        "framed-hole": framed(),
         "nothing": Image.new("RGBA", (80, 80), (0, 0, 0, 0)),
     }
     paths = {}
@@ -121,4 +152,13 @@ def drawn(ink, ground=(0, 0, 0, 0), box=(0.1, 0.15, 0.9, 0.8), side: int = 200, 
     draw.ellipse((left, top, right, bottom), fill=ink, outline=outline, width=side // 20)
     middle = ((left + right) / 2, (top + bottom) / 2)
     draw.polygon([middle, (right, bottom), (left, bottom)], fill=ground if outline is None else outline)
+    return picture
+
+
+def framed(side: int = 200) -> Image.Image:
+    """Light ink around a hole, within a dark frame that borders on nothing but the picture's edge."""
+    picture = Image.new("RGBA", (side, side), (20, 20, 60, 255))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((30, 30, side - 31, side - 31), fill=(250, 250, 240, 255))
+    draw.ellipse((60, 60, side - 61, side - 61), fill=(0, 0, 0, 0))
     return picture

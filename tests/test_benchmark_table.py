@@ -79,6 +79,26 @@ def test_speed_on_a_device_has_a_row_for_each_step_and_the_last_measurement_coun
     ]
 
 
+def test_speed_on_a_cpu_has_a_row_for_each_way_and_the_last_measurement_counts():
+    def measured(metric: str, value: float, ratio: str) -> dict:
+        return result(f"CPU, base, {metric}", value) | {"ratio": ratio, "hardware": "a CPU"}
+
+    rows = [
+        measured("images/s, batch 1: MoME int8", 1, "0.1"),
+        measured("images/s, batch 1: CLIP float32", 10, "0.5"),
+        measured("images/s, batch 1: MoME int8", 41.239, "2.062"),
+        measured("captions/s, batch 8: MoME int8", 3, "2.500"),
+        measured("images/s, batch 1: MoME int8", 7, "9") | {"metric": "CPU, icons, images/s, batch 1: MoME int8"},
+    ]
+    assert table.cpu_table(rows, "base").splitlines()[2:] == [
+        "| MoME int8 | 41.24 (2.06) | – | – | 3 (2.50) |",
+        "| CLIP float32 | 10 (0.50) | – | – | – |",
+        "",
+        "Measured on a CPU.",
+    ]
+    assert table.cpu_table(rows[:0], "base").endswith("Not measured yet.")
+
+
 def test_margins_have_a_row_for_each_canvas_and_a_column_for_each_way():
     begins = "icons, unseen set freehand: padded, a quarter of the side"
     rows = [

@@ -71,6 +71,7 @@ def change_config(folder, tower: str | None = None, **fields):
         ("text_config", {"projection_size": 16}, "projects texts to 16 dimensions, its images have 32"),
         ("vision_config", {"vision_use_head": False}, "has no attention pooling"),
         ("vision_config", {"image_size": [32, 16]}, "image_size="),
+        ("vision_config", {"patch_size": 0}, "patch_size=0, expected one positive number"),
         ("text_config", {"vocab_size": "many"}, "config.json describes no SigLIP"),
     ],
 )
@@ -95,6 +96,26 @@ def test_a_missing_file_is_named(name, reason, folder, capsys):
     (folder / name).unlink()
     message = refused(folder, capsys)
     assert reason in message and str(folder) in message
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"do_rescale": "x"}, "do_rescale='x', expected true or false"),
+        ({"do_resize": False}, "makes no pixels of 32 × 32 of an image"),
+        ({"image_mean": "x"}, "prepares no image"),
+        ({"image_mean": [0.5, 0.5]}, "prepares no image"),
+        ({"image_std": [0.5, 0.5, 0]}, "makes no pixels of 32 × 32 of an image"),
+        ({"resample": 99}, "prepares no image"),
+        ({"rescale_factor": "x"}, "prepares no image"),
+    ],
+)
+def test_a_preparation_that_gives_no_pixels_is_named_before_the_weights_are_looked_for(fields, reason, folder, capsys):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    (folder / "model.safetensors").unlink()
+    message = refused(folder, capsys)
+    assert reason in message and "preprocessor_config.json" in message
 
 
 def test_damaged_files_are_named(folder, capsys):
@@ -162,11 +183,12 @@ def test_other_parts_that_do_not_fit_are_named(folder, tmp_path, capsys):
     assert "is a file: pass a folder" in refused(folder / "config.json", capsys)
 
 
-def test_without_a_tokenizer_images_are_embedded(folder):
+def test_without_a_tokenizer_images_are_embedded(folder, capsys):
     output = folder.parent / "out"
     (folder / "spiece.model").unlink()
     command = ["siglip", "--checkpoint", str(folder), "--output", str(output), "--no-tokenizer"]
     assert main(command) == 0
+    assert "guesses" not in capsys.readouterr().out  # config.json has the special tokens
     model = AutoModel.from_pretrained(output)
     assert model.get_image_features(torch.zeros(1, 3, 32, 32)).pooler_output.shape == (1, 32)
     assert "pipeline_tag: image-feature-extraction" in (output / "README.md").read_text()

@@ -5,14 +5,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import ACT2FN
 from transformers.masking_utils import flash_attention_mask
 
 import mome
 from builders import build_processor
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.compatibility_mome import is_exporting
-from mome.kernels_mome import FEW_ROWS, MomeLinear, matmul_attention_forward
+from mome.kernels_mome import (
+    FEW_ROWS,
+    FEW_ROWS_OF_ONE_THREAD,
+    MomeLinear,
+    activated_linear,
+    has_onednn,
+    matmul_attention_forward,
+)
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -246,14 +255,16 @@ def test_attention_as_matrix_products_equals_sdpa(mask):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("threads, few", [(1, FEW_ROWS_OF_ONE_THREAD), (2, FEW_ROWS)])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 24), (4, 1, 24), (3, 5, 24), (FEW_ROWS, 24), (FEW_ROWS + 1, 24)])
-def test_products_with_few_rows_are_the_same(shape, bias, monkeypatch):
+def test_products_with_few_rows_are_the_same(shape, threads, few, bias, monkeypatch):
     layer, inputs, parted = MomeLinear(24, 40, bias=bias), torch.randn(shape), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     product = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda weight, rows: parted.append(len(weight)) or product(weight, rows))
     with torch.inference_mode():
         outputs = layer(inputs)
-    assert parted == ([8] if inputs.numel() <= FEW_ROWS * 24 else [])
+    assert parted == ([8] if inputs.numel() <= few * 24 else [])
     close(outputs, F.linear(inputs, layer.weight, layer.bias))
     assert outputs.is_contiguous()
     parted.clear()
@@ -261,6 +272,42 @@ def test_products_with_few_rows_are_the_same(shape, bias, monkeypatch):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert layer(inputs).dtype == torch.bfloat16
     assert not parted
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("shape", [(FEW_ROWS + 1, 24), (2, 70, 24), (3, 24), (0, 24)])
+def test_a_layer_and_its_gelu_in_one_pass_are_the_same(name, shape):
+    layer, act_fn = MomeLinear(24, 40), ACT2FN[name]
+    for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        layer, inputs = layer.to(dtype), torch.randn(shape, dtype=dtype)
+        with torch.inference_mode():
+            close(activated_linear(layer, act_fn, inputs), act_fn(F.linear(inputs, layer.weight, layer.bias)), atol)
+    assert activated_linear(layer, act_fn, inputs).requires_grad
+
+
+@pytest.mark.skipif(not has_onednn(torch.float32), reason="this machine has no kernel for it")
+def test_a_layer_and_its_gelu_are_two_passes_where_somebody_has_a_say():
+    layer, act_fn, inputs = MomeLinear(24, 40), ACT2FN["gelu"], torch.randn(FEW_ROWS + 1, 24)
+
+    def is_one_pass(linear: torch.nn.Module) -> bool:
+        with torch.inference_mode(), torch.profiler.profile() as seen:
+            activated_linear(linear, act_fn, inputs)
+        return "aten::gelu" not in {event.key for event in seen.key_averages()}
+
+    assert is_one_pass(layer)
+    assert not is_one_pass(torch.nn.Sequential(layer))  # as LoRA wraps a layer
+    handle = layer.register_forward_hook(lambda module, args, output: output * 2)
+    assert not is_one_pass(layer)
+    handle.remove()
+    layer.forward = layer.forward  # as offloading replaces it
+    assert not is_one_pass(layer)
+
+
+def test_what_a_layer_and_its_gelu_cost_is_counted():
+    layer, inputs = MomeLinear(24, 40), torch.randn(2, FEW_ROWS, 24)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        activated_linear(layer, ACT2FN["gelu"], inputs)
+    assert counter.get_total_flops() == 2 * inputs.numel() * 40
 
 
 def test_inductor_gives_the_same_embeddings():

@@ -117,6 +117,21 @@ def test_a_grouped_product_without_gradients_is_the_same(counts, monkeypatch):
     assert few == [count for count in counts if 0 < count <= FEW_ROWS_OF_AN_EXPERT]
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("sub_layernorm", [False, True])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tokens", [3, 90, MANY_ROWS])
+def test_outputs_without_gradients_are_the_same(tokens, dtype, atol, sub_layernorm, activation):
+    experts = experts_of("eager", 2, sub_layernorm=sub_layernorm, hidden_act=activation)
+    hidden_states = torch.randn(tokens, experts.up_proj.shape[-1], generator=torch.Generator().manual_seed(2))
+    index, weights = choices_of(tokens, 2, unused=1)
+    expected = one_by_one(experts, hidden_states, index, weights)
+    with torch.no_grad():
+        outputs = experts.to(dtype)(hidden_states.to(dtype), index, weights.to(dtype))
+    assert outputs.dtype == dtype
+    assert_close(outputs.float(), expected, atol=atol * max(1, expected.abs().max().item()), rtol=0)
+
+
 @pytest.mark.parametrize("out", [40, 7])
 @pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_OF_AN_EXPERT])
 def test_a_linear_layer_of_few_rows_is_the_same(rows, out):

@@ -15,6 +15,7 @@ SIZES, LENGTHS = (1, 3, 32), (2, 3, 9, 24)
 ANY = Dim.DYNAMIC
 DENSE, ROUTED, HALF = ("dense", torch.float32), ("routed", torch.float32), ("routed", torch.bfloat16)
 RELATIVE, MASKED = ("relative", torch.float32), ("masked_relative", torch.float32)
+SIGLIP = ("siglip", torch.float32)
 
 
 def of_kinds(*kinds):
@@ -46,7 +47,7 @@ def operators(program) -> set[str]:
 
 
 @torch.no_grad()
-@of_kinds(DENSE, ROUTED, HALF, RELATIVE)
+@of_kinds(DENSE, ROUTED, HALF, RELATIVE, SIGLIP)
 def test_towers_give_the_same_at_any_batch_and_length(variant, dtype):
     model = tiny_captioner(variant).model.to(dtype)
     image, text = (tower(model).to_program().module() for tower in (ImageTower, TextTower))
@@ -136,7 +137,7 @@ def greedy(image_tower, caption_step, batch: dict, image_tokens: int, steps: int
 
 
 @torch.no_grad()
-@of_kinds(DENSE, HALF, MASKED, ("unshared", torch.float32))
+@of_kinds(DENSE, HALF, MASKED, SIGLIP, ("unshared", torch.float32))
 def test_an_exported_step_decodes_as_generate_does(variant, dtype):
     captioner = tiny_captioner(variant).to(dtype)
     captioner.generation_config.eos_token_id = 98
@@ -221,7 +222,7 @@ def in_pairs(states: list) -> tuple:
 
 @needs_onnx
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["dense", "routed"])
+@pytest.mark.parametrize("variant", ["dense", "routed", "siglip"])
 def test_onnx_towers_give_the_same(variant, tmp_path):
     model = tiny_captioner(variant).model
     image, text = (session(tower(model), tmp_path / f"{tower.__name__}.onnx") for tower in (ImageTower, TextTower))

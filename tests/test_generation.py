@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from models import VARIANTS, pad_left, random_batch, tiny_captioner
 from mome.captioning_mome import MomeCache, MomeCacheLayer
@@ -371,6 +372,24 @@ def test_the_cache_does_what_a_dynamic_cache_does():
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
+def test_beams_are_reordered_without_a_copy_of_the_room_and_leave_what_was_handed_out(monkeypatch):
+    cache, copied = MomeCache(tiny_captioner().config), []
+    keys, _ = cache.update(*torch.randn(2, 3, 4, 5, 8), 0)
+    before = keys.clone()
+    select = torch.index_select
+
+    def recorded(states, *arguments, **options):
+        copied.append(states.shape)
+        return select(states, *arguments, **options)
+
+    monkeypatch.setattr(torch, "index_select", recorded)
+    cache.reorder_cache(torch.tensor([2, 0, 0, 1]))
+    assert copied == [(3, 4, 5, 8)] * 2
+    assert torch.equal(cache.layers[0].keys, before[[2, 0, 0, 1]]) and torch.equal(keys, before)
+    after, _ = cache.update(*torch.randn(2, 4, 4, 1, 8), 0)
+    assert after.data_ptr() == cache.layers[0].keys.data_ptr() and torch.equal(after[:, :, :5], before[[2, 0, 0, 1]])
+
+
 @pytest.mark.parametrize("variant", ["dense", "routed", "relative", "masked"])
 def test_decoding_compiles_without_graph_breaks(variant, batch):
     captioner = tiny_captioner(variant)
@@ -382,3 +401,18 @@ def test_decoding_compiles_without_graph_breaks(variant, batch):
     )
     assert hasattr(captioner, "_compiled_call")
     assert torch.equal(compiled, expected)
+
+
+@torch._inductor.config.patch(freezing=True)
+def test_a_step_with_weights_as_constants_reads_the_cache_of_each_call(batch):
+    """Inductor's `freezing`, which search.md shows, would take a static cache for one, too."""
+    captioner = tiny_captioner()
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    compile_config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    for images in (batch["pixel_values"], batch["pixel_values"].flip(0), -batch["pixel_values"]):
+        expected = captioner.generate(pixel_values=images, **GREEDY)
+        assert torch.equal(captioner.generate(pixel_values=images, **GREEDY, **static), expected)
+    given = StaticCache(captioner.config, max_cache_len=captioner.config.num_image_tokens + 24)
+    given_cache = {CACHE_NAME: given, "compile_config": compile_config}
+    assert torch.equal(captioner.generate(pixel_values=images, **GREEDY, **given_cache), expected)

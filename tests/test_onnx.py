@@ -19,7 +19,7 @@ from mome import cli
 from mome.embedder import Embedder
 from mome.errors import ExportError, MomeError
 from mome.export import __main__ as command
-from mome.onnx_embedder import OnnxEmbedder, load_embedder
+from mome.onnx_embedder import OnnxEmbedder, load_embedder, open_session
 from mome.publish import build_folder
 from mome.retrieval import Searcher, embed_corpus
 
@@ -145,6 +145,34 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
         ends = {each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
         assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
         assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
+    """Whatever padding a text comes with, the graph fills it up to the length that the model was trained with."""
+    size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "projection_dim": 64}
+    captioner = tiny_captioner("siglip", 4, **size, max_position_embeddings=16)
+    torch.nn.init.constant_(captioner.model.logit_bias, -3.0)
+    folder = saved(tmp_path / "siglip", model=captioner)
+    done = export_checkpoint(folder, tmp_path / "out", ["fp32"])
+    assert set(done.sizes) == {f"{part}.onnx" for part in PARTS} and done.agreement["fp32"].captions == 1
+    embedding = saved(tmp_path / "embedding", model=captioner.model)
+    assert export_checkpoint(embedding, tmp_path / "out-q8", ["q8"]).agreement["q8"].texts[0] > 0.999
+    expected = Embedder.load(folder, "cpu", captions=True)
+    actual = OnnxEmbedder.load(done.output, "fp32", captions=True)
+    torch.testing.assert_close(actual.embed_images(pictures), expected.embed_images(pictures), atol=1e-5, rtol=0)
+    texts = torch.tensor([[6, 9, 12, 2], [7, 2, 0, 0], [0, 0, 8, 2]])
+    batches = [{"input_ids": texts, "attention_mask": (texts != 0).long()}]
+    batches += [{name: F.pad(each, (padding, 0)) for name, each in batches[0].items()} for padding in (1, 12, 30)]
+    embeds = expected.embed_tokens(batches[0])
+    for batch in batches:
+        torch.testing.assert_close(actual.embed_tokens(batch), embeds, atol=1e-5, rtol=0)
+    pixel_values = torch.cat(list(expected.pixel_batches(pictures[:5])))
+    session = open_session(done.output / "onnx" / "model.onnx")
+    given = {name: each.numpy() for name, each in {**batches[2], "pixel_values": pixel_values}.items()}
+    (logits,) = session.run(["logits_per_image"], given)
+    wanted = expected.model.model(pixel_values=pixel_values, **batches[0]).logits_per_image
+    torch.testing.assert_close(torch.from_numpy(logits), wanted.detach(), atol=1e-3, rtol=0)
+    assert actual.caption_images(pictures[:5]) == expected.caption_images(pictures[:5])
 
 
 # -------------------------------------------------------------------------------------------------- in its place

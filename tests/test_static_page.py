@@ -3,10 +3,9 @@
 With MOME_SCREENSHOTS=folder, the page is also drawn, at desktop and phone width, light and dark.
 """
 
-import base64
 import gzip
 import json
-import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,12 +22,24 @@ from playwright.sync_api import Page, expect, sync_playwright
 import static_page
 from models import tiny_captioner
 from mome.embedder import Embedder
-from mome.export.modules import ImageTower, TextTower
-from static_page import CHECKPOINT, PAGE, SVG, needs_chromium, needs_onnx, needs_packages
+from mome.export.modules import CaptionStep, ImageTower, TextTower
+from static_page import (
+    CHECKPOINT,
+    PAGE,
+    SVG,
+    drop,
+    encoded,
+    needs_chromium,
+    needs_onnx,
+    needs_packages,
+    search,
+    wait_until_loaded,
+)
 from test_space_browser import CHROMIUM, FLAGS, TIMEOUT, Visit
 
 pytestmark = [needs_packages, needs_onnx]
 LEAST_COSINE = 0.999
+WITHOUT_SIMD = "--js-flags=--no-enable-sse4-1"  # what it needs on x86
 IDENTICAL = 0.99999
 GALLERY = PAGE.parent / "space" / "gallery.parquet"
 TOWERS = {"text": "text", "image": "vision"}
@@ -63,8 +74,8 @@ READ = """async (texts) => {
   }
   return read;
 }"""
-RUN = r"""async ({text, image, rows, pixels, side}) => {
-  const [runtime, {ImageTower, prepareRuntime, TextTower}, {isGzipped, unpack}] = await Promise.all(
+RUN = r"""async ({text, image, decoder, rows, pixels, side, captions}) => {
+  const [runtime, {Captioner, ImageTower, prepareRuntime, TextTower}, {isGzipped, unpack}] = await Promise.all(
     ["vendor/ort.wasm.min.mjs", "model.js", "download.js"].map((module) => import(`./${module}`)));
   const bytes = async (source) => {
     const file = /^(data|vendor)\//.test(source)
@@ -80,6 +91,14 @@ RUN = r"""async ({text, image, rows, pixels, side}) => {
   for (const each of pixels) {
     const values = Float32Array.from(each);
     answer.images.push(Array.from((await images.run(values, values.length / (3 * side * side))).data));
+  }
+  if (captions) {
+    const captioner = await Captioner.load(runtime, await bytes(decoder), images, null, captions);
+    answer.captions = [];
+    for (let from = 0; from < pixels[1].length; from += 3 * side * side) {
+      const values = Float32Array.from(pixels[1].slice(from, from + 3 * side * side));
+      answer.captions.push(await captioner.write(values));
+    }
   }
   return answer;
 }"""
@@ -124,36 +143,8 @@ def visit(browser, url):
     visit.context.close()
 
 
-def wait_until_loaded(page: Page):
-    expect(page.locator("#place")).to_have_text("Works offline", timeout=TIMEOUT)
-
-
-def search(page: Page, words: str):
-    page.locator("#words").fill(words)
-    page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_contain_text(f"for “{words}”", timeout=TIMEOUT)
-
-
 def names(page: Page) -> list[str]:
     return page.locator("#hits .name").all_inner_texts()
-
-
-def drop(page: Page, name: str, data: bytes):
-    """Lets a file fall on the page, as from a visitor's folder."""
-    transfer = page.evaluate_handle(
-        """({name, data}) => {
-          const transfer = new DataTransfer();
-          transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
-          return transfer;
-        }""",
-        {"name": name, "data": encoded(data)},
-    )
-    for event in ("dragover", "drop"):
-        page.dispatch_event("body", event, {"dataTransfer": transfer})
-
-
-def encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def cosines(one, other) -> np.ndarray:
@@ -313,9 +304,12 @@ def test_a_drawing_is_embedded_as_in_python(visit, tmp_path):
 
 
 class Batches:
-    """Batches of 1, 3 and 32 texts of two lengths, and of as many pictures; what torch makes of them."""
+    """Batches of 1, 3 and 32 texts of two lengths, and of as many pictures; what torch makes of them.
 
-    def __init__(self, model, files: dict[str, Path], side: int):
+    With a captioner, also a caption for each picture of the second batch.
+    """
+
+    def __init__(self, model, files: dict[str, Path], side: int, captioner=None):
         entries = pq.read_table(GALLERY, columns=["name", "png"]).to_pylist()
         ids = embedder().processor.tokenizer(sorted({entry["name"] for entry in entries}))["input_ids"]
         rows = [
@@ -337,6 +331,15 @@ class Batches:
             "pixels": [each.flatten().tolist() for each in pixels],
             "side": side,
         }
+        self.captions = None
+        if captioner is not None:
+            config, tokens = captioner.config, captioner.config.max_position_embeddings - 1
+            settings = {"bos": config.bos_token_id, "ends": [config.eos_token_id], "most_tokens": tokens}
+            self.request["captions"] = settings
+            self.captions = [
+                captioner.generate(pixel_values=each[None], do_sample=False, max_new_tokens=tokens)[0].tolist()
+                for each in pixels[1]
+            ]
 
     @staticmethod
     def pixels(files: list[bytes], side: int) -> torch.Tensor:
@@ -352,6 +355,7 @@ class Batches:
                 np.concatenate(answer[kind]).reshape(-1, batches[0].shape[1]), torch.cat(batches).numpy()
             )
             assert similar.mean() >= least, (kind, similar)
+        assert answer.get("captions") == self.captions
 
 
 @pytest.fixture(scope="module")
@@ -359,11 +363,17 @@ def tiny(tmp_path_factory) -> Batches:
     """A routed model of random weights in float32."""
     from mome.export.graphs import graph_of, save
 
-    model, folder = tiny_captioner("routed").model, tmp_path_factory.mktemp("tiny")
-    files = {"text": folder / "text.onnx", "image": folder / "image.onnx"}
-    save(graph_of(TextTower(model)), files["text"])
-    save(graph_of(ImageTower(model)), files["image"])
-    return Batches(model, files, model.config.image_size)
+    captioner, folder = tiny_captioner("routed"), tmp_path_factory.mktemp("tiny")
+    model = captioner.model
+    modules = {
+        "text": TextTower(model),
+        "image": ImageTower(model, key_values=True),
+        "decoder": CaptionStep(captioner),
+    }
+    for name, module in modules.items():
+        save(graph_of(module), folder / f"{name}.onnx")
+    files = {name: folder / f"{name}.onnx" for name in modules}
+    return Batches(model, files, model.config.image_size, captioner)
 
 
 @pytest.fixture(scope="module")
@@ -427,13 +437,14 @@ def test_nothing_went_wrong_and_no_request_left_the_machine(visit):
 
 @needs_chromium
 def test_a_browser_without_simd_is_told_so(browser, url):
-    context = browser.new_context()
-    context.add_init_script("WebAssembly.validate = () => false")
-    page = context.new_page()
+    old = browser.browser_type.launch(executable_path=CHROMIUM, args=[*FLAGS, WITHOUT_SIMD], timeout=TIMEOUT)
+    page = old.new_page()
+    if platform.machine() not in ("x86_64", "AMD64"):
+        page.add_init_script("WebAssembly.validate = () => false")
     page.goto(url)
     expect(page.locator("#problem")).to_contain_text("It has no WebAssembly SIMD", timeout=TIMEOUT)
     expect(page.locator("#loading")).to_be_hidden()
-    context.close()
+    old.close()
 
 
 @needs_chromium
@@ -448,6 +459,7 @@ def test_a_browser_without_simd_is_told_so(browser, url):
 )
 def test_a_failed_download_is_told(browser, url, fault, told):
     context = browser.new_context(service_workers="block")
+    context.add_init_script("Object.defineProperty(navigator, 'hardwareConcurrency', {value: 3})")  # for two threads
     page = context.new_page()
     pattern = "**/text_model*"
     page.route(pattern, lambda route: route.abort() if fault == "abort" else route.fulfill(**fault))
@@ -462,6 +474,7 @@ def test_a_failed_download_is_told(browser, url, fault, told):
         search(page, "umbrella")
         assert names(page)[0] == "umbrella"
         expect(problem).to_be_hidden()
+        assert len(page.workers) == 2  # and the second thread
     context.close()
 
 
@@ -479,14 +492,12 @@ def test_a_file_with_other_content_is_not_run(browser, url):
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device, width, height", [("phone", 390, 844), ("desktop", 1280, 900)])
-def test_it_fits_every_screen_in_light_and_dark(browser, url, device, width, height, scheme):
-    visit = Visit(browser, url, viewport={"width": width, "height": height}, color_scheme=scheme)
+def test_it_fits_every_screen_in_light_and_dark(visit, device, width, height, scheme):
     page, name = visit.page, f"static-{device}-{scheme}"
-    expect(page.locator("#hits .name").first).to_be_visible(timeout=TIMEOUT)
-    if os.environ.get("MOME_SCREENSHOTS"):
-        search(page, "farm animal")
-        wait_until_loaded(page)
-        visit.draw(f"{name}-hits")
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=scheme)
+    search(page, "farm animal")
+    visit.draw(f"{name}-hits")
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     page.locator("#hits button").first.click()
     box = page.locator("#detail").bounding_box()
@@ -494,5 +505,5 @@ def test_it_fits_every_screen_in_light_and_dark(browser, url, device, width, hei
     visit.draw(f"{name}-detail")
     background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) / 3 < 100) == (scheme == "dark")
+    page.locator("#detail").evaluate("(dialog) => dialog.close()")
     assert visit.wrong == []
-    visit.context.close()

@@ -17,6 +17,7 @@ import build_page
 import serve_page
 import static_page
 import vendor_packages
+from models import tiny_captioner
 from static_page import PAGE, needs_onnx, needs_packages
 from vendor_packages import PACKAGES, Package
 
@@ -67,9 +68,24 @@ def test_the_page_keeps_to_its_sizes():
     files = manifest["files"]
     for file in files.values():
         assert (PAGE / file["path"]).stat().st_size == file["bytes"]
-    large = sum(file["bytes"] for name, file in files.items() if name != "runtime")
+    later = files["decoder_model_merged"]["bytes"]  # where a visitor asks for captions
+    large = sum(file["bytes"] for name, file in files.items() if name != "runtime") - later
     code = files["runtime"]["bytes"] + sum(path.stat().st_size for path in build_page.page_files())
-    assert large <= 30 * MEGABYTE and code <= 5 * MEGABYTE
+    assert large <= 30 * MEGABYTE and code <= 5 * MEGABYTE and later <= 16 * MEGABYTE
+
+
+def test_only_a_captioner_gets_captions(tmp_path):
+    assert build_page.writes_captions(static_page.CHECKPOINT)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MomeModel"]}))
+    assert not build_page.writes_captions(tmp_path)
+
+
+@pytest.mark.parametrize("ends, expected", [(None, []), (2, [2]), ([2, 7], [2, 7])])
+def test_captions_end_where_the_checkpoints_do(ends, expected):
+    model = tiny_captioner()
+    model.generation_config.eos_token_id = ends
+    settings = {"bos": model.config.bos_token_id, "ends": expected, "most_tokens": 16}
+    assert build_page.caption_settings(model) == settings
 
 
 def test_embeddings_survive_their_eight_bits():

@@ -15,6 +15,7 @@ from .limits import (
     TEXT_CHARACTERS,
     checked_number,
     checked_text,
+    refuse,
 )
 from .uploads import read_pictures
 from .zero_gpu import on_gpu
@@ -64,6 +65,8 @@ class Captioning:
         candidates = int(checked_number(candidates, "The number of candidates", 1, CANDIDATES))
         for name, value in guidance.items():
             checked_number(value, name.replace("_", " "), SLIDERS[name].lowest, SLIDERS[name].highest)
+        if guidance["guidance_scale"] != 1 and not self.engine.captions_without_picture:
+            raise refuse("This model writes no caption without a picture, so that classifier-free γ must be 1.")
         if prompt:
             self.engine.check_words(prompt, "The beginning")
             self.engine.check_length(prompt, "The beginning")
@@ -158,7 +161,7 @@ def caption_tab(engine: Engine, examples: list[Path]):
             )
             button = gr.Button("Caption", variant="primary", elem_id="caption-button")
             with gr.Accordion("Settings", open=False, elem_id="caption-settings"):
-                settings = _settings()
+                settings = _settings(engine)
             tried = gr.Examples(
                 [[[str(examples[0])]], [[str(each) for each in examples[1:4]]]],
                 [pictures],
@@ -181,7 +184,7 @@ def caption_tab(engine: Engine, examples: list[Path]):
         files = gr.File(file_count="multiple", label="images")
         gr.Button().click(
             captioning.captions,
-            [files, *_settings(hidden=True)],
+            [files, *_settings(engine, hidden=True)],
             gr.JSON(label="captions"),
             preprocess=False,
             api_name="caption",
@@ -190,7 +193,7 @@ def caption_tab(engine: Engine, examples: list[Path]):
         )
 
 
-def _settings(hidden: bool = False) -> list[gr.components.Component]:
+def _settings(engine: Engine, hidden: bool = False) -> list[gr.components.Component]:
     """Prompt, candidates and the three kinds of guidance, for the page, or hidden for the API."""
     prompt = gr.Textbox(
         "",
@@ -207,6 +210,7 @@ def _settings(hidden: bool = False) -> list[gr.components.Component]:
             step=each.step,
             label=each.label,
             info=each.info,
+            visible=name != "guidance_scale" or engine.captions_without_picture,
             elem_id=None if hidden else f"caption-{name}",
         )
         for name, each in SLIDERS.items()

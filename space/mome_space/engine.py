@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -28,6 +30,7 @@ LOCAL_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "mome-i
 
 CAPTION_TOKENS = 20
 PLAIN = {"guidance_scale": 1.0, "contrastive_weight": 0.0, "rerank_weight": 0.0}
+WITHOUT_CAPTIONS = ("zero-shot-image-classification", "image-feature-extraction")  # what cards of such models say
 RERANK_CANDIDATES = 4  # at least so many are compared when captions are re-ranked
 
 
@@ -58,6 +61,26 @@ def load_checkpoint() -> tuple[Any, Any]:
     options = {"trust_remote_code": True} | ({} if revision is None else {"revision": revision})
     processor = AutoProcessor.from_pretrained(source, **options)
     return AutoModelForImageTextToText.from_pretrained(source, **options).eval(), processor
+
+
+def has_learnt_captions() -> bool:
+    """Whether the checkpoint's card says so; one without a card is taken to have.
+
+    The weights don't tell: what was converted from a model of embeddings, as SigLIP, has a caption head all the same.
+    """
+    source, revision = checkpoint_source()
+    try:
+        card = Path(source, "README.md")
+        card = card if revision is None else Path(hf_hub_download(source, card.name, revision=revision))
+        text = card.read_text(encoding="utf-8")
+    except (FileNotFoundError, EntryNotFoundError):
+        return True
+    return ModelCard(text, ignore_metadata_errors=True).data.pipeline_tag not in WITHOUT_CAPTIONS
+
+
+def load_engine() -> "Engine":
+    """The checkpoint as the page uses it."""
+    return Engine(*load_checkpoint(), captions=has_learnt_captions())
 
 
 @dataclass
@@ -93,10 +116,12 @@ class Engine:
     Args:
         model: `MomeForConditionalGeneration` or `CocaForConditionalGeneration`, in eval mode.
         processor: its `MomeProcessor`.
+        captions: whether it has learnt to write captions.
     """
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, captions: bool = True):
         self.model, self.processor, self.config = model.eval(), processor, model.config
+        self.captions = captions
         code = inspect.getmodule(type(processor))  # it may have come with the weights
         self._to_rgb, self._wordless = code.load_rgb_image, code.wordless_texts
         self._tokenizing = threading.Lock()  # a fast tokenizer can't be used and set up by two threads at a time
@@ -155,6 +180,14 @@ class Engine:
 
     # Captions.
 
+    @property
+    def captions_without_picture(self) -> bool:
+        """Whether captions can be compared with those without a picture, as classifier-free guidance does.
+
+        CoCa has no tokens of the picture that could be left out.
+        """
+        return self.config.num_image_tokens > 0
+
     @torch.inference_mode()
     def caption(
         self, pictures: list[Image.Image], prompt: str = "", candidates: int = 3, **guidance: float
@@ -205,6 +238,11 @@ class Engine:
         return exponentials / exponentials.sum()
 
     # Routing.
+
+    @property
+    def routes(self) -> bool:
+        """Whether there are experts at all: CoCa has none."""
+        return hasattr(self.config, "experts_per_token")
 
     @property
     def experts(self) -> int:

@@ -46,13 +46,13 @@ def explain(image: RoutedTokens, text: RoutedTokens, kinds: np.ndarray, layer: i
     """Sentences about one layer.
 
     Args:
-        image: of a picture; its first token is `[CLS]`, then the patches row by row.
+        image: of a picture; its last tokens are the patches row by row, before them may be `[CLS]`.
         text: of its caption.
         kinds: of the patches, from `patch_kinds`.
         layer: from 0.
         name: group and expert → how the page calls the expert.
     """
-    patches = image.experts[:, 1:, 0]  # (layers, patches): first choices
+    patches = image.experts[:, -len(kinds) :, 0]  # (layers, patches): first choices
     there = [kind for kind in range(len(KINDS)) if (kinds == kind).any()]
     told = [_told_of_kind(kind, patches[layer, kinds == kind], name) for kind in there]
     sentences = [f"{'; '.join(told)}.".capitalize()]

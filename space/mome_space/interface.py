@@ -10,7 +10,7 @@ import torch
 from . import TEMP_FOLDER, limits
 from .caption import caption_tab
 from .classify import classify_tab
-from .engine import Engine, checkpoint_source, load_checkpoint
+from .engine import Engine, checkpoint_source, load_engine
 from .gallery import EMBEDDINGS_FILE, FOLDER, GALLERY_FILE, Gallery, Index
 from .routing import routing_tab
 from .search import search_tab
@@ -18,28 +18,37 @@ from .style import STYLE_SHEET, theme
 from .zero_gpu import spaces
 
 EXAMPLES = sorted((FOLDER / "examples").glob("*.png"))
-INTRODUCTION = """# MoME
-One transformer for pictures and text, with feed-forward experts for each: it finds icons by meaning, captions them,
-classifies them by any labels, and shows which expert took what."""
-ABOUT = """
-**The model** is a mixture-of-modality-experts transformer, trained on openly licensed icons, emoji, pictograms and
-cliparts. It is not made for photographs, sentences or counting, and its captions are often wrong: trust the search
-more.
+EXPERTS = "One transformer for pictures and text, with feed-forward experts for each"
+WHAT = {"coca": "A contrastive captioner: one encoder for pictures, one for text, and a decoder for captions"}
+OWN_MODEL = """**The model** is a mixture-of-modality-experts transformer, trained on openly licensed icons, emoji,
+pictograms and cliparts. It is not made for photographs, sentences or counting, and its captions are often wrong: trust
+the search more.
 
 **The gallery** holds the two icon sets that training left out whole. The model has learnt many of their names from
-other sets, but has seen none of their drawings.
+other sets, but has seen none of their drawings."""
+OTHER_MODELS = {
+    "coca": "**The model** is a CoCa, trained with open_clip for photographs; the gallery holds icons.",
+    "mome_siglip": "**The model** is a SigLIP as a mixture-of-modality-experts transformer, trained for photographs; "
+    "the gallery holds icons.",
+}
+CALLS = {
+    "search": """client.predict(query="a circus tent", count=5, api_name="/search")
+client.predict(image=handle_file("icon.png"), api_name="/search")""",
+    "caption": 'client.predict(images=[handle_file("icon.png")], api_name="/caption")',
+    "classify": 'client.predict(image=handle_file("icon.png"), labels="circus tent\\ncar", templates="{}", '
+    'api_name="/classify")',
+    "routing": 'client.predict(image=handle_file("icon.png"), caption="a circus tent", api_name="/routing")',
+}
+ABOUT = """
+{model}
 
-**The API** has the endpoints `/search`, `/caption`, `/classify` and `/routing`:
+**The API** has an endpoint for each of the other tabs:
 
 ```python
 from gradio_client import Client, handle_file
 
 client = Client("{url}")
-client.predict(query="a circus tent", count=5, api_name="/search")
-client.predict(image=handle_file("icon.png"), api_name="/search")
-client.predict(images=[handle_file("icon.png")], api_name="/caption")
-client.predict(image=handle_file("icon.png"), labels="circus tent\\ncar", templates="{{}}", api_name="/classify")
-client.predict(image=handle_file("icon.png"), caption="a circus tent", api_name="/routing")
+{calls}
 ```
 
 **Limits**: PNG, JPEG, WebP, GIF or BMP up to {megabytes} MB and {megapixels} million pixels, {pictures} pictures for
@@ -65,18 +74,20 @@ def build_demo(
         index.build_in_background()
     cache = (limits.UPLOAD_SECONDS, limits.UPLOAD_SECONDS)  # looked through so often, deleted after so long
     with gr.Blocks(title="MoME", analytics_enabled=False, delete_cache=cache) as demo:
-        gr.Markdown(INTRODUCTION, elem_classes="mome-intro")
+        gr.Markdown(_introduction(engine), elem_classes="mome-intro")
         with gr.Tabs():
             with gr.Tab("Search", id="search"):
                 search_tab(index, EXAMPLES)
-            with gr.Tab("Caption", id="caption"):
-                caption_tab(engine, EXAMPLES)
+            if engine.captions:
+                with gr.Tab("Caption", id="caption"):
+                    caption_tab(engine, EXAMPLES)
             with gr.Tab("Classify", id="classify"):
                 classify_tab(engine, EXAMPLES)
-            with gr.Tab("Routing", id="routing") as routing:
-                routing_tab(routing, engine, index, EXAMPLES)
+            if engine.routes:
+                with gr.Tab("Routing", id="routing") as routing:
+                    routing_tab(routing, engine, index, EXAMPLES)
             with gr.Tab("About", id="about"):
-                _about()
+                _about(engine)
     demo.queue(max_size=limits.QUEUE, api_open=False, default_concurrency_limit=limits.QUICK_REQUESTS)
     return demo
 
@@ -88,9 +99,24 @@ def _address() -> str:
     return f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
 
 
-def _about():
+def _does(engine: Engine) -> dict[str, str]:
+    """The tabs that this model can fill, and what they do."""
+    does = {"search": "finds icons by meaning", "caption": "captions them"}
+    does |= {"classify": "classifies them by any labels", "routing": "shows which expert took what"}
+    has = {"caption": engine.captions, "routing": engine.routes}
+    return {name: words for name, words in does.items() if has.get(name, True)}
+
+
+def _introduction(engine: Engine) -> str:
+    *first, last = _does(engine).values()
+    return f"# MoME\n{WHAT.get(engine.config.model_type, EXPERTS)}: it {', '.join(first)}, and {last}."
+
+
+def _about(engine: Engine):
     gr.Markdown(
         ABOUT.format(
+            model=OTHER_MODELS.get(engine.config.model_type, OWN_MODEL),
+            calls="\n".join(CALLS[name] for name in _does(engine)),
             url=_address(),
             megabytes=limits.FILE_BYTES // 2**20,
             megapixels=limits.PIXELS // 10**6,
@@ -139,11 +165,11 @@ def main():
     """Loads the checkpoint, and serves the page until interrupted."""
     share_malloc_arenas()
     print(f"Checkpoint: {'@'.join(filter(None, checkpoint_source()))}; files are kept in {TEMP_FOLDER}")
-    model, processor = load_checkpoint()
-    index = Index(Engine(model, processor), Gallery(GALLERY_FILE), EMBEDDINGS_FILE)
+    engine = load_engine()
+    index = Index(engine, Gallery(GALLERY_FILE), EMBEDDINGS_FILE)
     if spaces is not None:
         index.build()  # a GPU is lent to requests only, so that the gallery is embedded here, before the move
     if torch.cuda.is_available():
-        model.to("cuda")
+        engine.model.to("cuda")
     index.build_in_background()
-    launch(build_demo(model, processor, index))
+    launch(build_demo(engine.model, engine.processor, index))

@@ -62,7 +62,7 @@ class Routing:
         self.grid = engine.config.grid_size
 
     def routed(self, upload: Any, caption: Any) -> Routed:
-        caption = checked_text(caption, "The caption")
+        caption = checked_text(caption, "The caption", required=not self.engine.captions)
         if caption:
             self.engine.check_words(caption, "The caption")
             self.engine.check_length(caption, "The caption")
@@ -140,7 +140,7 @@ class Routing:
         """The picture under a grid of patches; a patch has the colour and the number of its likeliest expert."""
         tokens, cells = routed.image, []
         for patch in range(self.grid**2):
-            token = patch + 1  # behind [CLS]
+            token = patch - self.grid**2  # the last ones, behind [CLS] if there is one
             expert = int(tokens.experts[layer, token, 0])
             row, column = divmod(patch, self.grid)
             number = "" if self.engine.experts == 1 else expert + 1
@@ -150,7 +150,7 @@ class Routing:
                 f'fill-opacity="0.5" stroke="#fff" stroke-width="0.02"/>'
                 f'<text x="{column + 0.06}" y="{row + 0.2}" font-size="0.18" fill="#111">{number}</text></g>'
             )
-        counts = np.bincount(tokens.experts[layer, 1:, 0], minlength=self.engine.experts)
+        counts = np.bincount(tokens.experts[layer, -(self.grid**2) :, 0], minlength=self.engine.experts)
         told = ", ".join(f"{count} to {self._name('image', expert)}" for expert, count in enumerate(counts) if count)
         return (
             f'<div class="mome-patches" role="img" aria-label="Layer {layer + 1}: of {self.grid**2} patches {told}">'
@@ -235,7 +235,7 @@ def routing_tab(tab: gr.Tab, engine: Engine, index: Index, examples: list[Path])
             caption = gr.Textbox(
                 sentence_for(examples[0]),
                 label="Caption",
-                info="Left empty, the model writes one.",
+                info="Left empty, the model writes one." if engine.captions else "Whose words are shown.",
                 max_length=TEXT_CHARACTERS,
                 elem_id="routing-caption",
             )
