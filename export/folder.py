@@ -154,7 +154,7 @@ def _properties(embedder: Embedder) -> dict[str, str]:
     """What every file tells of the model."""
     model = embedder.model
     numbers = {LOGIT_SCALE: model.logit_scale} | ({} if model.logit_bias is None else {LOGIT_BIAS: model.logit_bias})
-    return {FINGERPRINT: embedder.fingerprint} | {key: repr(float(value)) for key, value in numbers.items()}
+    return {FINGERPRINT: embedder.fingerprint} | {key: repr(value.item()) for key, value in numbers.items()}
 
 
 def _write_files(

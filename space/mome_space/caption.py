@@ -20,6 +20,8 @@ from .limits import (
 from .uploads import read_pictures
 from .zero_gpu import on_gpu
 
+GUIDED = "Captions by beam search alone beside guided ones. Guidance steers towards captions that fit their picture."
+GREEDY = "A caption of each picture: the likeliest word each time."
 EMPTY = "Drop one picture or several: each gets captions to use as alt text."
 
 
@@ -74,7 +76,9 @@ class Captioning:
         pictures = [self.engine.rgb(picture) for _, picture in named]
         plain = self.generate(pictures, prompt, candidates)
         guided = [None] * len(pictures)
-        if guidance["rerank_weight"] or guidance["contrastive_weight"] or guidance["guidance_scale"] != 1:
+        if self.engine.guides and (
+            guidance["rerank_weight"] or guidance["contrastive_weight"] or guidance["guidance_scale"] != 1
+        ):
             guided = self.generate(pictures, prompt, candidates, **guidance)
         return [(name, *each) for (name, _), *each in zip(named, pictures, plain, guided)]
 
@@ -141,10 +145,7 @@ def _caption_list(title: str, captions: Captions) -> str:
 def caption_tab(engine: Engine, examples: list[Path]):
     """The tab's components and events; to be called within `gr.Blocks`."""
     captioning = Captioning(engine)
-    gr.Markdown(
-        "Captions by beam search alone beside guided ones. Guidance steers towards captions that fit their picture.",
-        elem_classes="mome-note",
-    )
+    gr.Markdown(GUIDED if engine.guides else GREEDY, elem_classes="mome-note")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
             pictures = gr.Gallery(
@@ -210,7 +211,7 @@ def _settings(engine: Engine, hidden: bool = False) -> list[gr.components.Compon
             step=each.step,
             label=each.label,
             info=each.info,
-            visible=name != "guidance_scale" or engine.captions_without_picture,
+            visible=engine.guides and (name != "guidance_scale" or engine.captions_without_picture),
             elem_id=None if hidden else f"caption-{name}",
         )
         for name, each in SLIDERS.items()

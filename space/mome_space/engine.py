@@ -79,7 +79,12 @@ def has_learnt_captions() -> bool:
 
 
 def load_engine() -> "Engine":
-    """The checkpoint as the page uses it."""
+    """The checkpoint as the page uses it, or the export in its place."""
+    source, _ = checkpoint_source()
+    if any(Path(source).glob("onnx/vision_model*.onnx")) and not any(Path(source).glob("*.safetensors*")):
+        from .onnx_engine import OnnxEngine  # needs more than the rest of the Space
+
+        return OnnxEngine.load(source)
     return Engine(*load_checkpoint(), captions=has_learnt_captions())
 
 
@@ -117,10 +122,17 @@ class Engine:
         model: `MomeForConditionalGeneration` or `CocaForConditionalGeneration`, in eval mode.
         processor: its `MomeProcessor`.
         captions: whether it has learnt to write captions.
+
+    Attributes:
+        guides: whether it writes several captions of a picture, and guided ones.
     """
 
+    guides = True
+
     def __init__(self, model: Any, processor: Any, captions: bool = True):
-        self.model, self.processor, self.config = model.eval(), processor, model.config
+        self.model, self.processor, self.config = model, processor, model.config
+        if isinstance(model, torch.nn.Module):
+            model.eval()
         self.captions = captions
         code = inspect.getmodule(type(processor))  # it may have come with the weights
         self._to_rgb, self._wordless = code.load_rgb_image, code.wordless_texts
@@ -231,9 +243,9 @@ class Engine:
         embeds = self.embed_texts(texts).reshape(len(templates), len(labels), -1).mean(axis=0)
         embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
         model = getattr(self.model, "model", self.model)
-        logits = model.logit_scale.exp().item() * (embeds @ self.embed_images([picture])[0])
+        logits = np.exp(float(model.logit_scale)) * (embeds @ self.embed_images([picture])[0])
         if (bias := getattr(model, "logit_bias", None)) is not None:
-            return 1 / (1 + np.exp(-logits - bias.item()))
+            return 1 / (1 + np.exp(-logits - float(bias)))
         exponentials = np.exp(logits - logits.max())
         return exponentials / exponentials.sum()
 
@@ -324,15 +336,18 @@ class Engine:
     def fingerprint(self) -> str:
         """Hexadecimal digest of the weights and of how pictures are prepared."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            for part in _byte_parts(tensor):
-                digest.update(part)
+        for part in self._weights():
+            digest.update(part)
         settings = self.processor.image_processor.to_dict()
         names = ("size", "image_mean", "image_std", "resample", "do_center_crop", "trim_to_margin")
         kept = {key: settings.get(key) for key in names}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    def _weights(self) -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(self.model.state_dict().items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield from _byte_parts(tensor)
 
 
 def _byte_parts(tensor: torch.Tensor) -> Iterator[memoryview]:

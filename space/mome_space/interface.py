@@ -169,7 +169,7 @@ def main():
     index = Index(engine, Gallery(GALLERY_FILE), EMBEDDINGS_FILE)
     if spaces is not None:
         index.build()  # a GPU is lent to requests only, so that the gallery is embedded here, before the move
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and engine.guides:  # an export runs on the CPU
         engine.model.to("cuda")
     index.build_in_background()
     launch(build_demo(engine.model, engine.processor, index))
