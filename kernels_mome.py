@@ -49,6 +49,8 @@ class MomeLinear(nn.Linear):
         if self.has_few_rows(inputs):
             outputs = linear_of_few_rows(inputs.reshape(-1, inputs.shape[-1]), self.weight, self.bias)
             return outputs.view(*inputs.shape[:-1], -1)
+        if not self.has_many_rows(inputs):
+            return super().forward(inputs)
         return _onednn_linear(inputs, self.weight, self.bias)
 
     def chooses_kernel(self, inputs: torch.Tensor) -> bool:
@@ -63,6 +65,10 @@ class MomeLinear(nn.Linear):
         """Whether the product waits for the weights, in the only precision in which their order matters."""
         few = FEW_ROWS if torch.get_num_threads() > 1 else FEW_ROWS_OF_ONE_THREAD
         return inputs.dtype == torch.float32 and inputs.shape[:-1].numel() <= few
+
+    def has_many_rows(self, inputs: torch.Tensor) -> bool:
+        """Whether oneDNN is the quicker one. For fewer rows in float32 it gains little, and sums in another order."""
+        return inputs.dtype != torch.float32 or inputs.shape[:-1].numel() > FEW_ROWS
 
 
 def linear_of_few_rows(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -92,7 +98,7 @@ def activated_linear(linear: nn.Module, act_fn: nn.Module, inputs: torch.Tensor)
     gelu = _gelu_of(act_fn)
     if gelu is None or type(linear) is not MomeLinear or _is_watched(linear):
         return act_fn(linear(inputs))
-    if not linear.chooses_kernel(inputs) or linear.has_few_rows(inputs):
+    if not linear.chooses_kernel(inputs) or not linear.has_many_rows(inputs):
         return act_fn(linear(inputs))
     return _onednn_linear(inputs, linear.weight, linear.bias, gelu)
 
@@ -326,18 +332,19 @@ def _grouped_products(
 ) -> torch.Tensor:
     """`grouped_linear`, or with `gelu` the GELU of it, see `GELUS`. With `quick`, by the kernels for outputs only."""
     outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-    few = FEW_ROWS_OF_AN_EXPERT if quick and inputs.dtype == torch.float32 else 0
+    waits_for_weights = quick and inputs.dtype == torch.float32  # see `MomeLinear`
     for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
-        matrix, shift = weight[expert], bias[expert]
-        if end - start <= few:
-            products = linear_of_few_rows(inputs[start:end], matrix, shift)
-            outputs[start:end] = products if gelu is None else F.gelu(products, approximate=gelu)
-        elif quick:
-            outputs[start:end] = _onednn_linear(inputs[first:last], matrix, shift, gelu)[start - first : end - first]
-        elif (first, last) == (start, end):
-            torch.addmm(shift, inputs[start:end], matrix.T, out=outputs[start:end])
+        if waits_for_weights and end - start <= FEW_ROWS_OF_AN_EXPERT:
+            first, last, linear = start, end, linear_of_few_rows
         else:
-            outputs[start:end] = F.linear(inputs[first:last], matrix, shift)[start - first : end - first]
+            linear = F.linear
+        rows, matrix, shift = inputs[first:last], weight[expert], bias[expert]
+        if quick and not (waits_for_weights and len(rows) <= FEW_ROWS):
+            products = _onednn_linear(rows, matrix, shift, gelu)
+        else:
+            products = linear(rows, matrix, shift)
+            products = products if gelu is None else F.gelu(products, approximate=gelu)
+        outputs[start:end] = products[start - first : end - first]
     return outputs
 
 

@@ -176,7 +176,7 @@ def read_config(path: Path) -> UpstreamConfig:
     except FileNotFoundError:
         raise ConversionError(f"config {shortened(path)} does not exist: pass open_clip's {CONFIG_FILE}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = f"it has no {shortened(error.args[0])}" if isinstance(error, KeyError) else first_sentence(error)
+        reason = f"it has no {quoted(error.args[0])}" if isinstance(error, KeyError) else first_sentence(error)
         raise ConversionError(f"config {path} is not that of an open_clip CoCa: {reason}") from error
     for name in names:
         for key, value in model[name].items():
