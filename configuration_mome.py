@@ -83,6 +83,7 @@ _TRANSFORMERS_KEYS = frozenset(
 
 
 LONGEST_PATH = 4096  # of a file, in characters
+LONGEST_PATH_SHOWN = 240  # of one that is not there: where it goes wrong is in the middle as well
 
 _REPR = reprlib.Repr()  # as `repr`, but of a large collection or text no more than a message needs
 for _kind in ("list", "tuple", "dict", "set", "frozenset", "deque", "array"):
@@ -125,6 +126,8 @@ def _cut(value: Any, limit: int) -> str:
         text = str(os.fsdecode(value))  # of a subclass, such as NumPy's, the plain text
         if limit < len(text) <= LONGEST_PATH and os.path.lexists(text):
             return text
+        if isinstance(value, os.PathLike):
+            limit = max(limit, LONGEST_PATH_SHOWN)
     else:
         try:
             text = " ".join(_REPR.repr(value).split())

@@ -3,6 +3,7 @@ table of 5,000 columns.
 """
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -75,8 +76,11 @@ def test_a_value_is_cut_in_one_place_and_its_ends_stay(long, tmp_path):
     assert quoted([1, "a"]) == "[1, 'a']" and quoted(None) == "None" and shortened(None) == "None"
     assert listed(range(5000), 3) == "0, 1, 2 and 4,997 more" and listed(["a", "b"]) == "a, b" and listed([]) == ""
     assert len(listed([long] * 5000)) < 450
-    there = tmp_path / ("x" * 100) / "file.txt"
-    assert len(quoted(there)) == 82 and quoted(there).endswith("file.txt'")
+    assert len(quoted(Path(long))) == 242 and quoted(tmp_path / "x" / "file.txt") == repr(
+        str(tmp_path / "x" / "file.txt")
+    )
+    there = tmp_path / ("x" * 200) / "file.txt"
+    assert len(quoted(str(there))) == 82 and quoted(str(there)).endswith("file.txt'")
     there.parent.mkdir()
     there.touch()
     assert quoted(there) == quoted(str(there)) == repr(str(there)) and str(there) in str(MomeError(f"{there}: empty"))
