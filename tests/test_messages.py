@@ -79,7 +79,7 @@ def test_a_value_is_cut_in_one_place_and_its_ends_stay(long, tmp_path):
     assert len(quoted(Path(long))) == 242 and quoted(tmp_path / "x" / "file.txt") == repr(
         str(tmp_path / "x" / "file.txt")
     )
-    there = tmp_path / ("x" * 200) / "file.txt"
+    there = tmp_path / ("x" * 130) / "file.txt"
     assert len(quoted(str(there))) == 82 and quoted(str(there)).endswith("file.txt'")
     there.parent.mkdir()
     there.touch()
