@@ -150,7 +150,7 @@ def _copy_small_files(source: Path, folder: Path):
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
 
 
-def _properties(embedder: Embedder) -> dict[str, str]:
+def properties_of(embedder: Embedder) -> dict[str, str]:
     """What every file tells of the model."""
     model = embedder.model
     numbers = {LOGIT_SCALE: model.logit_scale} | ({} if model.logit_bias is None else {LOGIT_BIAS: model.logit_bias})
@@ -161,7 +161,7 @@ def _write_files(
     embedder: Embedder, folder: Path, dtypes: Sequence[str], progress: Callable[[str], object]
 ) -> dict[str, Agreement]:
     (folder / "onnx").mkdir()
-    properties = _properties(embedder)
+    properties = properties_of(embedder)
     for part, module in parts_of(embedder).items():
         progress(f"exporting {part}")
         try:
