@@ -72,9 +72,14 @@ def query_forms(embedder: Embedder, names: Sequence[str], images: torch.Tensor) 
     """
     asked = list(dict.fromkeys(names))
     wanted = torch.tensor([[name == query for name in names] for query in asked])
-    figures = {}
+    figures, embeddings = {}, {}  # the second: token ids → embedding, since most forms have those of the name
     for form, write in FORMS.items():
-        queries = embedder.embed_texts([write(name) for name in asked], on_cut=lambda count: None)
+        texts = [write(name) for name in asked]
+        ids = [tuple(row) for row in embedder.processor.tokenizer(texts, verbose=False)["input_ids"]]
+        new = {row: text for row, text in zip(ids, texts) if row not in embeddings}
+        if new:
+            embeddings |= zip(new, embedder.embed_texts(list(new.values()), on_cut=lambda count: None))
+        queries = torch.stack([embeddings[row] for row in ids])
         figures[form] = retrieval_recall(queries @ images.T, wanted)[1]
     return figures
 

@@ -186,4 +186,4 @@ def _write_files(
     return agreement
 
 
-__all__ = ["DTYPES", "Export", "export_checkpoint", "parts_of"]
+__all__ = ["DTYPES", "Export", "export_checkpoint", "parts_of", "properties_of"]

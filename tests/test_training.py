@@ -147,8 +147,9 @@ def test_accelerate_launches_a_recipe_by_either_name(module, fields):
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(losses_of(fields["output"])) == [1, 2]
     assert (Path(fields["output"]) / "model.safetensors").exists()
-    refused = launched("--steps", "3")
-    assert refused.returncode != 0 and "error: " in refused.stderr and "add --resume" in refused.stderr
+    if module == "mome.training":
+        refused = launched("--steps", "3")
+        assert refused.returncode != 0 and "error: " in refused.stderr and "add --resume" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------------------- going on
