@@ -30,10 +30,17 @@ import onnx
 
 from mome.export.check import draw_picture
 from mome.export.folder import export_checkpoint
+from mome.export.graphs import graph_of, quantised
+from mome.export.modules import TextTower
 
 PARTS = ("vision_model", "text_model", "model", "decoder_model_merged")
 SUFFIXES = {"fp32": "", "q8": "_quantized"}
 WIDE = {"hidden_size": 64, "initializer_range": 0.1}  # routers that 8 bits seldom change
+COLOURS, SHAPES = (
+    ("red", "green", "blue", "black", "white"),
+    ("circle", "square", "triangle", "dot", "line", "cat", "dog"),
+)
+MANY = [f"{article} {colour} {shape}" for article in ("a", "the") for colour in COLOURS for shape in SHAPES]
 TEXTS = ["a red circle", "the cat on a photo", "dog", "a blue square and a green line and the black triangle of a dot"]
 
 
@@ -77,7 +84,8 @@ def test_an_export_embeds_as_its_checkpoint(checkpoint, exported, pictures, dtyp
     torch_embedder, onnx_embedder = Embedder.load(checkpoint, "cpu"), OnnxEmbedder.load(exported, dtype)
     for batch_size in (1, 3, 32):
         images = onnx_embedder.embed_images(pictures, batch_size), torch_embedder.embed_images(pictures, batch_size)
-        texts = onnx_embedder.embed_texts(TEXTS, batch_size), torch_embedder.embed_texts(TEXTS, batch_size)
+        said = [*TEXTS, *MANY]  # many: one whose expert is another must not decide
+        texts = onnx_embedder.embed_texts(said, batch_size), torch_embedder.embed_texts(said, batch_size)
         for actual, expected in (images, texts):
             assert actual.shape == expected.shape and actual.dtype == torch.float32
             assert F.cosine_similarity(actual, expected).mean() >= least
@@ -126,8 +134,26 @@ def test_the_folder_is_complete_and_its_weights_are_small(exported):
         quantised = onnx.load(exported / "onnx" / f"{part}_quantized.onnx")
         large = [each for each in quantised.graph.initializer if len(each.dims) == 2 and min(each.dims) > 32]
         assert large and all(each.data_type == onnx.TensorProto.INT8 for each in large), part
+        routers = [each for each in quantised.graph.initializer if "router.weight" in each.name]
+        assert routers and all(each.data_type == onnx.TensorProto.FLOAT for each in routers), part
         assert "MatMulInteger" in {node.op_type for node in quantised.graph.node}
         assert {entry.domain: entry.version for entry in quantised.opset_import}[""] == 20
+
+
+@torch.no_grad()
+def test_words_have_a_scale_for_each_row_and_positions_stay_as_they_are(tmp_path):
+    tower = TextTower(tiny_captioner("dense", vocab_size=400, hidden_size=64).model)
+    words = tower.model.text_embedding.word_embeddings.weight
+    words[7] *= 40  # on one scale for all, it would leave the others few steps
+    graph = graph_of(tower)
+    quantised(graph, tmp_path / "text.onnx")
+    kinds = {tuple(each.dims): each.data_type for each in onnx.load(tmp_path / "text.onnx").graph.initializer}
+    assert kinds[400, 64] == onnx.TensorProto.INT8 and kinds[24, 64] == kinds[400, 1] == onnx.TensorProto.FLOAT
+    ids = torch.arange(8, 400).view(-1, 7)
+    given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (embeds,) = open_session(tmp_path / "text.onnx").run(None, given)
+    expected = tower(ids, torch.ones_like(ids))
+    assert F.cosine_similarity(torch.from_numpy(embeds), expected).mean() > 0.999
 
 
 def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path, pictures):
