@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
+from .compatibility_mome import is_exporting
 from .configuration_mome import MomeConfig
 from .inputs_mome import check_positions, check_text_positions, text_mask
 from .outputs_mome import MomeEncoderOutput
@@ -226,7 +227,7 @@ class CaptionContext:
             raise ValueError(f"{self.images} images and {self.batch} texts: pass one text for each image")
         if torch.compiler.is_compiling():  # a graph can't branch on ids
             self.placed = bool(inputs.image_tokens_in_input)
-            if inputs.image_tokens_in_input is None and not torch.compiler.is_exporting():
+            if inputs.image_tokens_in_input is None and not is_exporting():
                 self._refuse_image_tokens_later(image_embedding, inputs)
         elif inputs.image_tokens_in_input is not False:
             is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
@@ -238,7 +239,7 @@ class CaptionContext:
             )
 
     def _refuse_image_tokens_later(self, image_embedding: torch.Tensor, inputs: CaptionInputs):
-        """For a compiled graph that takes all tokens for text: an error when it runs if not (torch 2.11: none)."""
+        """For a compiled graph that takes all tokens for text: an error when it runs if not."""
         first = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
         is_image = is_image_token(self.config, image_embedding, inputs.input_ids, inputs.inputs_embeds)
         is_run = is_image.sum(dim=1) >= min(self.config.num_image_tokens, first.shape[1])

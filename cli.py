@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from . import __version__
 from .commands import explain
+from .configuration_mome import quoted
 from .data.images import images_below
 from .errors import first_line
 
@@ -104,10 +105,10 @@ def checkpoint(model: str | None) -> str:
             has no weights.
     """
     if model is not None:
-        if Path(model).is_file():
-            raise ValueError(f"model {model!r} is a file: name the folder of the checkpoint")
-        if not re.fullmatch(HUB_ID, model) and not Path(model).is_dir():
-            raise ValueError(f"model {model!r}: no such folder, and an id of the Hub is OWNER/NAME")
+        if os.path.isfile(model):
+            raise ValueError(f"model {quoted(model)} is a file: name the folder of the checkpoint")
+        if not re.fullmatch(HUB_ID, model) and not os.path.isdir(model):
+            raise ValueError(f"model {quoted(model)}: no such folder, and an id of the Hub is OWNER/NAME")
         return model
     if (DEFAULT_MODEL / "config.json").exists():
         return str(DEFAULT_MODEL)
@@ -227,7 +228,7 @@ def search(
 def _model_of(table: Any) -> str:
     """The model that made the table, or, if that folder is gone, the default one."""
     name = table.info.model
-    if not name or (Path(name).is_absolute() and not Path(name).exists() and DEFAULT_MODEL.exists()):
+    if not name or (Path(name).is_absolute() and not os.path.exists(name) and os.path.exists(DEFAULT_MODEL)):
         return checkpoint(None)
     return name
 
@@ -261,7 +262,7 @@ def _expanded(files: list[str]) -> Iterator[str]:
     for name in files:
         found = images_below(Path(name)) if os.path.isdir(name) else [name]
         if not found:
-            raise ValueError(f"no image in folder {name!r}: PNG, JPEG, WebP, GIF and the like are read")
+            raise ValueError(f"no image in folder {quoted(name)}: PNG, JPEG, WebP, GIF and the like are read")
         for file in found:
             if file not in seen:
                 seen.add(file)
@@ -299,7 +300,7 @@ def _load(task: str, model: str) -> Pipeline:
         return pipeline(task, model=model)
     except (ValueError, OSError) as error:
         reason = first_line(error)
-        raise ValueError(reason if model in reason else f"model {model!r} can't be loaded: {reason}") from error
+        raise ValueError(reason if model in reason else f"model {quoted(model)} can't be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -1,10 +1,12 @@
-"""What differs between the supported releases of transformers, in one place.
+"""What differs between the supported releases of transformers and torch, in one place.
 
 5.24 renamed keys and values of earlier calls from `past_key_values` to `cache`: the argument of forwards, the key that
 `generate()` passes on, the field of outputs. This code says `cache`; callers may use either name with any release.
 
 Numbers in `output_hidden_states=[…]` are those of the states, the first layer's input being 0; in older releases those
 of the layers, and the input is left out of the answer.
+
+torch before 2.13 takes `torch.compile` for an export.
 """
 
 import functools
@@ -49,6 +51,11 @@ def accepts_cache(forward: Callable) -> Callable:
     return renamed
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which in what torch 2.11 compiles is true as well; its flag is not."""
+    return torch.compiler.is_exporting() and getattr(torch.compiler, "_is_exporting_flag", True)
+
+
 @dataclass
 class MomeCachedOutput(CausalLMOutputWithPast):
     """`loss`, `logits`, `cache`, `hidden_states`, `attentions`, with the cache's field called as transformers does."""
@@ -60,4 +67,11 @@ if not _RENAMED:  # since 5.24, transformers' outputs answer to both names
     MomeCachedOutput.cache = property(lambda self: self[OLD_CACHE_NAME] if OLD_CACHE_NAME in self else None)
 
 
-__all__ = ["CACHE_NAME", "NUMBERS_COUNT_THE_INPUT", "MomeCachedOutput", "accepts_cache", "take_cache"]
+__all__ = [
+    "CACHE_NAME",
+    "NUMBERS_COUNT_THE_INPUT",
+    "MomeCachedOutput",
+    "accepts_cache",
+    "is_exporting",
+    "take_cache",
+]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_mome import MomePublishedConfig
+from .configuration_mome import MomePublishedConfig, checked_in_one_line, quoted
 
 # open_clip's `coca_ViT-B-32` and `coca_ViT-L-14`. The poolers of both have 8 heads.
 COCA_SIZES: dict[str, dict[str, int]] = {
@@ -50,6 +50,7 @@ COCA_AUTO_MAP: dict[str, str] = {
 }
 
 
+@checked_in_one_line
 @strict
 class CocaConfig(MomePublishedConfig, PreTrainedConfig):
     r"""Architecture of a contrastive captioner (CoCa).
@@ -140,7 +141,7 @@ class CocaConfig(MomePublishedConfig, PreTrainedConfig):
     def from_size(cls, size: str, **overrides) -> "CocaConfig":
         """A config of one of the published sizes (`base`, `large`); `overrides` win over the table."""
         if size not in COCA_SIZES:
-            raise ValueError(f"unknown size {size!r}: choose one of {', '.join(COCA_SIZES)}")
+            raise ValueError(f"unknown size {quoted(size)}: choose one of {', '.join(COCA_SIZES)}")
         return cls(**{**COCA_SIZES[size], **overrides})
 
     @property

@@ -4,16 +4,20 @@
 - `MOME_SIZES`, the table of named sizes, read by `MomeConfig.from_size`;
 - unknown keys and impossible combinations are refused with the offending value in the message;
 - `MomePublishedConfig`, what a config says about the code beside the weights; it refuses unknown keys;
-- `did_you_mean`, the hint that all errors about unknown names give, and `quoted`, how they show a value.
+- `did_you_mean`, the hint that all errors about unknown names give; `quoted`, `shortened` and `listed`, how messages
+  show values and names.
 """
 
 import copy
 import dataclasses
 import difflib
+import os
+import reprlib
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -78,17 +82,78 @@ _TRANSFORMERS_KEYS = frozenset(
 )
 
 
+LONGEST_PATH = 4096  # of a file, in characters
+LONGEST_PATH_SHOWN = 240  # of one that is not there: where it goes wrong is in the middle as well
+
+_REPR = reprlib.Repr()  # as `repr`, but of a large collection or text no more than a message needs
+for _kind in ("list", "tuple", "dict", "set", "frozenset", "deque", "array"):
+    setattr(_REPR, f"max{_kind}", 100)
+_REPR.maxstring = _REPR.maxlong = 1000
+_REPR.maxother = 10_000_000
+
+
 def did_you_mean(name: Any, choices: Iterable[str], otherwise: str) -> str:
     """What to say to an unknown name: the closest of the choices as a question, or `otherwise` if none is close."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1)
-    return f"did you mean {close[0]!r}?" if close else otherwise
+    close = difflib.get_close_matches(shortened(name), list(choices), n=1)
+    return f"did you mean {quoted(close[0])}?" if close else otherwise
 
 
 def quoted(value: Any, limit: int = 80) -> str:
-    """A value as an error message shows it: its `repr`, cut where it is longer than `limit` characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return repr(text) if isinstance(value, str) else text
+    """A value as an error message shows it, in one line: its `repr`, without its middle if it is longer than `limit`.
+
+    So both ends are there: how a text or data begin, and the name of a file. The path of a file that is there stays
+    whole, since no system has endless ones.
+    """
+    text = _cut(value, limit)
+    return repr(text) if isinstance(value, (str, os.PathLike)) else text
+
+
+def shortened(value: Any, limit: int = 80) -> str:
+    """As `quoted`, without quotation marks."""
+    text = _cut(value, limit)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def listed(names: Iterable[Any], most: int = 10) -> str:
+    """The first of some names, separated by commas, and how many more there are."""
+    names = list(names)
+    shown = shortened(", ".join(shortened(name) for name in names[:most]), 400)
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
+
+
+def _cut(value: Any, limit: int) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        text = str(os.fsdecode(value))  # of a subclass, such as NumPy's, the plain text
+        if limit < len(text) <= LONGEST_PATH and os.path.lexists(text):
+            return text
+        if isinstance(value, os.PathLike):
+            limit = max(limit, LONGEST_PATH_SHOWN)
+    else:
+        try:
+            text = " ".join(_REPR.repr(value).split())
+        except ValueError:  # Python refuses to write an integer of thousands of digits
+            text = f"{type(value).__name__} of too many digits"
+    start = limit * 5 // 8
+    return text if len(text) <= limit else f"{text[:start]}…{text[start + 1 - limit :]}"
+
+
+def checked_in_one_line(config_class: type) -> type:
+    """For a class under `@strict`: a value of a wrong type is a ValueError in one line that names it and the type."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    check = config_class.__setattr__
+
+    def set_attribute(self, name: str, value: Any):
+        try:
+            check(self, name, value)
+        except StrictDataclassFieldValidationError:
+            kind = kinds[name]
+            wanted = f"is of type {type(value).__name__}, expected {getattr(kind, '__name__', kind)}"
+            if get_origin(kind) is Literal:
+                wanted = f"is not known: choose {' or '.join(map(repr, get_args(kind)))}"
+            raise ValueError(f"{name}={quoted(value)} {wanted}") from None
+
+    config_class.__setattr__ = set_attribute
+    return config_class
 
 
 class MomePublishedConfig:
@@ -126,7 +191,7 @@ class MomePublishedConfig:
             given = getattr(self, name)
             for token in given if isinstance(given, (list, tuple)) else [given]:
                 if token is not None and not 0 <= token < self.vocab_size:
-                    raise ValueError(f"{name}={given} is not an id of vocab_size={self.vocab_size}")
+                    raise ValueError(f"{name}={quoted(given)} is not an id of vocab_size={self.vocab_size}")
 
     def _refuse_unknown_keys(self, kwargs):
         fields, name = [field.name for field in dataclasses.fields(self)], type(self).__name__
@@ -138,7 +203,7 @@ class MomePublishedConfig:
     def _check_positive(self, names: str):
         for name in names.split():
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name}={quoted(getattr(self, name))} must be at least 1")
 
     def _check_activation(self):
         if self.hidden_act not in ACT2FN:
@@ -146,6 +211,7 @@ class MomePublishedConfig:
             raise ValueError(f"hidden_act={quoted(self.hidden_act)} is not known: {hint}")
 
 
+@checked_in_one_line
 @strict
 class MomeConfig(MomePublishedConfig, PreTrainedConfig):
     r"""Architecture of a mixture-of-modality-experts transformer.
@@ -400,4 +466,15 @@ class MomeConfig(MomePublishedConfig, PreTrainedConfig):
         super()._check_token_ids()
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "MOME_SIZES", "MomeConfig", "MomePublishedConfig", "did_you_mean", "quoted"]
+__all__ = [
+    "AUTO_MAP",
+    "CUSTOM_PIPELINES",
+    "MOME_SIZES",
+    "MomeConfig",
+    "MomePublishedConfig",
+    "checked_in_one_line",
+    "did_you_mean",
+    "listed",
+    "quoted",
+    "shortened",
+]

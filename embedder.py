@@ -10,6 +10,7 @@ of the weights says which checkpoint made an embedding.
 
 import hashlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,22 +112,23 @@ class Embedder:
             **overrides: fields of the config that are to differ from the checkpoint's, such as `experts_per_token`.
 
         Raises:
-            MomeError: no such checkpoint, one of another kind, or one without its processor; one line.
+            MomeError: no such checkpoint, one of another kind, or one without its processor; no such device or field;
+                one line.
         """
-        name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+        device = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = str(Path(model).resolve()) if os.path.isdir(model) else str(model)
         try:
             kind = MomeConfig.get_config_dict(name, revision=revision)[0].get("model_type")
             if kind not in FAMILIES:
-                reason = f"is of type {kind!r}, not {FAMILY_NAMES}" if kind else "has no config.json"
-                raise MomeError(f"model {name!r} can't be loaded: it {reason}")
+                reason = f"is of type {quoted(kind)}, not {FAMILY_NAMES}" if kind else "has no config.json"
+                raise MomeError(f"model {quoted(name)} can't be loaded: it {reason}")
             processor = MomeProcessor.from_pretrained(name, revision=revision)
             model_class = FAMILIES[kind].captioner if captions else FAMILIES[kind].model
             loaded = _load_quietly(model_class, name, dtype=dtype, revision=revision, **overrides)
         except MomeError:
             raise
-        except (OSError, ValueError) as error:
-            raise MomeError(f"model {name!r} can't be loaded: {first_line(error)}") from None
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        except (OSError, ValueError, TypeError) as error:  # TypeError: no such field of the config
+            raise MomeError(f"model {quoted(name)} can't be loaded: {first_line(error)}") from None
         return cls(loaded.to(device).eval(), processor, name)
 
     @property
@@ -202,7 +204,7 @@ class Embedder:
                 refused; another `long_texts`.
         """
         if isinstance(texts, str):
-            raise MomeError(f"texts={texts[:40]!r} is one text: pass a list of them")
+            raise MomeError(f"texts={quoted(texts, 40)} is one text: pass a list of them")
         texts = texts if isinstance(texts, (list, tuple)) else list(texts)  # a column, a generator
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not (allow_blank or text.strip()):
@@ -305,7 +307,7 @@ class Embedder:
                 raise MomeError(no_words(some[empty[0]], f"text {number + empty[0]}"))
             if too_long and long_texts == "refuse":
                 text = some[too_long[0]]
-                place = f"text {number + too_long[0]} ({text[:40]!r}...)"
+                place = f"text {number + too_long[0]} ({quoted(text, 40)})"
                 raise MomeError(f"{place} has more than {limit} tokens, the most that the model reads: shorten it")
             number, cut = number + len(some), cut + len(too_long)
             yield inputs.to(self.device)
@@ -342,6 +344,14 @@ def _read(image: Any, name: str) -> Image.Image:
     return read_image(image, name)
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """Raises MomeError for what is no device."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise MomeError(f"device={quoted(device)} is none of torch's: write cpu, cuda or cuda:1, say") from None
+
+
 def _load_quietly(model_class: type[torch.nn.Module], name: str, **options: Any) -> torch.nn.Module:
     """Without the bar and the report of weights that embeddings don't need: those of a captioner's head.
 
@@ -358,7 +368,7 @@ def _load_quietly(model_class: type[torch.nn.Module], name: str, **options: Any)
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
-        raise MomeError(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
+        raise MomeError(f"model {quoted(name)} lacks {len(missing)} of its weights, {quoted(missing[0])} among them")
     return model
 
 
@@ -367,4 +377,4 @@ def _normalised(embeds: torch.Tensor) -> torch.Tensor:
     return F.normalize(embeds.float(), dim=-1).cpu()
 
 
-__all__ = ["BATCH_SIZE", "CAPTION_TOKENS", "Embedder", "batches_of", "model_fingerprint"]
+__all__ = ["BATCH_SIZE", "CAPTION_TOKENS", "Embedder", "batches_of", "checked_device", "model_fingerprint"]

@@ -1,8 +1,9 @@
 """What goes wrong with things that are given to the package: one line each, naming the bad value and the fix."""
 
+import re
 from collections.abc import Iterable
 
-from .configuration_mome import did_you_mean
+from .configuration_mome import did_you_mean, listed, quoted, shortened
 
 # What each extra of the package installs, by the name under which it is imported.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -20,9 +21,19 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
 }
 
+# In characters. Values are cut where a message quotes them; these bounds are for names and paths that stand there as
+# they are.
+LONGEST_WORD, LONGEST_MESSAGE = 240, 1000
+LONGEST_REASON = 300  # of another library's message, which may quote what it was given
+
 
 class MomeError(ValueError):
-    """Something that was given can't be used."""
+    """Something that was given can't be used; one line, whatever names and paths it tells."""
+
+    def __init__(self, message: str = ""):
+        line = re.sub(r"\s*[\r\n]\s*", " ", str(message).strip())
+        line = re.sub(r"\S+", lambda word: shortened(word[0], LONGEST_WORD), line)
+        super().__init__(shortened(line, LONGEST_MESSAGE))
 
 
 class DataError(MomeError):
@@ -46,9 +57,15 @@ class ExportError(MomeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip()
+    """The first line of an error's message, or the name of its class; cut if another library has written it.
+
+    A line that ends in a colon is only a heading: the next one belongs to it.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"[Errno {error.errno}] {error.strerror}: {quoted(error.filename)}"
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if isinstance(error, MomeError) else shortened(line, LONGEST_REASON)
 
 
 def first_sentence(error: BaseException) -> str:
@@ -59,8 +76,8 @@ def first_sentence(error: BaseException) -> str:
 def unknown_name(name: str, known: Iterable[str], what: str) -> RetrievalError:
     """`what` has no `name`, with the closest name that it has."""
     known = list(known)
-    hint = did_you_mean(name, known, f"it has {', '.join(known) or 'none'}")
-    return RetrievalError(f"{what} has no {name!r}: {hint}")
+    hint = did_you_mean(name, known, f"it has {listed(known) or 'none'}")
+    return RetrievalError(f"{what} has no {quoted(name)}: {hint}")
 
 
 def missing_package(error: ModuleNotFoundError, extra: str | None = None) -> str:

@@ -4,6 +4,7 @@ tokens stand.
 
 import os
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,13 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .configuration_mome import MomeConfig
+from .compatibility_mome import is_exporting
+from .configuration_mome import MomeConfig, listed
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is an integer of at least 1, NumPy's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def check_pixel_values(config: MomeConfig, pixel_values: torch.Tensor):
@@ -133,7 +140,20 @@ def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | Non
         raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
 
 
-def check_labels(labels: torch.Tensor, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None):
+def check_labels(
+    labels: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    loss_options: dict[str, Any],
+):
+    """Refuses labels that don't fit, and their number without them, as transformers' `Trainer` passes it."""
+    if labels is None:
+        if loss_options.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "num_items_in_batch without labels: Trainer's label_smoothing_factor has taken them and would compare "
+                "each token with itself: set it to 0; for a compute_loss_func set model.accepts_loss_kwargs = False"
+            )
+        return
     if pixel_values is None:
         raise ValueError(f"labels of shape {tuple(labels.shape)} without images: pass pixel_values as well")
     if input_ids is None:
@@ -227,7 +247,7 @@ def text_tokens(
     is_text = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     length = config.max_position_embeddings
     # An exported graph has no place for an error: it reads the beginning of a text that is too long.
-    if not torch.compiler.is_exporting() and input_ids.shape[1] > length:
+    if not is_exporting() and input_ids.shape[1] > length:
         _check_length(int(is_text.sum(dim=1).max()), length)
     return filled_texts(input_ids, is_text, length, config.pad_token_id), None
 
@@ -310,12 +330,12 @@ def _is_column(images: Any) -> bool:
 
 def _pictures_of_data_set(data: Any) -> Pictures | Iterator:
     if isinstance(data, dict):
-        raise ValueError(f"this is a dict of splits, {', '.join(data)}: pass one of them")
+        raise ValueError(f"this is a dict of splits, {listed(data)}: pass one of them")
     features = data.features or {}
     names = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
     column = (names or ["image"])[0]
     if features and column not in features:
-        raise ValueError(f"the data set has no column of images among {', '.join(features)}: pass one, data['...']")
+        raise ValueError(f"the data set has no column of images among {listed(features)}: pass one, data['...']")
     if names:
         data = data.cast_column(column, type(features[column])(decode=False))
     if hasattr(data, "__len__"):

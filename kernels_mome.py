@@ -1,7 +1,6 @@
 """Quicker ways to compute the same: the reader finds the maths in `trunk_mome.py` and `routing_mome.py`.
 
-- `MomeLinear`, `linear_of_few_rows`: a linear layer, above all for the rows of a decoding step;
-- `activated_linear`: a linear layer and its GELU in one pass, on a CPU;
+- `MomeLinear`, `activated_linear`: a linear layer, and one with its activation, by the kernels of `quick_linear`;
 - `matmul_attention_forward`: SDPA as two matrix products, for half precision on a CPU;
 - `all_experts_forward`: routed experts as one product over all of them, without a sort and without asking a GPU;
 - `sorted_experts_forward`: routed experts one after the other, each over its own rows, without dropping a token:
@@ -22,9 +21,8 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-FEW_ROWS = 64  # up to which a CPU multiplies them with parts of a weight, see `MomeLinear`
-FEW_ROWS_OF_ONE_THREAD = 4  # the same where no second thread takes half of the parts
-FEW_ROWS_OF_AN_EXPERT = 8  # up to which `linear_of_few_rows` is the quicker one for an expert's matrices
+FEW_ROWS = 2  # in float32, up to which a CPU multiplies them with parts of a weight, see `quick_linear`
+ROWS_OF_TORCH = range(17, 65)  # in float32, for which oneDNN gains least
 MANY_ROWS = 256  # of all experts, from which half precision pays for windows of standard sizes, see `_windows`
 WEIGHT_PARTS = 8
 
@@ -33,23 +31,12 @@ WEIGHT_PARTS = 8
 
 
 class MomeLinear(nn.Linear):
-    """`nn.Linear` that takes the quickest kernel where only outputs are wanted, on a CPU.
-
-    Measured on an AMD EPYC, for layers of a ViT-B, of mome-icons and a vocabulary of 49,408:
-
-    - the few rows of a decoding step (a token of some captions or beams) in float32, with two threads: 1.3 to 1.9
-      times as fast for one row, 1.6 to 3 times for 2 to 4, 1.2 to 2 times for 8 to 32; with one thread, beside oneDNN
-      and for layers of width 512, 1 to 2 times for one row, 0.8 to 2 times for 2, 0.5 to 1.6 times for 4, then less;
-    - oneDNN for more, with one thread: 1.04 to 1.16 times in float32, 1 to 1.1 times in bfloat16.
-    """
+    """`nn.Linear` that takes the quickest kernel where only outputs are wanted, on a CPU; see `quick_linear`."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if not self.chooses_kernel(inputs):  # before any size is looked at, which an export would take for fixed
             return super().forward(inputs)
-        if self.has_few_rows(inputs):
-            outputs = linear_of_few_rows(inputs.reshape(-1, inputs.shape[-1]), self.weight, self.bias)
-            return outputs.view(*inputs.shape[:-1], -1)
-        return _onednn_linear(inputs, self.weight, self.bias)
+        return quick_linear(inputs, self.weight, self.bias)
 
     def chooses_kernel(self, inputs: torch.Tensor) -> bool:
         """Whether this is a plain product on a CPU. Compilers choose for themselves, as do weights of other types."""
@@ -59,10 +46,32 @@ class MomeLinear(nn.Linear):
             return False
         return self.weight.device == inputs.device and self.weight.dtype == inputs.dtype and _has_kernels(inputs)
 
-    def has_few_rows(self, inputs: torch.Tensor) -> bool:
-        """Whether the product waits for the weights, in the only precision in which their order matters."""
-        few = FEW_ROWS if torch.get_num_threads() > 1 else FEW_ROWS_OF_ONE_THREAD
-        return inputs.dtype == torch.float32 and inputs.shape[:-1].numel() <= few
+
+def quick_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
+) -> torch.Tensor:
+    """`F.linear`, (..., in) → (..., out), or with `gelu` its GELU, see `GELUS`: by the quickest kernel of an x86 CPU.
+
+    - One or two rows in float32, as in a decoding step: `linear_of_few_rows`.
+    - oneDNN, which computes a GELU in the pass that writes the product; half precision is rounded once. In float32,
+      from 17 to 64 rows, torch: oneDNN would gain a tenth there, but sums in another order, and small models are
+      compared with others' to 1e-5.
+
+    Measured on an AMD EPYC for layers of a ViT-B, of width 512 and of mome-icons, times as fast as `F.linear`: parts
+    of a weight 1.1 to 1.6 with two threads; oneDNN in float32 1 to 1.8 for 4 to 8 rows with two threads, 1.04 to 1.16
+    for more than 64 with one, in bfloat16 1 to 1.1; with a GELU, for more than 64 rows, 1.2 to 1.5 in the tanh form
+    and 1.03 to 1.3 in the exact one.
+    """
+    rows = inputs.shape[:-1].numel()
+    is_float32 = inputs.dtype == torch.float32
+    if not (is_float32 and (rows <= FEW_ROWS or rows in ROWS_OF_TORCH)):
+        attribute = "none" if gelu is None else "gelu"
+        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, attribute, [], gelu)
+    if rows <= FEW_ROWS:
+        outputs = linear_of_few_rows(inputs.reshape(rows, -1), weight, bias).view(*inputs.shape[:-1], -1)
+    else:
+        outputs = F.linear(inputs, weight, bias)
+    return outputs if gelu is None else F.gelu(outputs, approximate=gelu)
 
 
 def linear_of_few_rows(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -82,26 +91,11 @@ GELUS = {"GELUActivation": "none", "GELUTanh": "tanh"}
 
 
 def activated_linear(linear: nn.Module, act_fn: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """`act_fn(linear(inputs))`: (..., in) → (..., out).
-
-    On an x86 CPU, without gradients, oneDNN computes a GELU in the pass that writes the product; half precision is
-    rounded once. Measured on an AMD EPYC with one thread, for the layers of a ViT-B and of mome-icons and 65 to 4,096
-    rows: 1.1 to 1.5 times as fast with the tanh form in bfloat16, 1.2 to 1.4 in float32; 1.03 to 1.3 with the exact
-    one.
-    """
+    """`act_fn(linear(inputs))`: (..., in) → (..., out); in one pass where `quick_linear` can."""
     gelu = _gelu_of(act_fn)
-    if gelu is None or type(linear) is not MomeLinear or _is_watched(linear):
+    if gelu is None or type(linear) is not MomeLinear or _is_watched(linear) or not linear.chooses_kernel(inputs):
         return act_fn(linear(inputs))
-    if not linear.chooses_kernel(inputs) or linear.has_few_rows(inputs):
-        return act_fn(linear(inputs))
-    return _onednn_linear(inputs, linear.weight, linear.bias, gelu)
-
-
-def _onednn_linear(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: str | None = None
-) -> torch.Tensor:
-    attribute = "none" if gelu is None else "gelu"
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, attribute, [], gelu)
+    return quick_linear(inputs, linear.weight, linear.bias, gelu)
 
 
 def _gelu_of(act_fn: nn.Module) -> str | None:
@@ -151,16 +145,21 @@ def matmul_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """What SDPA computes, as two matrix products: a CPU is faster at them in half precision, above all in decoding."""
     query, key, value = (_with_heads_in_line(states) for states in (query * scaling, key, value))
-    scores = query @ key.transpose(-1, -2)
-    if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
+    scores = masked_scores(query @ key.transpose(-1, -2), attention_mask, is_causal)
     weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), None
+
+
+def masked_scores(scores: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """Scores (batch, heads, tokens, keys) under a mask as SDPA takes it: bool, added, or none and causal."""
+    tokens, keys = scores.shape[-2:]
+    if attention_mask is None and is_causal and tokens > 1:
+        attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).tril(keys - tokens)
+    if attention_mask is None:
+        return scores
+    if attention_mask.dtype == torch.bool:
+        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
 
 
 def _with_heads_in_line(states: torch.Tensor) -> torch.Tensor:
@@ -321,14 +320,12 @@ def _grouped_products(
 ) -> torch.Tensor:
     """`grouped_linear`, or with `gelu` the GELU of it, see `GELUS`. With `quick`, by the kernels for outputs only."""
     outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-    few = FEW_ROWS_OF_AN_EXPERT if quick and inputs.dtype == torch.float32 else 0
     for expert, start, end, first, last in _windows(tokens_per_expert, len(inputs), _wants_standard_sizes(inputs)):
         matrix, shift = weight[expert], bias[expert]
-        if end - start <= few:
-            products = linear_of_few_rows(inputs[start:end], matrix, shift)
-            outputs[start:end] = products if gelu is None else F.gelu(products, approximate=gelu)
+        if quick and inputs.dtype == torch.float32:
+            outputs[start:end] = quick_linear(inputs[start:end], matrix, shift, gelu)
         elif quick:
-            outputs[start:end] = _onednn_linear(inputs[first:last], matrix, shift, gelu)[start - first : end - first]
+            outputs[start:end] = quick_linear(inputs[first:last], matrix, shift, gelu)[start - first : end - first]
         elif (first, last) == (start, end):
             torch.addmm(shift, inputs[start:end], matrix.T, out=outputs[start:end])
         else:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from .configuration_mome import listed, shortened
+
 
 class MomeCompleteLoading:
     """What a model class adds to transformers' `PreTrainedModel`."""
@@ -20,10 +22,11 @@ class MomeCompleteLoading:
             return model, info
         for problem in ("missing", "unexpected"):
             if keys := sorted(info[f"{problem}_keys"]):
-                some = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                some = listed(keys, 3)
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {problem} weights {some}. Load it "
-                    "with the class in its config.json, or pass output_loading_info=True to take what fits."
+                    f"{shortened(pretrained_model_name_or_path)} does not fit {cls.__name__}: {problem} weights "
+                    f"{some}. Load it with the class in its config.json, or pass output_loading_info=True to take "
+                    "what fits."
                 )
         return model
 

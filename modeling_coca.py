@@ -42,8 +42,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .captioning_mome import MomeCache, additive_mask, cached_image_tokens, prepare_prompt
-from .compatibility_mome import CACHE_NAME, accepts_cache
+from .compatibility_mome import CACHE_NAME, accepts_cache, is_exporting
 from .configuration_coca import CocaConfig
+from .configuration_mome import quoted
 from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig, eos_token_ids
 from .inputs_mome import (
@@ -161,7 +162,7 @@ class CocaModel(CocaPreTrainedModel):
         In an exported graph, whose number of tokens is open, there is as much filler as there is room.
         """
         config, order = self.config, None
-        if torch.compiler.is_exporting():
+        if is_exporting():
             is_text = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
             length = config.max_position_embeddings
             return filled_texts(input_ids, is_text, length, config.filler_token_id), None
@@ -406,7 +407,7 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
                 position table, an id beyond the vocabulary, images of a wrong size.
         """
         options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
-        self._check(input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input)
+        self._check(input_ids, inputs_embeds, pixel_values, labels, options, image_tokens_in_input)
         if attention_mask is None and input_ids is not None and (cache is None or not cache.get_seq_length()):
             attention_mask = text_mask(self.config, input_ids, None)
         use_cache = use_cache and labels is None
@@ -419,9 +420,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         states, keep = caption.last_hidden_state, logits_to_keep
         logits = self.lm_head(states[:, -keep:] if isinstance(keep, int) else states[:, keep])
         image_embeds = None if image is None else self.model.project_image(image.last_hidden_state)
-        losses = {}
-        if labels is not None:
-            losses = self._losses(input_ids, attention_mask, image_embeds, logits, labels, options)
+        parts = input_ids, attention_mask, image_embeds, logits, labels, options
+        losses = {} if labels is None else self._losses(*parts)
         return CocaCaptionOutput(
             logits=logits,
             **{CACHE_NAME: cache if use_cache else None},
@@ -432,13 +432,12 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
             **losses,
         )
 
-    def _check(self, input_ids, inputs_embeds, pixel_values, labels, image_tokens_in_input: bool | None):
+    def _check(self, input_ids, inputs_embeds, pixel_values, labels, options, image_tokens_in_input: bool | None):
         if image_tokens_in_input:
             raise ValueError("image_tokens_in_input=True: CoCa has no places for an image in input_ids, leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds; generate() starts from [BOS] by itself")
-        if labels is not None:
-            check_labels(labels, input_ids, pixel_values)
+        check_labels(labels, input_ids, pixel_values, options)
         if input_ids is not None:
             check_vocabulary(input_ids, self.model.vocabulary)
 
@@ -559,8 +558,8 @@ class CocaForConditionalGeneration(CocaPreTrainedModel, MomeGenerationMixin):
         """
         if options.guidance_scale not in (None, 1):
             raise ValueError(
-                f"guidance_scale={options.guidance_scale!r} compares with a caption without an image, which CoCa "
-                "can't write: use rerank_weight or contrastive_weight"
+                f"guidance_scale={quoted(options.guidance_scale)} compares with a caption without an image, which "
+                "CoCa can't write: use rerank_weight or contrastive_weight"
             )
         pixel_values, ids, embeds = (kwargs.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
         prompt, mask = ids if embeds is None else embeds, kwargs.get("attention_mask")

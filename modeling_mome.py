@@ -491,8 +491,8 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
                 beyond the vocabulary, images of a wrong size, image tokens that are too few or behind text.
         """
         loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
+        check_labels(labels, input_ids, pixel_values, loss_options)
         if labels is not None:
-            check_labels(labels, input_ids, pixel_values)
             use_cache, tokens = False, input_ids.shape[1]
             input_ids, attention_mask, labels = start_captions(self.config, input_ids, attention_mask, labels)
         if use_cache and cache is None:

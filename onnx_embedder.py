@@ -13,6 +13,7 @@ the fingerprint of the weights that it was made of, so that tables of the checkp
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 
 from .captioning_mome import prepare_prompt
-from .configuration_mome import MomeConfig
-from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder
+from .configuration_mome import MomeConfig, quoted
+from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
 from .errors import MomeError, first_line, missing_package
+from .families import FAMILIES, FAMILY_NAMES
 from .processing_mome import MomeProcessor
 
 VISION, TEXT, JOINT, DECODER = "vision_model", "text_model", "model", "decoder_model_merged"
@@ -46,8 +48,12 @@ def onnx_file(part: str, dtype: str) -> str:
 def is_exported(folder: str | Path) -> bool:
     """Whether a folder holds an export and no weights to load."""
     folder = Path(folder)
-    return any(folder.glob("onnx/vision_model*.onnx")) and not any(
-        any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+    return (
+        os.path.isdir(folder)
+        and any(folder.glob("onnx/vision_model*.onnx"))
+        and not any(
+            any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+        )
     )
 
 
@@ -67,13 +73,13 @@ def load_embedder(
         MomeError: an unknown backend, or a model that can't be loaded.
     """
     if backend not in (None, *BACKENDS):
-        raise MomeError(f"backend={backend!r}: choose {', '.join(BACKENDS)}")
+        raise MomeError(f"backend={quoted(backend)}: choose {', '.join(BACKENDS)}")
     if backend is None:
         backend = "onnx" if is_exported(model) else "torch"
     if backend == "torch":
         return Embedder.load(model, device=device, captions=captions)
-    if device is not None and torch.device(device).type != "cpu":
-        raise MomeError(f"device={str(device)!r}: an export runs on the CPU, leave the device out or load with torch")
+    if device is not None and checked_device(device).type != "cpu":
+        raise MomeError(f"device={quoted(device)}: an export runs on the CPU, leave the device out or load with torch")
     return OnnxEmbedder.load(model, backend.partition("-")[2] or None, captions)
 
 
@@ -93,8 +99,13 @@ class OnnxEmbedder(Embedder):
     """
 
     def __init__(self, folder: Path, dtype: str | None = None, captions: bool = False, name: str = ""):
+        kind = MomeConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in FAMILIES:
+            raise MomeError(f"it is of type {quoted(kind)}, not {FAMILY_NAMES}")
+        if captions and kind != MomeConfig.model_type:
+            raise MomeError(f"exports of type {quoted(kind)} write no captions: load the checkpoint instead")
         self.processor, self.name = MomeProcessor.from_pretrained(folder), name or str(folder)
-        self.config = MomeConfig.from_pretrained(folder)
+        self.config = FAMILIES[kind].config.from_pretrained(folder)
         self.dimension = self.config.projection_dim
         self.export_dtype = _dtype_of(folder, dtype)
         parts = (VISION, TEXT, *([DECODER] if captions else []))
@@ -117,16 +128,13 @@ class OnnxEmbedder(Embedder):
         Raises:
             MomeError: no such folder or repository, and what the class raises.
         """
-        name = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+        name = str(Path(model).resolve()) if os.path.isdir(model) else str(model)
         try:
-            folder = Path(name) if Path(name).is_dir() else _downloaded(name, dtype, captions)
-            kind = MomeConfig.get_config_dict(folder)[0].get("model_type")
-            if kind != MomeConfig.model_type:
-                raise MomeError(f"it is of type {kind!r}, not {MomeConfig.model_type!r}")
+            folder = Path(name) if os.path.isdir(name) else _downloaded(name, dtype, captions)
             return cls(folder, dtype, captions, name)
         except (OSError, ValueError) as error:
             reason = first_line(error)
-            raise MomeError(f"export {name!r} can't be loaded: {reason}") from None
+            raise MomeError(f"export {quoted(name)} can't be loaded: {reason}") from None
 
     @property
     def file_bytes(self) -> int:
@@ -195,7 +203,9 @@ class OnnxEmbedder(Embedder):
         if DECODER not in self.sessions:
             raise MomeError("this export writes no captions: load it with captions=True")
         if generate:
-            raise MomeError(f"{next(iter(generate))!r}: an export writes greedy captions, load the checkpoint instead")
+            raise MomeError(
+                f"{quoted(next(iter(generate)))}: an export writes greedy captions, load the checkpoint instead"
+            )
         captions = []
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
             ids = self.caption_ids(pixel_values, max_new_tokens)
@@ -280,7 +290,7 @@ def fingerprint_of(session: Any) -> str | None:
 
 def _dtype_of(folder: Path, dtype: str | None) -> str:
     if dtype is not None and dtype not in SUFFIXES:
-        raise MomeError(f"dtype={dtype!r}: choose {', '.join(SUFFIXES)}")
+        raise MomeError(f"dtype={quoted(dtype)}: choose {', '.join(SUFFIXES)}")
     there = [each for each in SUFFIXES if (folder / onnx_file(VISION, each)).is_file()]
     if not there or dtype not in (None, *there):
         wanted = onnx_file(VISION, dtype or "fp32")

@@ -29,7 +29,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .configuration_mome import quoted
+from .configuration_mome import quoted, shortened
 from .svg_mome import SVG_SIDE, looks_like_svg, render_svg
 
 logger = logging.get_logger(__name__)
@@ -298,21 +298,15 @@ def load_rgb_image(image: Any, name: str = "image", svg_side: int = SVG_SIDE) ->
     except UnidentifiedImageError:
         reason = "not an image that Pillow can read"
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = reason.splitlines()[0]
     source = image.get("path") if isinstance(image, dict) else image
     source = source if isinstance(source, (str, os.PathLike)) else getattr(source, "filename", None)
     if isinstance(source, (str, os.PathLike)) and source:
-        name = f"{name} ({_shown(source)})"
+        name = f"{name} ({quoted(source)})"
     elif not isinstance(image, dict):
         name = f"{name} ({type(image)})"
-    raise ValueError(f"{name}: {reason if len(reason) <= 200 else reason[:199] + '…'}")
-
-
-def _shown(source: str | os.PathLike) -> str:
-    """A path as an error shows it: whole if it is one, else its last 80 characters, in which a file has its name."""
-    text = os.fspath(source)
-    whole = len(text) <= 80 or isinstance(source, os.PathLike) or os.path.isfile(text)
-    return repr(text if whole else f"…{text[-79:]}")
+    raise ValueError(f"{name}: {shortened(reason, 200)}")
 
 
 def load_images(images: Any, svg_side: int = SVG_SIDE) -> list[Image.Image]:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .configuration_mome import quoted
 from .guidance_mome import guidance_options
-from .inputs_mome import Pictures, pictures_of
+from .inputs_mome import Pictures, is_count, pictures_of
 from .losses_mome import pair_scores
 from .pictures_mome import count_blank, load_images, load_rgb_image, warn_of_blank
 from .texts_mome import (
@@ -188,7 +188,7 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
         _check_on_error(on_error)
         if prompt is not None:
             self._check_prompt(prompt)
-        if num_captions is not None and (not isinstance(num_captions, int) or num_captions < 1):
+        if num_captions is not None and not is_count(num_captions):
             raise ValueError(f"num_captions={quoted(num_captions)} must be an integer of at least 1")
         forward = _given(
             num_captions=num_captions,
@@ -335,7 +335,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         for template in templates or ():
             if not isinstance(template, str) or "{}" not in template:
                 raise ValueError(f"template {quoted(template)} has no {{}} where the label goes")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and not is_count(top_k):
             raise ValueError(f"top_k={quoted(top_k)} must be an integer of at least 1")
         after = _given(candidate_labels=labels, top_k=top_k)
         return _given(on_error=on_error), _given(candidate_labels=labels, templates=templates), after

@@ -22,6 +22,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import logging
 
+from .configuration_mome import quoted
 from .pictures_mome import MomeImageProcessor, MomeImagesKwargs, load_images, load_rgb_image, rescaling
 from .svg_mome import SVG_SIDE
 from .texts_mome import TOKENIZING, UNLIMITED_LENGTH, no_words, warn_of_cut_texts, wordless_texts
@@ -136,8 +137,8 @@ class MomeProcessor(ProcessorMixin):
                 elif truncation in (False, "do_not_truncate"):
                     text = texts[cut[0]]
                     raise ValueError(
-                        f"text {cut[0]} ({text[:40]!r}...) has more than tokenizer.model_max_length = {limit} tokens: "
-                        "shorten it, or leave out truncation=False"
+                        f"text {cut[0]} ({quoted(text, 40)}) has more than tokenizer.model_max_length = {limit} "
+                        "tokens: shorten it, or leave out truncation=False"
                     )
                 else:
                     logger.warning_once(f"texts of more than {limit} tokens, the most that the model reads, are cut")
@@ -241,7 +242,7 @@ class MomeProcessor(ProcessorMixin):
 def _check_texts(text) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)) or len(texts) == 0:
-        raise ValueError(f"text is {str(text)[:40]!r} of type {type(text).__name__}: pass a string or some in a list")
+        raise ValueError(f"text is {quoted(text, 40)} of type {type(text).__name__}: pass a string or some in a list")
     for index, element in enumerate(texts):
         if not isinstance(element, str):
             raise ValueError(f"text[{index}] is of type {type(element).__name__}: pass a string")

@@ -13,6 +13,7 @@ nothing.
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cards import CAPTIONS, EMBEDDINGS, SUMMARIES, Card, Figure, Task, facts_of, snippet, task_of, text_of, updated
+from .configuration_mome import quoted, shortened
 from .embedder import model_fingerprint
 from .families import FAMILIES, FAMILY_NAMES
 from .onnx_embedder import fingerprint_of, open_session
@@ -116,7 +118,9 @@ def publish(
         api.create_repo(repo_id, private=private, exist_ok=True)
         info = api.model_info(repo_id)
         if private and not info.private:
-            raise ValueError(f"{repo_id} exists and is public: make it private first, or publish without --private")
+            raise ValueError(
+                f"{shortened(repo_id)} exists and is public: make it private first, or publish without --private"
+            )
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -131,20 +135,28 @@ def publish(
 
 
 def _check_files(checkpoint: Path) -> PreTrainedConfig:
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no such folder")
+    if not os.path.isdir(checkpoint):
+        raise FileNotFoundError(f"{shortened(checkpoint)}: no such folder")
     if (checkpoint / "adapter_config.json").exists():
-        raise ValueError(f"{checkpoint} is an adapter: merge it into its model first (PEFT: merge_and_unload)")
+        raise ValueError(
+            f"{shortened(checkpoint)} is an adapter: merge it into its model first (PEFT: merge_and_unload)"
+        )
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         if not (checkpoint / name).exists():
-            raise FileNotFoundError(f"{checkpoint} has no {name}: save the model and its processor there first")
+            raise FileNotFoundError(
+                f"{shortened(checkpoint)} has no {name}: save the model and its processor there first"
+            )
     model_type = json.loads((checkpoint / "config.json").read_text()).get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{checkpoint} holds a model of type {model_type!r}: only {FAMILY_NAMES} fits")
+        raise ValueError(
+            f"{shortened(checkpoint)} holds a model of type {quoted(model_type)}: only {FAMILY_NAMES} fits"
+        )
     family = FAMILIES[model_type]
     config, names = family.config.from_pretrained(checkpoint), [family.captioner.__name__, family.model.__name__]
     if (config.architectures or [None])[0] not in names:
-        raise ValueError(f"architectures={config.architectures} of {checkpoint}: expected {', '.join(names)}")
+        raise ValueError(
+            f"architectures={quoted(config.architectures)} of {shortened(checkpoint)}: expected {', '.join(names)}"
+        )
     return config
 
 
@@ -153,10 +165,9 @@ def _check_fit(config: PreTrainedConfig, processor: MomeProcessor):
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(config, name):
-            raise ValueError(
-                f"{name} is {getattr(tokenizer, name)} in the tokenizer, {getattr(config, name)} in the config"
-            )
+        own, given = getattr(tokenizer, name), getattr(config, name)
+        if own not in given if isinstance(given, (list, tuple)) else own != given:  # several may end a caption
+            raise ValueError(f"{name} is {own} in the tokenizer, {quoted(given)} in the config")
     crop = getattr(processor.image_processor, "crop_size", None)
     size = crop if getattr(processor.image_processor, "do_center_crop", False) and crop else size
     sides = (size.get("height"), size.get("width")) if hasattr(size, "get") else (size.height, size.width)
@@ -167,12 +178,12 @@ def _check_fit(config: PreTrainedConfig, processor: MomeProcessor):
 def _copy_export(onnx: Path, model: PreTrainedModel, folder: Path):
     """Copies the ONNX files and the image processor's second config; each file must be whole and of this model."""
     files = sorted((onnx / "onnx").glob("*.onnx"))
-    if not files or not (onnx / "preprocessor_config.json").is_file():
-        raise FileNotFoundError(f"{onnx} holds no export: make one with python -m mome.export")
+    if not files or not os.path.isfile(onnx / "preprocessor_config.json"):
+        raise FileNotFoundError(f"{shortened(onnx)} holds no export: make one with python -m mome.export")
     fingerprint = model_fingerprint(model)
     for path in files:
         if fingerprint_of(open_session(path)) != fingerprint:
-            raise ValueError(f"{path} was made of other weights: export this checkpoint again")
+            raise ValueError(f"{shortened(path)} was made of other weights: export this checkpoint again")
     shutil.copytree(onnx / "onnx", folder / "onnx")
     shutil.copyfile(onnx / "preprocessor_config.json", folder / "preprocessor_config.json")
 
@@ -248,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, (OSError, ValueError)) and not type(error).__module__.startswith("httpx"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print(f"{type(error).__name__}: {' '.join(lines)}", file=sys.stderr)
+        print(f"{type(error).__name__}: {shortened(' '.join(lines), 500)}", file=sys.stderr)
         return 1
     print(f"published {commit.repo_url} at {commit.oid}\n")
     print(snippet(options.repo_id, _task(options.checkpoint), commit.oid))

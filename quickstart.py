@@ -14,6 +14,7 @@ photographs.
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 import time
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
+from .configuration_mome import quoted
 from .data.images import image_suffixes
 from .data.sheet import GREY, Cell, Grid, Line, Row, contact_sheet
 from .embedder import Embedder
@@ -63,8 +65,8 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}: name one with images")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {quoted(folder)}: name one with images")
     images = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in image_suffixes():
@@ -74,7 +76,7 @@ def read_images(folder: Path) -> list[tuple[str, Image.Image]]:
         except ValueError as error:
             print(f"skipped: {error}", file=sys.stderr)
     if not images:
-        raise FileNotFoundError(f"no image in {str(folder)!r}: PNG, JPEG, WebP, GIF and the like are read")
+        raise FileNotFoundError(f"no image in {quoted(folder)}: PNG, JPEG, WebP, GIF and the like are read")
     return images
 
 
@@ -132,8 +134,8 @@ def run(
     """
     start = time.perf_counter()
     named = read_images(folder)
-    if not (checkpoint / "config.json").exists():
-        raise FileNotFoundError(f"no weights in {str(checkpoint)!r}: name a checkpoint folder")
+    if not os.path.exists(checkpoint / "config.json"):
+        raise FileNotFoundError(f"no weights in {quoted(checkpoint)}: name a checkpoint folder")
     processor = MomeProcessor.from_pretrained(checkpoint)
     model = MomeForConditionalGeneration.from_pretrained(checkpoint).eval()
     known, images = known_names(folder), [image for _, image in named]

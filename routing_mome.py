@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .compatibility_mome import is_exporting
 from .kernels_mome import all_experts_forward
 
 
@@ -47,6 +48,6 @@ def run_experts(
 
     Arguments and result as those of `all_experts_forward`.
     """
-    if torch.compiler.is_exporting() and experts.config._experts_implementation in (None, "eager", "grouped_mm"):
+    if is_exporting() and experts.config._experts_implementation in (None, "eager", "grouped_mm"):
         return all_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     return experts(hidden_states, top_k_index, top_k_weights)

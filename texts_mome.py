@@ -17,6 +17,8 @@ from typing import Any
 from transformers import BatchEncoding
 from transformers.utils import logging
 
+from .configuration_mome import quoted
+
 logger = logging.get_logger(__name__)
 
 UNLIMITED_LENGTH = 1_000_000  # a tokenizer without a length limit carries a huge model_max_length
@@ -68,7 +70,7 @@ def wordless_texts(tokenizer: Any, input_ids: Iterable[Iterable[int]]) -> list[i
 
 def no_words(text: str, what: str) -> str:
     """What an error or a warning says of a text of `wordless_texts`; `what` names it."""
-    return f"{what} is {text[:40]!r}, which has no word that the tokenizer knows: say it in other words"
+    return f"{what} is {quoted(text, 40)}, which has no word that the tokenizer knows: say it in other words"
 
 
 def warn_of_equal_labels(labels: Sequence[str], input_ids: Sequence[Any]):
@@ -81,7 +83,7 @@ def warn_of_equal_labels(labels: Sequence[str], input_ids: Sequence[Any]):
     groups: dict[Any, list[str]] = {}
     for label, ids in zip(labels, input_ids, strict=True):
         groups.setdefault(ids, []).append(label)
-    equal = [" = ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    equal = [" = ".join(map(quoted, group)) for group in groups.values() if len(group) > 1]
     if equal:
         shown = "; ".join(equal[:5]) + (f" and {len(equal) - 5} more" if len(equal) > 5 else "")
         logger.warning(f"labels with the same tokens share their probability: {shown}")

@@ -180,7 +180,7 @@ class CocaCrossAttention(nn.Module):
 
 def _attend(module, query, key, value, attention_mask, causal: bool, **kwargs):
     """(batch, heads, tokens, head_dim) → (batch, tokens, width), weights."""
-    states, weights = attention_function(module.config, query, key)(
+    states, weights = attention_function(module.config, query, key, kwargs.get("output_attentions"))(
         module,
         query,
         key,
@@ -263,7 +263,8 @@ class CocaDecoderLayer(CocaLayer):
         What needs a gradient comes by position: checkpointing with `use_reentrant=True` sees no other.
         """
         hidden_states = self._look_around(hidden_states, attention_mask, **kwargs)
-        attended, _ = self.cross_attention(self.cross_attention_norm(hidden_states), image_key, image_value)
+        normed, weights_too = self.cross_attention_norm(hidden_states), kwargs.get("output_attentions")
+        attended, _ = self.cross_attention(normed, image_key, image_value, output_attentions=weights_too)
         hidden_states = hidden_states + attended
         return (hidden_states + self.cross_feed_forward(self.cross_feed_forward_norm(hidden_states)),)
 
@@ -354,9 +355,10 @@ class CocaEncoder(CocaPreTrainedModel):
             causal: a token sees none behind it, where `attention_mask` is `None`.
             cache: cache that the tokens are written to.
         """
+        # {CACHE_NAME: …}: where checkpointing looks for it
+        options = {"causal": causal, CACHE_NAME: cache, "output_attentions": kwargs.get("output_attentions")}
         for layer in self.layers:
-            # {CACHE_NAME: …}: where checkpointing looks for it
-            (hidden_states,) = layer(hidden_states, attention_mask, causal=causal, **{CACHE_NAME: cache})
+            (hidden_states,) = layer(hidden_states, attention_mask, **options)
         return MomeEncoderOutput(last_hidden_state=hidden_states)
 
 
@@ -391,8 +393,9 @@ class CocaDecoder(CocaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MomeEncoderOutput:
         """(rows, tokens, width) → the same; `image_key_values` are those of `keys_and_values`."""
+        options = {"causal": True, CACHE_NAME: cache, "output_attentions": kwargs.get("output_attentions")}
         for layer, (key, value) in zip(self.layers, image_key_values):
-            (hidden_states,) = layer(hidden_states, attention_mask, key, value, causal=True, **{CACHE_NAME: cache})
+            (hidden_states,) = layer(hidden_states, attention_mask, key, value, **options)
         return CocaDecoderOutput(last_hidden_state=self.norm(hidden_states))
 
 

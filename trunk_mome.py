@@ -106,7 +106,7 @@ class MomeAttention(nn.Module):
             .permute(2, 0, 3, 1, 4)
         )
         keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, cache)
-        states, weights = attention_function(self.config, query, keys)(
+        states, weights = attention_function(self.config, query, keys, kwargs.get("output_attentions"))(
             self,
             query,
             keys,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..errors import ConversionError
+from ..errors import ConversionError, first_line
 from .card import summarise
 from .clip_tokenizer import HINT
 from .coca import CONFIG_FILE
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         done = _run(arguments)
     except (ConversionError, OSError) as error:  # OSError: no space, no permission
-        print(f"mome.convert: {error}", file=sys.stderr)
+        print(f"mome.convert: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mome.convert: interrupted, nothing was written", file=sys.stderr)

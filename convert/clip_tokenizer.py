@@ -11,12 +11,14 @@ What open_clip does beyond that is left out: repairing text that was decoded wro
 
 import gzip
 import json
+import os
 from html.entities import name2codepoint
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ..configuration_mome import shortened
 from ..errors import ConversionError, first_sentence
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
@@ -48,9 +50,9 @@ def find_clip_tokenizer(folder: Path) -> Path:
         ConversionError: there is none.
     """
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder / name
-    raise ConversionError(f"no tokenizer in {folder}: pass --tokenizer FILE ({HINT}) or --no-tokenizer")
+    raise ConversionError(f"no tokenizer in {shortened(folder)}: pass --tokenizer FILE ({HINT}) or --no-tokenizer")
 
 
 def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -59,10 +61,10 @@ def load_clip_tokenizer(path: Path, max_length: int, vocab_size: int) -> PreTrai
     Raises:
         ConversionError: no such file, one that can't be read, or a vocabulary that the checkpoint doesn't have.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         path = find_clip_tokenizer(path)
-    if not path.is_file():
-        raise ConversionError(f"tokenizer {path} does not exist: pass its file or folder")
+    if not os.path.isfile(path):
+        raise ConversionError(f"tokenizer {shortened(path)} does not exist: pass its file or folder")
     try:
         vocabulary, merges = _read(path)
         _check(path, vocabulary, merges)

@@ -12,6 +12,7 @@ import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..configuration_coca import COCA_SIZES, CocaConfig
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence
 from ..processing_mome import MomeProcessor
 from . import operations
@@ -173,22 +174,22 @@ def read_config(path: Path) -> UpstreamConfig:
         preprocessing = _said(content.get("preprocess_cfg") or {})
         model |= {name: _said(model[name]) for name in names}
     except FileNotFoundError:
-        raise ConversionError(f"config {path} does not exist: pass open_clip's {CONFIG_FILE}") from None
+        raise ConversionError(f"config {shortened(path)} does not exist: pass open_clip's {CONFIG_FILE}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else first_sentence(error)
+        reason = f"it has no {quoted(error.args[0])}" if isinstance(error, KeyError) else first_sentence(error)
         raise ConversionError(f"config {path} is not that of an open_clip CoCa: {reason}") from error
     for name in names:
         for key, value in model[name].items():
             if key in FIXED and value != FIXED[key]:
-                raise ConversionError(f"config {path}: {name} has {key}={value!r}, which no published CoCa has")
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which no published CoCa has")
             if key not in FIXED and key not in SIZED and key not in IGNORED:
-                raise ConversionError(f"config {path}: {name} has {key}={value!r}, which is not known")
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, which is not known")
             if key in SIZED and not _is_size(key, value):
-                raise ConversionError(f"config {path}: {name} has {key}={value!r}, expected a positive number")
+                raise ConversionError(f"config {path}: {name} has {key}={quoted(value)}, expected a positive number")
     for key, value in preprocessing.items():
         if value != PREPARED.get(key, value):
             raise ConversionError(
-                f"config {path}: preprocess_cfg has {key}={value!r}, only {PREPARED[key]!r} is supported"
+                f"config {path}: preprocess_cfg has {key}={quoted(value)}, only {PREPARED[key]!r} is supported"
             )
     return UpstreamConfig(path, model, preprocessing)
 
@@ -288,7 +289,7 @@ def _check_sizes(checkpoint: Checkpoint, upstream: UpstreamConfig, config: dict)
         numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != count or (key == "std" and not all(value > 0 for value in values)):
             raise ConversionError(
-                f"config {upstream.path}: preprocess_cfg has {key}={values!r}, expected {count} numbers"
+                f"config {upstream.path}: preprocess_cfg has {key}={quoted(values)}, expected {count} numbers"
                 + (" above 0" if key == "std" else "")
             )
     said, side = upstream.preprocessing.get("size"), config["image_size"]

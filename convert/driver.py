@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..configuration_mome import MomeConfig
-from ..errors import ConversionError
+from ..configuration_mome import MomeConfig, listed, quoted
+from ..errors import ConversionError, first_line
 from ..modeling_mome import MomeForConditionalGeneration
 from . import beit3, coca, siglip, vlmo
 from .card import model_card
@@ -68,7 +68,7 @@ def convert(
         ConversionError: anything that stops the conversion, in one line; nothing is left behind.
     """
     if kind not in SOURCES:
-        raise ConversionError(f"unknown kind {kind!r}: choose one of {', '.join(SOURCES)}")
+        raise ConversionError(f"unknown kind {quoted(kind)}: choose one of {', '.join(SOURCES)}")
     source, output = SOURCES[kind], Path(output)
     check_output(output)
     tokenizer = None if tokenizer is None else Path(tokenizer)
@@ -136,7 +136,9 @@ def _config(loaded: Loaded) -> MomeConfig:
     try:
         return MomeConfig(**loaded.sizes.config, **loaded.ids)
     except ValueError as error:
-        raise ConversionError(f"checkpoint {loaded.checkpoint.path} describes an impossible model: {error}") from error
+        raise ConversionError(
+            f"checkpoint {loaded.checkpoint.path} describes an impossible model: {first_line(error)}"
+        ) from error
 
 
 def _expected(config: MomeConfig) -> dict[str, torch.Size]:
@@ -185,7 +187,7 @@ def plan_of(
                     )
                 plan.setdefault(name, Step([], source.operations.get(target))).keys.append(match[0])
     if left:
-        names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        names = listed(left, 3)
         raise ConversionError(f"checkpoint {checkpoint.path} has keys that {source.name} does not have: {names}")
     plan |= {target: fill for head in sizes.absent for target, fill in STAND_INS[head].items()} | sizes.stand_ins
     _check_complete(source, checkpoint, plan, expected)

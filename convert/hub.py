@@ -9,6 +9,7 @@ downloads and the progress bar are huggingface_hub's; all files come from one co
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging, validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -90,7 +92,9 @@ class CheckpointFiles:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # no UTF-8 or no JSON
-            raise ConversionError(f"checkpoint {self.name}: {path.name} can't be read: {error}") from error
+            raise ConversionError(
+                f"checkpoint {self.name}: {path.name} can't be read: {first_sentence(error)}"
+            ) from error
         if not isinstance(content, dict):
             raise ConversionError(f"checkpoint {self.name}: {path.name} holds no JSON object")
         return content
@@ -99,7 +103,7 @@ class CheckpointFiles:
 
     def _path(self, name: str) -> Path | None:
         path = self.folder / name
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
 
 
 class HubFiles(CheckpointFiles):
@@ -135,7 +139,7 @@ class HubFiles(CheckpointFiles):
 
     @contextmanager
     def _errors_in_one_line(self, name: str) -> Iterator[None]:
-        what = f"checkpoint {self.name}"
+        what = f"checkpoint {shortened(self.name)}"
         try:
             yield
         except GatedRepoError as error:
@@ -150,7 +154,7 @@ class HubFiles(CheckpointFiles):
             ) from error
         except RevisionNotFoundError as error:
             raise ConversionError(
-                f"{what} has no revision {self.revision!r}: pass a branch, a tag or a commit"
+                f"{what} has no revision {quoted(self.revision)}: pass a branch, a tag or a commit"
             ) from error
         except HfHubHTTPError as error:
             raise ConversionError(f"{what}: the Hub did not send {name}: {first_sentence(error)}") from error
@@ -194,16 +198,18 @@ def checkpoint_files(checkpoint: str | Path, revision: str | None = None) -> Che
         ConversionError: neither a folder nor what could be an id; a revision of a folder.
     """
     path = Path(checkpoint)
-    if path.is_dir():
+    if os.path.isdir(path):
         if revision is not None:
-            raise ConversionError(f"--revision {revision}: checkpoint {path} is a folder, which has no revisions")
+            raise ConversionError(
+                f"--revision {shortened(revision)}: checkpoint {shortened(path)} is a folder, which has no revisions"
+            )
         return CheckpointFiles(path)
-    if path.exists():
-        raise ConversionError(f"checkpoint {checkpoint} is a file: pass a folder, or OWNER/NAME on the Hub")
+    if os.path.exists(path):
+        raise ConversionError(f"checkpoint {shortened(checkpoint)} is a file: pass a folder, or OWNER/NAME on the Hub")
     try:
         validate_repo_id(str(checkpoint))
     except HFValidationError as error:
         raise ConversionError(
-            f"checkpoint {checkpoint} does not exist: pass a folder, or OWNER/NAME on the Hub"
+            f"checkpoint {shortened(checkpoint)} does not exist: pass a folder, or OWNER/NAME on the Hub"
         ) from error
     return HubFiles(str(checkpoint), revision)

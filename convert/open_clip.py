@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..cards import CAPTIONS, COCA_SUMMARY, IMAGES, Card, facts_of, text_of
 from ..configuration_coca import CocaConfig
-from ..errors import ConversionError
+from ..configuration_mome import shortened
+from ..errors import ConversionError, first_line
 from ..modeling_coca import CocaForConditionalGeneration
 from . import coca
 from .clip_tokenizer import HINT, TOKENIZER_FILES, load_clip_tokenizer
@@ -69,7 +70,7 @@ def convert_coca(
     try:
         made = CocaConfig(**sizes.config, **_special_tokens(loaded, sizes.config["vocab_size"]))
     except ValueError as error:
-        raise ConversionError(f"checkpoint {path} describes an impossible model: {error}") from error
+        raise ConversionError(f"checkpoint {path} describes an impossible model: {first_line(error)}") from error
     expected = {key: each.shape for key, each in meta_model(CocaForConditionalGeneration, made).state_dict().items()}
     key_map, operations = coca.layout_of(opened)
     source = replace(SOURCE, key_map=key_map, operations=operations)
@@ -90,18 +91,22 @@ def convert_coca(
 
 def _files(checkpoint: str | os.PathLike, revision: str | None) -> CheckpointFiles:
     path = Path(checkpoint)
-    if path.is_file():
+    if os.path.isfile(path):
         if revision is not None:
-            raise ConversionError(f"--revision {revision}: checkpoint {path} is a file, which has no revisions")
+            raise ConversionError(
+                f"--revision {shortened(revision)}: checkpoint {shortened(path)} is a file, which has no revisions"
+            )
         return CheckpointFiles(path.parent)
-    if not path.exists() and path.suffix in (".bin", ".pt", ".pth", ".safetensors"):
-        raise ConversionError(f"checkpoint {path} does not exist: pass the file with the weights, or OWNER/NAME")
+    if not os.path.exists(path) and path.suffix in (".bin", ".pt", ".pth", ".safetensors"):
+        raise ConversionError(
+            f"checkpoint {shortened(path)} does not exist: pass the file with the weights, or OWNER/NAME"
+        )
     return checkpoint_files(checkpoint, revision)
 
 
 def _weights(files: CheckpointFiles, checkpoint: str | os.PathLike) -> Path:
     path = Path(checkpoint)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     weights = files.weights(*WEIGHT_FILES)
     return weights[0]
@@ -109,7 +114,7 @@ def _weights(files: CheckpointFiles, checkpoint: str | os.PathLike) -> Path:
 
 def _tokenizer_files(tokenizer: str | os.PathLike) -> CheckpointFiles | Path:
     path = Path(tokenizer)
-    if path.is_file() or path.suffix in (".json", ".gz", ".txt"):
+    if os.path.isfile(path) or path.suffix in (".json", ".gz", ".txt"):
         return path
     return checkpoint_files(tokenizer)
 
@@ -121,8 +126,8 @@ def _tokenizer_of(files: CheckpointFiles | Path) -> Path:
     path = files.find(*TOKENIZER_FILES)
     if path is None:
         raise ConversionError(
-            f"no tokenizer in {files.name}: pass --tokenizer FILE ({HINT}), --tokenizer openai/clip-vit-base-patch32, "
-            "or --no-tokenizer"
+            f"no tokenizer in {shortened(files.name)}: pass --tokenizer FILE ({HINT}), --tokenizer "
+            "openai/clip-vit-base-patch32, or --no-tokenizer"
         )
     if path.name == "vocab.json":
         files.need("merges.txt", hint="vocab.json needs it")

@@ -8,6 +8,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, 
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence, missing_package
 from ..pictures_mome import MomeImageProcessor
 from ..processing_mome import MomeProcessor
@@ -48,7 +50,8 @@ def find_tokenizer(source: Source, checkpoint: Path) -> Path:
         if (path := checkpoint.parent / name).is_file():
             return path
     raise ConversionError(
-        f"no tokenizer beside {checkpoint}: pass --tokenizer FILE ({source.tokenizer_hint}) or --no-tokenizer"
+        f"no tokenizer beside {shortened(checkpoint)}: pass --tokenizer FILE ({source.tokenizer_hint}) or "
+        "--no-tokenizer"
     )
 
 
@@ -58,8 +61,8 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
     Raises:
         ConversionError: it cannot be read, or it lacks special tokens or doesn't put them around a text.
     """
-    if not path.exists():
-        raise ConversionError(f"tokenizer {path} does not exist: pass its file or folder")
+    if not os.path.exists(path):
+        raise ConversionError(f"tokenizer {shortened(path)} does not exist: pass its file or folder")
     try:
         with _quiet():
             loaded = _read(path)
@@ -86,7 +89,7 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:
 
 
 def _read(path: Path):
-    if path.is_dir():
+    if os.path.isdir(path):
         return AutoTokenizer.from_pretrained(path)
     if path.suffix == ".json":
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -172,7 +175,7 @@ def published_image_processor(files: CheckpointFiles, side: int, new_side: int) 
     what = f"checkpoint {files.name}: {file.name}"
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if not isinstance(options.get(name, True), bool):
-            raise ConversionError(f"{what}: {name}={options[name]!r}, expected true or false")
+            raise ConversionError(f"{what}: {name}={quoted(options[name])}, expected true or false")
     try:
         images = MomeImageProcessor(size={"height": new_side, "width": new_side}, do_center_crop=False, **options)
         with warnings.catch_warnings():  # of a division by 0: the error below says what is wrong

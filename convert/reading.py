@@ -6,6 +6,7 @@
 """
 
 import argparse
+import os
 import pickle
 import re
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence
 
 # What training scripts put around a state dict, and the prefix that some put before its keys.
@@ -107,9 +109,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ConversionError: no such file, a truncated one, or a pickle that asks for more than tensors.
     """
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
-        raise ConversionError(f"checkpoint {path} {reason}: pass the file with the weights")
+    if not os.path.isfile(path):
+        reason = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ConversionError(f"checkpoint {shortened(path)} {reason}: pass the file with the weights")
     if path.stat().st_size == 0:
         raise ConversionError(f"checkpoint {path} is empty: download it again")
     try:
@@ -174,6 +176,6 @@ def _unwrap(path: Path, content) -> tuple[dict[str, torch.Tensor], dict]:
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ConversionError(
-                f"checkpoint {path} contains {key!r} of type {type(value).__name__}, expected a tensor"
+                f"checkpoint {path} contains {quoted(key)} of type {type(value).__name__}, expected a tensor"
             )
     return content, settings if isinstance(settings, dict) else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..configuration_mome import shortened
 from ..errors import ConversionError
 
 WORDS, DECODER = "model.text_embedding.word_embeddings.weight", "lm_head.decoder.weight"
@@ -17,8 +18,8 @@ WORDS, DECODER = "model.text_embedding.word_embeddings.weight", "lm_head.decoder
 
 def check_output(output: Path):
     """Raises ConversionError if there is something at the place of the output."""
-    if output.exists() or output.is_symlink():
-        raise ConversionError(f"output {output} exists: choose another --output or remove it")
+    if os.path.exists(output) or os.path.islink(output):
+        raise ConversionError(f"output {shortened(output)} exists: choose another --output or remove it")
 
 
 @contextlib.contextmanager

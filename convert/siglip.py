@@ -12,6 +12,7 @@ import torch
 from transformers import SiglipConfig
 from transformers.image_utils import PILImageResampling
 
+from ..configuration_mome import quoted
 from ..errors import ConversionError, first_sentence
 from ..processing_mome import MomeProcessor
 from . import operations
@@ -116,7 +117,7 @@ def check_config(files: CheckpointFiles) -> dict:
     if kind in ("siglip_vision_model", "siglip_text_model"):
         raise ConversionError(f"{what} holds one tower of a SigLIP ({kind}): pass a whole model, with both")
     if kind != "siglip":
-        raise ConversionError(f"{what} is of type {kind!r}, not 'siglip': pass a SigLIP or SigLIP 2 checkpoint")
+        raise ConversionError(f"{what} is of type {quoted(kind)}, not 'siglip': pass a SigLIP or SigLIP 2 checkpoint")
     try:
         config = SiglipConfig(text_config=fields.get("text_config"), vision_config=fields.get("vision_config"))
     except Exception as error:  # unknown or impossible values raise anything

@@ -9,6 +9,7 @@ a new row in the word embedding, and so does the id that stands for image tokens
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ..configuration_mome import quoted, shortened
 from ..errors import ConversionError, first_sentence, missing_package
 from .hub import CheckpointFiles
 
@@ -46,10 +48,10 @@ def load_siglip_tokenizer(
         ConversionError: there is none, or it can't be read.
     """
     if path is not None:
-        if not path.exists():
-            raise ConversionError(f"tokenizer {path} does not exist: pass its file or folder")
-        files = CheckpointFiles(path if path.is_dir() else path.parent)
-    names = (path.name,) if path is not None and path.is_file() else TOKENIZER_FILES
+        if not os.path.exists(path):
+            raise ConversionError(f"tokenizer {shortened(path)} does not exist: pass its file or folder")
+        files = CheckpointFiles(path if os.path.isdir(path) else path.parent)
+    names = (path.name,) if path is not None and os.path.isfile(path) else TOKENIZER_FILES
     file = files.need(*names, hint="pass --tokenizer FILE or --no-tokenizer")
     settings_file = files.find("tokenizer_config.json")
     settings = {} if settings_file is None else files.json(settings_file)
@@ -141,7 +143,7 @@ def _siglip2(backend: Tokenizer, settings: dict, strip_punctuation: bool) -> tup
         roles[role] = (given.get("content") if isinstance(given, dict) else given) or roles[role]
     vocabulary = backend.get_vocab()
     if missing := [role for role in ("eos_token", "pad_token") if roles[role] not in vocabulary]:
-        raise ConversionError(f"the tokenizer has no {missing[0]} {roles[missing[0]]!r}: pass SigLIP 2's own")
+        raise ConversionError(f"the tokenizer has no {missing[0]} {quoted(roles[missing[0]])}: pass SigLIP 2's own")
     roles = {role: token for role, token in roles.items() if token in vocabulary}
     if settings.get("add_eos_token", True):
         _ending_texts(backend, roles["eos_token"])

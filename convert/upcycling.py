@@ -6,6 +6,7 @@ so that the copies soon see different tokens and part.
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..cards import facts_of, updated
-from ..configuration_mome import MomeConfig
+from ..configuration_mome import MomeConfig, shortened
 from ..errors import ConversionError, first_sentence
 from ..modeling_mome import MomeForConditionalGeneration, MomeModel
 from .operations import Conversion
@@ -106,8 +107,10 @@ def upcycle_checkpoint(folder: Path, output: Path, experts_per_group: int, exper
 
 def _config_of(folder: Path) -> MomeConfig:
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ConversionError(f"checkpoint {folder} is not the folder of a MoME checkpoint: it has no {CONFIG_NAME}")
+    if not os.path.isfile(path):
+        raise ConversionError(
+            f"checkpoint {shortened(folder)} is not the folder of a MoME checkpoint: it has no {CONFIG_NAME}"
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         kind = fields.get("model_type")
@@ -122,9 +125,9 @@ def _config_of(folder: Path) -> MomeConfig:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
+    if os.path.isfile(folder / SAFE_WEIGHTS_NAME):
         return [folder / SAFE_WEIGHTS_NAME]
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+    if os.path.isfile(folder / SAFE_WEIGHTS_INDEX_NAME):
         names = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())["weight_map"].values()
         return [folder / Path(name).name for name in sorted(set(names))]
     raise ConversionError(

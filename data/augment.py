@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from ..configuration_mome import did_you_mean
-from ..errors import DataError
+from ..configuration_mome import did_you_mean, quoted
+from ..errors import DataError, first_line
 from ..processing_mome import load_rgb_image
 
 Example = dict[str, Any]
@@ -92,7 +92,7 @@ def text_template(
     """Puts a share of the texts into a template drawn from `templates`, each with `{}` where the text goes."""
     for template in templates:
         if "{}" not in template:
-            raise DataError(f"template {template!r} has no {{}} for the text")
+            raise DataError(f"template {quoted(template)} has no {{}} for the text")
     draws, chosen = rng.random(len(examples)), rng.integers(len(templates), size=len(examples))
     return [
         each | {"text": templates[index].replace("{}", each["text"])} if draw < share else each
@@ -123,14 +123,14 @@ def _build(entry: dict[str, Any]) -> Augmentation:
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise DataError(f"augmentation {name!r} can't be loaded: {error}") from None
+            raise DataError(f"augmentation {quoted(name)} can't be loaded: {first_line(error)}") from None
     elif name in AUGMENTATIONS:
         function = AUGMENTATIONS[name]
     else:
         hint = did_you_mean(name, AUGMENTATIONS, f"there are {', '.join(AUGMENTATIONS)} and module:function")
-        raise DataError(f"unknown augmentation {name!r}: {hint}")
+        raise DataError(f"unknown augmentation {quoted(name)}: {hint}")
     try:
         inspect.signature(function).bind([], None, **entry)
     except TypeError as error:
-        raise DataError(f"augmentation {name!r}: {error}") from None
+        raise DataError(f"augmentation {quoted(name)}: {first_line(error)}") from None
     return functools.partial(function, **entry)

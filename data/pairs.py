@@ -9,6 +9,7 @@ their own, which takes texts without images as well, and both share what a cell 
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from ..configuration_mome import did_you_mean
+from ..configuration_mome import did_you_mean, listed, quoted
 from ..errors import DataError, first_line
 from .images import decode_image
 
@@ -86,10 +87,13 @@ def load_pairs(
     """
     files = [str(path) for path in files]
     options = {"data_files": {"train": files}}
-    rows, _ = load_rows("parquet", "train", options, True, image_column, text_column)
+    try:
+        rows, _ = load_rows("parquet", "train", options, True, image_column, text_column)
+    except DataError as error:
+        raise DataError(f"{listed(files, 3)}: {error}") from None
     pairs = list(itertools.islice(pairs_of(rows, image_column, text_column), limit))
     if not pairs:
-        raise DataError(f"no image with a text in {', '.join(files)}")
+        raise DataError(f"no image with a text in {listed(files, 3)}")
     return pairs
 
 
@@ -127,15 +131,15 @@ def load_rows(
     if image_column is None:
         images = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
         if not images:
-            raise DataError(f"{dataset!r} has no column of type Image among {', '.join(columns)}: set image_column")
+            raise DataError(f"{quoted(dataset)} has no column of type Image among {listed(columns)}: set image_column")
         image_column = images[0]
     for name in (image_column, text_column, *further_columns):
         if name is not None and name not in columns:
-            hint = did_you_mean(name, columns, f"it has {', '.join(columns)}")
-            raise DataError(f"{dataset!r} (split {split!r}) has no column {name!r}: {hint}")
+            hint = did_you_mean(name, columns, f"it has {listed(columns)}")
+            raise DataError(f"{quoted(dataset)} (split {quoted(split)}) has no column {quoted(name)}: {hint}")
     if isinstance(rows, datasets.Dataset) and not len(rows):
-        raise DataError(f"{dataset!r} has no rows in split {split!r}")
-    return encoded_images(rows, image_column, repr(dataset)), image_column
+        raise DataError(f"{quoted(dataset)} has no rows in split {quoted(split)}")
+    return encoded_images(rows, image_column, quoted(dataset)), image_column
 
 
 def with_columns(rows: Rows) -> Rows:
@@ -155,31 +159,33 @@ def encoded_images(rows: Rows, column: str, where: str) -> Rows:
     try:
         return rows.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
-        raise DataError(f"column {column!r} of {where} holds no images: {first_line(error)}") from None
+        raise DataError(f"column {quoted(column)} of {where} holds no images: {first_line(error)}") from None
 
 
 def _read(dataset: str, split: str, options: dict[str, Any], streaming: bool) -> Rows:
     path = Path(dataset)
     try:
-        if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        if os.path.isdir(path) and any(
+            os.path.exists(path / name) for name in ("dataset_info.json", "dataset_dict.json")
+        ):
             saved = datasets.load_from_disk(dataset)
             rows = saved if isinstance(saved, datasets.Dataset) else _split_of(saved, split, dataset)
             return rows.to_iterable_dataset() if streaming else rows
-        if path.suffix in BUILDERS and not path.is_dir():
+        if path.suffix in BUILDERS and not os.path.isdir(path):
             options = {"data_files": {split: dataset}} | options
             dataset = BUILDERS[path.suffix]
         return datasets.load_dataset(dataset, split=split, streaming=streaming, **options)
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise DataError(f"data set {dataset!r} is not there: {first_line(error)}") from None
-    except ValueError as error:
-        raise DataError(f"data set {dataset!r}, split {split!r}: {first_line(error)}") from None
+        raise DataError(f"data set {quoted(dataset)} is not there: {first_line(error)}") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"data set {quoted(dataset)}, split {quoted(split)}: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(f"data set {dataset!r} can't be read: {first_line(error.__cause__ or error)}") from None
+        raise DataError(f"data set {quoted(dataset)} can't be read: {first_line(error.__cause__ or error)}") from None
 
 
 def _split_of(saved: datasets.DatasetDict, split: str, dataset: str) -> datasets.Dataset:
     if split not in saved:
-        raise DataError(f"{dataset!r} has no split {split!r}: it has {', '.join(saved)}")
+        raise DataError(f"{quoted(dataset)} has no split {quoted(split)}: it has {listed(saved)}")
     return saved[split]
 
 

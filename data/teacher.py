@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..configuration_mome import quoted
 from ..errors import RecipeError, first_line
 
 
@@ -35,14 +36,14 @@ class Teacher:
         try:
             table = pyarrow.parquet.read_table(path, columns=["text", "embedding"])
         except (OSError, ValueError) as error:
-            raise RecipeError(f"teacher={path!r} can't be read: {first_line(error)}") from None
+            raise RecipeError(f"teacher={quoted(path)} can't be read: {first_line(error)}") from None
         self.dimension = dimension
         self.rows = {text: row for row, text in enumerate(table["text"].to_pylist())}
         flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         embeddings = torch.tensor(flat, dtype=torch.float32).reshape(len(self.rows), -1)
         if embeddings.shape[1] < dimension:
             raise RecipeError(
-                f"teacher={path!r} has {embeddings.shape[1]} dimensions, fewer than projection_dim={dimension}"
+                f"teacher={quoted(path)} has {embeddings.shape[1]} dimensions, fewer than projection_dim={dimension}"
             )
         embeddings = embeddings - embeddings.mean(dim=0)
         axes = torch.linalg.eigh(embeddings.T @ embeddings).eigenvectors.flip(1)[:, :dimension]

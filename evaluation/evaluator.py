@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import torch
 
+from ..configuration_mome import quoted
 from ..data.augment import build_augmentations
 from ..data.pairs import load_rows, pairs_of
 from ..embedder import Embedder
@@ -53,9 +54,11 @@ class Evaluation:
     def from_dict(cls, name: str, values: dict[str, Any]) -> "Evaluation":
         known = [each.name for each in fields(cls)]
         if unknown := [key for key in values if key not in known]:
-            raise DataError(f"evaluation {name!r} has an unknown field {unknown[0]!r}: the fields are {known}")
+            raise DataError(
+                f"evaluation {quoted(name)} has an unknown field {quoted(unknown[0])}: the fields are {known}"
+            )
         if "dataset" not in values:
-            raise DataError(f"evaluation {name!r} names no dataset")
+            raise DataError(f"evaluation {quoted(name)} names no dataset")
         return cls(**values)
 
     @property
@@ -135,7 +138,7 @@ class Evaluation:
                 continue
             examples.append(pair.row | {"image": image, "text": pair.texts[0], "references": pair.texts})
         if not examples:
-            raise DataError(f"{self.dataset!r} (split {self.split!r}) has no row with an image and a text")
+            raise DataError(f"{quoted(self.dataset)} (split {quoted(self.split)}) has no row with an image and a text")
         for augment in build_augmentations(self.augmentations):
             examples = augment(examples, np.random.default_rng(0))
         return examples

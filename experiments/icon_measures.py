@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from ..configuration_mome import quoted
 from ..embedder import Embedder
 from ..errors import DataError, MomeError
 from ..evaluation.metrics import LEAST_PICTURES, broader_words, r_precision, retrieval_recall
@@ -65,12 +66,15 @@ def check_parts(parts: Iterable[str], files: Sequence[Path]) -> None:
         if lacking:
             extras = ",".join(dict.fromkeys(lacking.values()))
             raise MomeError(
-                f'{part!r} needs {", ".join(lacking)}: pip install -e ".[{extras}]", or name the other parts by --only'
+                f'{quoted(part)} needs {", ".join(lacking)}: pip install -e ".[{extras}]", or name the other parts by '
+                "--only"
             )
         column = COLUMNS.get(part)
         old = [path for path in files if column and column not in pq.read_schema(path).names]
         if old:
-            raise DataError(f"{part!r} needs the column {column!r}, which {old[0]} lacks: run mome.icons.build again")
+            raise DataError(
+                f"{quoted(part)} needs the column {quoted(column)}, which {old[0]} lacks: run mome.icons.build again"
+            )
 
 
 def broader(embedder: Embedder, pool: Pool) -> dict[str, float]:
@@ -97,7 +101,7 @@ def templates(embedder: Embedder, pool: Pool) -> dict[str, float]:
         similarity = embedder.embed_texts(texts) @ pool.images.T
         for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
             recall = retrieval_recall(scores, own, (1, 10))
-            figures |= {f"{template!r}, {direction}_r{k}": value for k, value in recall.items()}
+            figures |= {f"{quoted(template)}, {direction}_r{k}": value for k, value in recall.items()}
     return figures
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..configuration_mome import quoted
 from ..embedder import Embedder
 from ..errors import DataError, MomeError
 from ..evaluation.evaluator import Evaluation, one_each
@@ -252,7 +253,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--backend", help="onnx, onnx-q8 or onnx-fp16, for an export")
     options = parser.parse_args(arguments)
     if "{}" not in options.template:
-        parser.error(f"--template {options.template!r} has no {{}} where the name goes")
+        parser.error(f"--template {quoted(options.template)} has no {{}} where the name goes")
     names = data_of(options.half, options.on)
     try:
         read = {*names, "unseen concepts"} if {"words", "speed"} & set(options.only) else names

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..errors import MomeError, missing_package
+from ..errors import MomeError, first_line, missing_package
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mome.export: {missing_package(error, 'onnx')}", file=sys.stderr)
         return 1
     except (MomeError, OSError) as error:  # OSError: no space, no permission
-        print(f"mome.export: {error}", file=sys.stderr)
+        print(f"mome.export: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mome.export: interrupted, nothing was written", file=sys.stderr)

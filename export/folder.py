@@ -5,6 +5,7 @@ checkpoint ─ loaded ─┬─ config, tokenizer, processor ──────�
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
 
-from ..configuration_mome import MomeConfig
+from ..configuration_mome import quoted, shortened
 from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
+from ..families import FAMILIES, FAMILY_NAMES
+from ..modeling_coca import CocaForConditionalGeneration
 from ..modeling_mome import MomeForConditionalGeneration
 from ..onnx_embedder import (
     DECODER,
@@ -67,7 +71,7 @@ def export_checkpoint(
     Each type is compared with the checkpoint before the folder appears (`mome.export.check`).
 
     Args:
-        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed.
+        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed, or of a CoCa, whose towers are exported.
         output: folder to make.
         dtypes: of `fp32`, `fp16` and `q8`.
         progress: is told of each step.
@@ -79,13 +83,15 @@ def export_checkpoint(
     dtypes, output = list(dict.fromkeys(dtypes)), Path(output)
     for dtype in dtypes:
         if dtype not in SUFFIXES:
-            raise ExportError(f"dtype {dtype!r}: choose from {', '.join(SUFFIXES)}")
-    if output.exists() or output.is_symlink():
-        raise ExportError(f"output {output} exists: choose another --output or remove it")
+            raise ExportError(f"dtype {quoted(dtype)}: choose from {', '.join(SUFFIXES)}")
+    if os.path.exists(output) or os.path.islink(output):
+        raise ExportError(f"output {shortened(output)} exists: choose another --output or remove it")
     source = _folder_of(checkpoint)
     config = _check(source)
     captions = config.architectures == [MomeForConditionalGeneration.__name__]
     progress(f"loading {checkpoint}")
+    if config.architectures == [CocaForConditionalGeneration.__name__]:
+        progress("the towers alone: captions of CoCa stay with the checkpoint")
     embedder = Embedder.load(source, "cpu", captions=captions)
     if 4 * embedder.model.num_parameters() > MOST_BYTES:
         raise ExportError(
@@ -112,17 +118,17 @@ def parts_of(embedder: Embedder) -> dict[str, Exportable]:
 
 
 def _folder_of(checkpoint: str | Path) -> Path:
-    if Path(checkpoint).is_dir():
+    if os.path.isdir(checkpoint):
         return Path(checkpoint).resolve()
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         return Path(snapshot_download(str(checkpoint), allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ExportError(f"checkpoint {str(checkpoint)!r}: no such folder, and {first_line(error)}") from None
+        raise ExportError(f"checkpoint {quoted(checkpoint)}: no such folder, and {first_line(error)}") from None
 
 
-def _check(folder: Path) -> MomeConfig:
-    if (folder / "adapter_config.json").exists():
+def _check(folder: Path) -> PreTrainedConfig:
+    if os.path.exists(folder / "adapter_config.json"):
         raise ExportError(f"{folder} is an adapter: merge it into its model first (PEFT: merge_and_unload)")
     for name in NEEDED:
         if not (folder / name).exists():
@@ -131,12 +137,12 @@ def _check(folder: Path) -> MomeConfig:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (ValueError, AttributeError):
         raise ExportError(f"{folder / 'config.json'} is no config: save the model again") from None
-    if kind != MomeConfig.model_type:
+    if kind not in FAMILIES:
         raise ExportError(
-            f"{folder} holds a model of type {kind!r}: only {MomeConfig.model_type!r} can be exported; python -m "
-            "mome.convert makes one of BEiT-3 and VLMo checkpoints"
+            f"{folder} holds a model of type {quoted(kind)}: only {FAMILY_NAMES} can be exported; python -m mome.convert "
+            "makes one of SigLIP, BEiT-3, VLMo and CoCa checkpoints"
         )
-    return MomeConfig.from_pretrained(folder)
+    return FAMILIES[kind].config.from_pretrained(folder)
 
 
 def _copy_small_files(source: Path, folder: Path):
@@ -149,7 +155,7 @@ def _copy_small_files(source: Path, folder: Path):
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
 
 
-def _properties(embedder: Embedder) -> dict[str, str]:
+def properties_of(embedder: Embedder) -> dict[str, str]:
     """What every file tells of the model."""
     model = embedder.model
     numbers = {LOGIT_SCALE: model.logit_scale} | ({} if model.logit_bias is None else {LOGIT_BIAS: model.logit_bias})
@@ -160,7 +166,7 @@ def _write_files(
     embedder: Embedder, folder: Path, dtypes: Sequence[str], progress: Callable[[str], object]
 ) -> dict[str, Agreement]:
     (folder / "onnx").mkdir()
-    properties = _properties(embedder)
+    properties = properties_of(embedder)
     for part, module in parts_of(embedder).items():
         progress(f"exporting {part}")
         try:

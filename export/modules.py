@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..captioning_mome import MomeCache
+from ..configuration_mome import quoted
 
 KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 ANY = Dim.DYNAMIC(min=1)  # a size that may be anything
@@ -80,7 +81,9 @@ def _check_family(model: nn.Module, families: tuple[str, ...] = ("mome", "coca")
     """Raises ValueError for a model of another family than these."""
     kind = type(model.config).model_type
     if kind not in families:
-        raise ValueError(f"{kind!r} models have no such part that can be exported, only {' and '.join(families)}")
+        raise ValueError(
+            f"{quoted(kind)} models have no such part that can be exported, only {' and '.join(families)}"
+        )
 
 
 class ImageTower(Exportable):

@@ -5,12 +5,11 @@
 
 A sentence is a row of `SLOTS`, each empty or a phrase from one table, around the text itself:
 
-    lead  colour  adjective  kind  link      article  text     behind   place                   end
+    lead  colour  adjective  kind  link      article  text     behind   place
     a     red     outline    icon  of        a        bicycle           on a blue background
     the   red                icon  shows     a        bicycle
                                              a        bicycle  in red
-    this                           is a ...  a        bicycle                                   .
-    a photo of                               a        apple                                          (as templates do)
+    a photo of                               a        apple                                     (as templates do)
 
 The words and their rules are those of `captions.py`; the frames are what people ask with.
 """
@@ -33,7 +32,6 @@ ADJECTIVES = tuple(adjective for each in STYLE_ADJECTIVES.values() for adjective
 LINKS = ("of", "for", "stands for", "shows")
 ICON_OF = "an icon of"
 FRAMES = ("a photo of", "this is a photo of", "a picture of", ICON_OF)
-STOPPED = "this is a photo of"  # the frame that is a whole sentence
 # Templates know no grammar: "This is a photo of {}." is filled with "bicycle", "a photo of a {}." with "apple".
 BARE_IN_FRAME, ALWAYS_A = 0.35, 0.15  # shares of the frames with no article, and with "a" whatever follows
 NOUN_FORMS, OTHER_FORMS = 7, 4  # of `captions.sentence`
@@ -50,7 +48,6 @@ class Phrasing:
         gloss: share that are searched by the definition of their name, if there is one.
         sentence: share of the texts that are put into a sentence; no definition is.
         frame: share of the sentences that are one of `FRAMES`, half of them with the article that the text wants.
-        stop: share of all texts that end in a full stop; most of the frame "this is a photo of {}" do.
         caption_name: share of the captions that are names; the others are any text of their picture.
     """
 
@@ -59,14 +56,13 @@ class Phrasing:
     gloss: float = 0.04
     sentence: float = 0.3
     frame: float = 0.25
-    stop: float = 0.05
     caption_name: float = 0.85
 
     def eased(self, strength: float | torch.Tensor) -> "Phrasing":
         """The same at a strength in 0…1, or a tensor () on the texts' device: at 0 names and tags, few sentences."""
         first = min(SENTENCE_AT_FIRST, self.sentence)
         sentence = first + (self.sentence - first) * strength
-        others = {name: getattr(self, name) * strength for name in ("related", "gloss", "stop")}
+        others = {name: getattr(self, name) * strength for name in ("related", "gloss")}
         return replace(self, sentence=sentence, **others)
 
 
@@ -95,7 +91,7 @@ class Phrases:
 
     def __init__(self, tokenizer, device: torch.device | str):
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        phrases = ["", *ARTICLES[1:], *NAMES, *ADJECTIVES, *KINDS, *LINKS, *FRAMES, "."]
+        phrases = ["", *ARTICLES[1:], *NAMES, *ADJECTIVES, *KINDS, *LINKS, *FRAMES]
         phrases += [f"in {name}" for name in NAMES] + [f"on {article(name)} background" for name in NAMES]
         self.numbers = {phrase: number for number, phrase in enumerate(phrases)}
         encoded = [tokenizer(phrase, add_special_tokens=False)["input_ids"] for phrase in phrases]
@@ -152,12 +148,9 @@ def bare_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, length:
 def framed_texts(icons: IconTensors, phrases: Phrases, text: torch.Tensor, lead: str, length: int) -> Texts:
     """The texts of these numbers (rows,) behind one of `FRAMES`, with their article: "an icon of a bicycle"."""
 
-    def everywhere(phrase: str) -> torch.Tensor:
-        return phrases.tokens[phrases.numbers[phrase]].expand(len(text), -1)
-
+    frame = phrases.tokens[phrases.numbers[lead]].expand(len(text), -1)
     shown = phrases.tokens[phrases.of("article", icons.noun[text].long() - 2)]
-    end = everywhere("." if lead == STOPPED else "")
-    ids, mask = assemble(phrases, [everywhere(lead), shown, icons.tokens[text], end], length)
+    ids, mask = assemble(phrases, [frame, shown, icons.tokens[text]], length)
     return Texts(ids, mask, text, torch.zeros_like(text, dtype=torch.bool))
 
 
@@ -173,7 +166,7 @@ def descriptions(
 ) -> Texts:
     """What the drawn pictures of these rows (rows,) are found by: texts, and sentences that are true of them."""
     text, gloss = _choose_texts(icons, rows, options)
-    draws = torch.rand(8, len(rows), device=rows.device)
+    draws = torch.rand(8, len(rows), device=rows.device)  # one more than is used: runs draw what they always drew
     sentence = ~gloss & (draws[0] < options.sentence)
     framed = sentence & (draws[1] < options.frame)
     # A text that is no noun makes way for the name in a sentence, as in `compose._sentence`.
@@ -181,16 +174,14 @@ def descriptions(
     text = where(sentence & (icons.noun[text] == 0), name, text)
     slots = _sentence_slots(icons, phrases, rows, text, drawn, draws[2:])
     frame = phrases.of("frame", (draws[2] * len(FRAMES)).long())
-    stop = (draws[7] < options.stop) | (framed & (frame == phrases.numbers[STOPPED]) & (draws[7] < 0.9))
     slots = {slot: where(sentence & ~framed, number, EMPTY) for slot, number in slots.items()}
     in_frame = phrases.of("article", icons.noun[text].long() - 2)
     in_frame = where(draws[3] < BARE_IN_FRAME + ALWAYS_A, phrases.numbers["a"], in_frame)
     in_frame = where(draws[3] < BARE_IN_FRAME, EMPTY, in_frame)
     slots["lead"] = where(framed, frame, slots["lead"])
     slots["article"] = where(framed, in_frame, slots["article"])
-    slots["end"] = where(stop, phrases.numbers["."], EMPTY)
     before = [phrases.tokens[slots[slot]] for slot in ("lead", "colour", "adjective", "kind", "link", "article")]
-    behind = [phrases.tokens[slots[slot]] for slot in ("behind", "place", "end")]
+    behind = [phrases.tokens[slots[slot]] for slot in ("behind", "place")]
     ids, mask = assemble(phrases, [*before, icons.tokens[text], *behind], length)
     return Texts(ids, mask, text, ~sentence)
 

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ..configuration_mome import quoted
 from ..data.teacher import Teacher
 from ..errors import DataError, first_line
 from .captions import STYLE_ADJECTIVES, article, kind_of_picture, split_noun
@@ -103,7 +104,7 @@ class IconTensors:
         """int64 numbers of the rows of some splits; an unknown split is a `DataError`."""
         for split in splits:
             if split not in SPLITS:
-                raise DataError(f"no split {split!r}: choose among {', '.join(SPLITS)}")
+                raise DataError(f"no split {quoted(split)}: choose among {', '.join(SPLITS)}")
         wanted = torch.tensor([SPLITS.index(split) for split in splits], device=self.device)
         return torch.isin(self.split, wanted).nonzero()[:, 0]
 
@@ -133,7 +134,7 @@ class IconTensors:
             with safe_open(path, "pt", device="cpu" if torch.device(device).type == "cpu" else str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise DataError(f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}: remove it")
+                    raise DataError(f"{path} has format {quoted(metadata.get('format'))}, not {FORMAT!r}: remove it")
                 if source is not None and metadata.get("source") != source:
                     raise DataError(f"{path} was made from other files: remove it")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -182,7 +183,7 @@ def split_files(folder: Path) -> list[tuple[str, Path]]:
     """Split and path of every parquet file of the data set."""
     files = [(split, path) for split in SPLITS for path in sorted(folder.glob(f"{split}-0*.parquet"))]
     if not files:
-        raise DataError(f"no parquet files such as train-00000-of-00005.parquet in {str(folder)!r}")
+        raise DataError(f"no parquet files such as train-00000-of-00005.parquet in {quoted(folder)}")
     return files
 
 
@@ -289,7 +290,7 @@ def _rows(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, dict[str, An
         with pyarrow.parquet.ParquetFile(path) as file:
             for column in COLUMNS:
                 if column not in file.schema_arrow.names:
-                    raise DataError(f"{path} has no column {column!r}: run mome.icons.build again")
+                    raise DataError(f"{path} has no column {quoted(column)}: run mome.icons.build again")
             for batch in file.iter_batches(batch_size=CHUNK, columns=list(COLUMNS)):
                 for row in batch.to_pylist():
                     yield split, row
@@ -333,7 +334,9 @@ def _pictures(files) -> Iterator[list[np.ndarray]]:
             image = Image.open(io.BytesIO(row["image"]["bytes"]))
             chunk.append(np.asarray(image if image.mode == "LA" else image.convert("RGBA")))
         except OSError as error:
-            raise DataError(f"the picture of {row['source_id']!r} can't be decoded: {first_line(error)}") from None
+            raise DataError(
+                f"the picture of {quoted(row['source_id'])} can't be decoded: {first_line(error)}"
+            ) from None
         if len(chunk) == CHUNK:
             yield chunk
             chunk = []

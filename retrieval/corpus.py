@@ -25,6 +25,7 @@ import pyarrow as pa
 from PIL import Image
 from transformers.utils import logging
 
+from ..configuration_mome import listed, quoted, shortened
 from ..data.images import read_image
 from ..data.pairs import BUILDERS, Rows, texts_of
 from ..errors import RetrievalError, first_line, unknown_name
@@ -122,7 +123,7 @@ class Corpus:
     @property
     def title(self) -> str:
         """What error messages call it."""
-        return self.name or "the data set"
+        return shortened(self.name) or "the data set"
 
     @property
     def split(self) -> str:
@@ -142,7 +143,7 @@ class Corpus:
 
     @cached_property
     def is_folder(self) -> bool:
-        return self.name != "" and Path(self.name).is_dir()
+        return self.name != "" and os.path.isdir(self.name)
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
@@ -160,7 +161,7 @@ class Corpus:
         wanted = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in wanted:
             if name not in MODALITIES:
-                raise RetrievalError(f"modality {name!r}: choose from {', '.join(MODALITIES)}")
+                raise RetrievalError(f"modality {quoted(name)}: choose from {', '.join(MODALITIES)}")
             if columns[name] is None:
                 raise RetrievalError(f"{self.title} has no column of {name}s: set {name}_column")
         if not wanted:
@@ -186,12 +187,12 @@ class Corpus:
             seen = set()
             for id in self.data[column]:
                 if str(id) in seen:
-                    raise RetrievalError(f"{self.title}: {id!r} occurs twice in id_column={column!r}")
+                    raise RetrievalError(f"{self.title}: {quoted(id)} occurs twice in id_column={quoted(column)}")
                 seen.add(str(id))
 
     def empty(self) -> RetrievalError:
         """The error for a corpus without rows."""
-        return RetrievalError(f"{self.title} has no rows in split {self.options.split!r}")
+        return RetrievalError(f"{self.title} has no rows in split {quoted(self.options.split)}")
 
     def rows(self, start: int = 0) -> Iterator[CorpusRow]:
         """The rows from number `start` on.
@@ -227,7 +228,7 @@ class Corpus:
         if options.id_column:
             id = columns[options.id_column]
             if id is None or id == "":
-                raise RetrievalError(f"{self.title}: row {number} has no id in {options.id_column!r}")
+                raise RetrievalError(f"{self.title}: row {number} has no id in {quoted(options.id_column)}")
         metadata = {name: self._plain(name, columns.get(name)) for name in self.metadata}
         return CorpusRow(str(id), uri, image, texts_of(texts), metadata)
 
@@ -271,16 +272,21 @@ def open_source(source: str | Path | Rows, split: str = "train", **options: Any)
 def open_corpus(source: str | Path | Rows, options: CorpusOptions) -> Corpus:
     """As `open_source`, by its options."""
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        raise RetrievalError(f"source is a dict of splits, {', '.join(source)}: pass one of them")
+        raise RetrievalError(f"source is a dict of splits, {listed(source)}: pass one of them")
     name, left_out = "", {}
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         data = source
+    elif not isinstance(source, (str, os.PathLike)):
+        raise RetrievalError(
+            f"source={quoted(source)} is of type {type(source).__name__}: pass a folder, a file, a Hub id or a data "
+            "set, such as datasets.Dataset.from_dict(...)"
+        )
     else:
-        name = str(Path(source).resolve()) if Path(source).exists() else str(source)
+        name = str(Path(source).resolve()) if os.path.exists(source) else str(source)
         data, left_out = _read(name, options.split, options.streaming)
     if data.features is None:  # a stream tells its columns only with its first row
         data = data._resolve_features()
-    where = repr(name) if name else "the data set"
+    where = quoted(name) if name else "the data set"
     options = _with_columns(options, data.features, where)
     metadata = _metadata_features(data.features, options)
     if options.image_column:
@@ -309,7 +315,9 @@ def _with_columns(options: CorpusOptions, features: datasets.Features, where: st
         text_column=options.text_column or next(texts, None),
     )
     if found.text_column and not _is_text(features[found.text_column]):
-        raise RetrievalError(f"column {found.text_column!r} of {where} holds no texts: {features[found.text_column]}")
+        raise RetrievalError(
+            f"column {quoted(found.text_column)} of {where} holds no texts: {shortened(features[found.text_column])}"
+        )
     return found
 
 
@@ -322,7 +330,7 @@ def _encoded(data: Rows, column: str, where: str) -> Rows:
     try:
         return data.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, datasets.table.CastError) as error:
-        raise RetrievalError(f"column {column!r} of {where} holds no images: {first_line(error)}") from None
+        raise RetrievalError(f"column {quoted(column)} of {where} holds no images: {first_line(error)}") from None
 
 
 def _metadata_features(features: datasets.Features, options: CorpusOptions) -> datasets.Features:
@@ -337,10 +345,14 @@ def _metadata_features(features: datasets.Features, options: CorpusOptions) -> d
             isinstance(kind, datasets.Value) and not kind.dtype.startswith(("null", "binary", "large_b"))
         )
         if wanted is not None and (not plain or name in RESERVED_COLUMNS):
-            reason = "is a column that every table has" if name in RESERVED_COLUMNS else f"is of type {kind}"
-            raise RetrievalError(f"metadata column {name!r} {reason}: leave it out or rename it")
+            reason = (
+                "is a column that every table has" if name in RESERVED_COLUMNS else f"is of type {shortened(kind)}"
+            )
+            raise RetrievalError(f"metadata column {quoted(name)} {reason}: leave it out or rename it")
         if plain and name in RESERVED_COLUMNS:
-            logger.warning(f"column {name!r} is left out: every table has one of this name; rename it to keep it")
+            logger.warning(
+                f"column {quoted(name)} is left out: every table has one of this name; rename it to keep it"
+            )
         elif plain:
             found[name] = datasets.Value("string") if label else kind
     return found
@@ -357,24 +369,24 @@ def _read(name: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]
     """
     path = Path(name)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return _read_folder(path, split, streaming)
         if path.suffix in BUILDERS:
             return _read_files(sorted(glob.glob(name)) or [name], BUILDERS[path.suffix], split, streaming)
-        if path.is_file():
+        if os.path.isfile(path):
             kinds = ", ".join(BUILDERS)
-            raise RetrievalError(f"{name} is of no kind that can be read: {kinds}, or a folder of images")
+            raise RetrievalError(f"{shortened(name)} is of no kind that can be read: {kinds}, or a folder of images")
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise RetrievalError(f"{name!r} is not there")
+            raise RetrievalError(f"{quoted(name)} is not there")
         return datasets.load_dataset(name, split=split, streaming=streaming), {}
     except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise _cache_error(error) or RetrievalError(f"{name!r} is not there: {first_line(error)}") from None
+        raise _cache_error(error) or RetrievalError(f"{quoted(name)} is not there: {first_line(error)}") from None
     except datasets.exceptions.DatasetGenerationError as error:
-        raise RetrievalError(f"{name} can't be read: {first_line(error.__cause__ or error)}") from None
+        raise RetrievalError(f"{shortened(name)} can't be read: {first_line(error.__cause__ or error)}") from None
     except RetrievalError:
         raise
     except (ValueError, *READING_ERRORS) as error:
-        raise _cache_error(error) or RetrievalError(f"{name} can't be read: {first_line(error)}") from None
+        raise _cache_error(error) or RetrievalError(f"{shortened(name)} can't be read: {first_line(error)}") from None
 
 
 def _cache_error(error: Exception) -> RetrievalError | None:
@@ -391,7 +403,7 @@ def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[st
     if (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
-            raise unknown_name(split, saved, f"{path}, among its splits,")
+            raise unknown_name(split, saved, f"{shortened(path)}, among its splits,")
         return saved[split], {}
     if (path / "dataset_info.json").exists():
         return datasets.load_from_disk(str(path)), {}
@@ -410,7 +422,7 @@ def _read_folder(path: Path, split: str, streaming: bool) -> tuple[Rows, dict[st
     if not listing.images:
         others = ", ".join(f"{count:,} {reason}" for reason, count in listing.left_out.items())
         only = f", only {others}" if others else ""
-        raise RetrievalError(f"folder {str(path)!r} holds no images, parquet or WebDataset files{only}")
+        raise RetrievalError(f"folder {quoted(path)} holds no images, parquet or WebDataset files{only}")
     rows = image_folder(path, listing)  # which counts more that is left out
     return rows, dict(listing.left_out)
 
@@ -423,7 +435,7 @@ def _is_in_index(file: str, folder: Path) -> bool:
 def _read_files(files: list[str], builder: str, split: str, streaming: bool) -> tuple[Rows, dict[str, int]]:
     for file in files:
         if os.path.islink(file) and not os.path.exists(file):
-            raise RetrievalError(f"{file!r} is a dead link: remove it, or put back the file that it leads to")
+            raise RetrievalError(f"{quoted(file)} is a dead link: remove it, or put back the file that it leads to")
     streaming = streaming or builder == "webdataset"  # or a copy of all shards would be made
     data_files = {split: [str(Path(file).resolve()) for file in files]}
     return datasets.load_dataset(builder, data_files=data_files, split=split, streaming=streaming), {}
@@ -439,7 +451,7 @@ def open_image(uri: str) -> Image.Image:
         ValueError: nothing there, or no image.
     """
     place, separator, inside = uri.rpartition("#")
-    if not separator or Path(uri).is_file() or uri.startswith(("http://", "https://")):
+    if not separator or os.path.isfile(uri) or uri.startswith(("http://", "https://")):
         return load_rgb_image(uri)
     try:
         if place.endswith(".tar"):
@@ -449,8 +461,10 @@ def open_image(uri: str) -> Image.Image:
             split, number = inside.rsplit(":", 1)
             value = _opened(place, split).image(int(number))
         return read_image(value, uri)
-    except (KeyError, IndexError, AttributeError, TypeError, *READING_ERRORS) as error:
-        raise RetrievalError(f"image {uri!r} can't be read: {first_line(error)}") from None
+    except RetrievalError:
+        raise
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, *READING_ERRORS) as error:
+        raise RetrievalError(f"image {quoted(uri)} can't be read: {first_line(error)}") from None
 
 
 @functools.lru_cache(maxsize=4)

@@ -29,8 +29,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..configuration_mome import quoted
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError
+from ..inputs_mome import is_count
 from ..onnx_embedder import load_embedder
 from ..texts_mome import warn_of_cut_texts
 from .corpus import Corpus, CorpusOptions, CorpusRow, Rows, open_corpus, records_of
@@ -83,8 +85,8 @@ def embed_corpus(
         MomeError: a model that can't be loaded.
     """
     for name, value in (("batch_size", batch_size), ("part_rows", part_rows), ("workers", workers or 1)):
-        if not isinstance(value, int) or value < 1:
-            raise RetrievalError(f"{name}={value!r} must be an integer of at least 1")
+        if not is_count(value):
+            raise RetrievalError(f"{name}={quoted(value)} must be an integer of at least 1")
     (corpus_options,) = records_of(options, "embed_corpus", CorpusOptions)
     corpus = open_corpus(source, corpus_options)
     corpus.check()
@@ -172,7 +174,7 @@ def _unique(corpus: Corpus) -> Iterator[CorpusRow]:
     for row in corpus.rows():
         if seen is not None:
             if row.id in seen:
-                raise RetrievalError(f"{corpus.title}: id {row.id!r} occurs twice; set id_column")
+                raise RetrievalError(f"{corpus.title}: id {quoted(row.id)} occurs twice; set id_column")
             seen.add(row.id)
         yield row
 

@@ -14,6 +14,7 @@ frame.write_parquet("s3://bucket/embedded")
 ```
 """
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from daft import DataType, Series
 
+from ..configuration_mome import quoted
 from ..embedder import BATCH_SIZE, Embedder
 from ..errors import RetrievalError, first_line
 from ..onnx_embedder import load_embedder
@@ -91,7 +93,7 @@ def daft_embedder(
             ]
             return _results(items, self.embedder)
 
-    return MomeEmbedder(str(Path(model).resolve()) if Path(model).is_dir() else str(model), backend)
+    return MomeEmbedder(str(Path(model).resolve()) if os.path.isdir(model) else str(model), backend)
 
 
 def _encoded(image: Any) -> Any:
@@ -168,16 +170,16 @@ def embed_with_daft(
 
 def _choose_runner(runner: str | None, ray_address: str | None):
     if runner is not None and runner not in RUNNERS:
-        raise RetrievalError(f"runner={runner!r}: choose {' or '.join(RUNNERS)}")
+        raise RetrievalError(f"runner={quoted(runner)}: choose {' or '.join(RUNNERS)}")
     if ray_address is not None and runner != "ray":
-        raise RetrievalError(f"ray_address={ray_address!r} is of use only with runner='ray'")
+        raise RetrievalError(f"ray_address={quoted(ray_address)} is of use only with runner='ray'")
     try:
         if runner == "ray":
             daft.set_runner_ray(ray_address, noop_if_initialized=True)
         elif runner == "native":
             daft.set_runner_native()
     except Exception as error:  # Ray and Daft raise almost anything; a process can have only one runner
-        raise RetrievalError(f"runner {runner!r} can't be used: {first_line(error)}") from None
+        raise RetrievalError(f"runner {quoted(runner)} can't be used: {first_line(error)}") from None
 
 
 def _engine(embedder: Any, place: str | Path, dimension: int) -> Engine:

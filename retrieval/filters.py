@@ -8,7 +8,7 @@ conditions must hold. A comparison with a missing value is false.
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..configuration_mome import quoted
+from ..configuration_mome import quoted, shortened
 from ..errors import RetrievalError, first_line, unknown_name
 from .metadata import is_number
 
@@ -63,10 +63,19 @@ def parse_where(where: Where | None, columns: list[str]) -> tuple[Condition, ...
     for column, wanted in where.items():
         if column not in columns:
             raise unknown_name(column, columns, "the table, for a filter,")
+        wanted = plain_values(wanted)
         pairs = wanted if isinstance(wanted, Mapping) else {_operator_for(wanted): wanted}
         for symbol, value in pairs.items():
             conditions.append(_condition(column, symbol, value))
     return tuple(conditions)
+
+
+def plain_values(value: Any) -> Any:
+    """Python's own values of NumPy, pandas, Arrow or torch; anything else as it is."""
+    for name in ("to_pylist", "as_py", "tolist"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value
 
 
 def _operator_for(wanted: Any) -> str:
@@ -75,14 +84,17 @@ def _operator_for(wanted: Any) -> str:
 
 def _condition(column: str, symbol: str, value: Any) -> Condition:
     if symbol not in OPERATORS:
-        raise RetrievalError(f"filter on {column!r}: operator {quoted(symbol)} is not one of {', '.join(OPERATORS)}")
+        raise RetrievalError(
+            f"filter on {quoted(column)}: operator {quoted(symbol)} is not one of {', '.join(OPERATORS)}"
+        )
+    value = plain_values(value)
     if symbol == "in":
         if not isinstance(value, (list, tuple, set, frozenset, range)) or not len(value):
-            raise RetrievalError(f"filter on {column!r}: {quoted(value)} is not a list of values")
+            raise RetrievalError(f"filter on {quoted(column)}: {quoted(value)} is not a list of values")
         value = tuple(sorted(value, key=str)) if isinstance(value, (set, frozenset)) else tuple(value)
     for each in value if symbol == "in" else (value,):
-        if isinstance(each, (Mapping, list, tuple, set)) or (each is None and symbol not in ("==", "!=")):
-            raise RetrievalError(f"filter on {column!r}: {quoted(each)} can't be compared with {quoted(symbol)}")
+        if not isinstance(each, Hashable) or isinstance(each, tuple) or (each is None and symbol not in ("==", "!=")):
+            raise RetrievalError(f"filter on {quoted(column)}: {quoted(each)} can't be compared with {quoted(symbol)}")
     return Condition(column, symbol, value)
 
 
@@ -114,7 +126,9 @@ def _typed(column: str, text: str, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(text).cast(kind).as_py()
     except pa.ArrowException:
-        raise RetrievalError(f"filter on {column!r}: {quoted(text)} is not of its type, {kind}") from None
+        raise RetrievalError(
+            f"filter on {quoted(column)}: {quoted(text)} is not of its type, {shortened(str(kind))}"
+        ) from None
 
 
 def matching_rows(conditions: tuple[Condition, ...], table: pa.Table) -> np.ndarray:
@@ -137,9 +151,11 @@ def _mask(condition: Condition, column: pa.ChunkedArray) -> np.ndarray:
             mask = pc.is_in(column, value_set=pa.array(condition.value).cast(column.type))
         else:
             mask = COMPARISONS[condition.operator](column, pa.scalar(condition.value).cast(column.type))
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         reason = f"{quoted(condition.value)} doesn't fit: {first_line(error)}"
-        raise RetrievalError(f"filter on {condition.column!r} of type {column.type}: {reason}") from None
+        raise RetrievalError(
+            f"filter on {quoted(condition.column)} of type {shortened(str(column.type))}: {reason}"
+        ) from None
     return pc.fill_null(mask, False).to_numpy().astype(bool)
 
 
@@ -149,9 +165,9 @@ def _check_order(condition: Condition, kind: pa.DataType):
     numeric = isinstance(value, (int, float)) or (isinstance(value, str) and is_number(value))
     if words and numeric and condition.operator in ORDERINGS:
         raise RetrievalError(
-            f"filter on {condition.column!r}: the column holds words, of which {condition.operator} {value} would "
-            "compare the letters; embed the corpus again with numbers in it"
+            f"filter on {quoted(condition.column)}: the column holds words, of which {condition.operator} "
+            f"{shortened(value)} would compare the letters; embed the corpus again with numbers in it"
         )
 
 
-__all__ = ["OPERATORS", "Condition", "Where", "matching_rows", "parse_expressions", "parse_where"]
+__all__ = ["OPERATORS", "Condition", "Where", "matching_rows", "parse_expressions", "parse_where", "plain_values"]

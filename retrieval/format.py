@@ -36,6 +36,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..configuration_mome import quoted, shortened
 from ..errors import RetrievalError, first_line
 
 FORMAT_VERSION = 2
@@ -73,7 +74,7 @@ def table_schema(info: TableInfo, metadata: datasets.Features | None = None) -> 
     """The Arrow schema of a table; its metadata holds what `datasets` and this module need to know."""
     metadata = metadata or datasets.Features()
     if taken := set(metadata) & set(RESERVED_COLUMNS):
-        raise RetrievalError(f"metadata column {min(taken)!r} has the name of a column of the table: rename it")
+        raise RetrievalError(f"metadata column {quoted(min(taken))} has the name of a column of the table: rename it")
     string = datasets.Value("string")
     features = datasets.Features(
         {
@@ -147,7 +148,7 @@ def read_info(path: Path) -> tuple[TableInfo, pa.Schema]:
     try:
         schema = pq.read_schema(path)
     except FileNotFoundError:
-        raise RetrievalError(f"table {str(path)!r} is not there") from None
+        raise RetrievalError(f"table {quoted(path)} is not there") from None
     except (pa.ArrowException, OSError) as error:
         raise RetrievalError(f"{path} is truncated or not a parquet file: {first_line(error)}") from None
     missing = [name for name in (*LEADING_COLUMNS, "embedding") if name not in schema.names]
@@ -157,7 +158,7 @@ def read_info(path: Path) -> tuple[TableInfo, pa.Schema]:
         )
     kind = schema.field("embedding").type
     if not _is_list(kind) or not pa.types.is_floating(kind.value_type):
-        raise RetrievalError(f"{path}: column 'embedding' is of type {kind}, not a list of floats")
+        raise RetrievalError(f"{path}: column 'embedding' is of type {shortened(str(kind))}, not a list of floats")
     return _info_of(path, schema), schema
 
 
@@ -254,7 +255,7 @@ def parts_folder(output: Path) -> Path:
 
 def unreadable_file(output: Path) -> Path:
     """The file beside a table that lists what could not be read: JSON lines of `id`, `modality`, `uri`, `error`."""
-    if output.suffix == ".parquet" and not output.is_dir():
+    if output.suffix == ".parquet" and not os.path.isdir(output):
         return output.with_suffix(".unreadable.jsonl")
     return output / "unreadable.jsonl"
 
@@ -275,26 +276,26 @@ def table_files(source: str | Path) -> list[Path]:
         RetrievalError: there is no such table.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         found = ((file, file.relative_to(path).parents) for file in path.rglob("*.parquet"))
         files = sorted(file for file, above in found if not any(each.suffix == ".parts" for each in above))
         if not files:
-            raise RetrievalError(f"folder {str(path)!r} holds no parquet files: make a table with `mome embed`")
+            raise RetrievalError(f"folder {quoted(path)} holds no parquet files: make a table with `mome embed`")
         return files
     if path.suffix == ".parquet" or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         hint = ""
-        if (parts := parts_folder(path)).is_dir():
+        if os.path.isdir(parts := parts_folder(path)):
             if (parts / FINISHED).is_dir():  # a kill between two renames
                 return table_files(parts / FINISHED)
             hint = ": its job is not finished, run the same `mome embed` again"
-        raise RetrievalError(f"table {str(source)!r} is not there{hint}")
+        raise RetrievalError(f"table {quoted(source)} is not there{hint}")
     try:
         folder = snapshot_download(str(source), repo_type="dataset", allow_patterns="*.parquet")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RetrievalError(
-            f"table {str(source)!r} is not a file, and can't be downloaded from the Hub: {first_line(error)}"
+            f"table {quoted(source)} is not a file, and can't be downloaded from the Hub: {first_line(error)}"
         ) from None
     return table_files(folder)
 

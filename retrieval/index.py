@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from ..configuration_mome import quoted
 from ..errors import RetrievalError
+from ..inputs_mome import is_count
 from .filters import Condition, Where, matching_rows, parse_where
 from .format import RESERVED_COLUMNS
 from .table import EmbeddingTable
@@ -82,9 +84,12 @@ class Index(ABC):
         Where fewer rows match, the score is -inf and the row -1.
         """
         queries = checked_queries(queries, self.table.dimension)
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise RetrievalError(f"top_k={top_k!r} must be an integer of at least 1")
-        conditions = parse_where(where, [name for name in self.table.rows.column_names if name != "embedding"])
+        if not is_count(top_k):
+            raise RetrievalError(f"top_k={quoted(top_k)} must be an integer of at least 1")
+        top_k, conditions = (
+            int(top_k),
+            parse_where(where, [name for name in self.table.rows.column_names if name != "embedding"]),
+        )
         if not len(queries):
             return queries.new_zeros(0, top_k), torch.zeros(0, top_k, dtype=torch.int64)
         return self._search(queries, top_k, conditions)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ..configuration_mome import quoted, shortened
 from ..embedder import Embedder
 from ..errors import RetrievalError, first_line
 from .corpus import Corpus, digest_of
@@ -112,7 +113,7 @@ def settings_of(corpus: Corpus, embedder: Embedder) -> dict[str, Any]:
     }
     if "text" in corpus.modalities:
         settings["longest_text"] = embedder.longest_text
-        settings["tokenizer"] = digest_of([tokenizer(text)["input_ids"] for text in PROBES])
+        settings["tokenizer"] = digest_of([tokenizer(text, verbose=False)["input_ids"] for text in PROBES])
     if "image" in corpus.modalities:
         settings |= images
     return json.loads(json.dumps(settings, default=str))
@@ -122,7 +123,7 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """`name=old, now it is new` of the first setting that differs; `None` if all are the same."""
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
-            return f"{name}={old.get(name)!r}, now it is {new.get(name)!r}"
+            return f"{name}={quoted(old.get(name))}, now it is {quoted(new.get(name))}"
     return None
 
 
@@ -158,9 +159,11 @@ class TableJob:
             lock = filelock.FileLock(self.parts / LOCK, timeout=0)
             lock.acquire()
         except filelock.Timeout:
-            raise RetrievalError(f"another process is writing {self.output}: wait for it, or choose another") from None
+            raise RetrievalError(
+                f"another process is writing {shortened(self.output)}: wait for it, or choose another"
+            ) from None
         except OSError as error:
-            raise RetrievalError(f"{self.output} can't be written: {error.strerror}") from None
+            raise RetrievalError(f"{shortened(self.output)} can't be written: {error.strerror}") from None
         try:
             yield
         finally:
@@ -201,10 +204,10 @@ class TableJob:
         self.known = self.store.rows
 
     def _is_there(self) -> bool:
-        return self.output.is_file() or (self.output.is_dir() and any(self.output.iterdir()))
+        return os.path.isfile(self.output) or (os.path.isdir(self.output) and any(self.output.iterdir()))
 
     def _files(self) -> list[Path]:
-        return [self.output] if self.output.is_file() else sorted(self.output.glob("*.parquet"))
+        return [self.output] if os.path.isfile(self.output) else sorted(self.output.glob("*.parquet"))
 
     def _check_growth(self):
         """Refuses to turn a table into that of another corpus, model or setting."""
@@ -234,10 +237,10 @@ class TableJob:
     def _check_replaceable(self):
         """Refuses to replace a folder that holds anything but a table."""
         own = (unreadable_file(self.output).name, JOB, LOCK)
-        for file in self.output.iterdir() if self.output.is_dir() else ():
+        for file in self.output.iterdir() if os.path.isdir(self.output) else ():
             if not file.match("part-*.parquet") and file.name not in own:
                 raise RetrievalError(
-                    f"{self.output} holds {file.name!r}, which is not part of a table: choose another output"
+                    f"{self.output} holds {quoted(file.name)}, which is not part of a table: choose another output"
                 )
 
     def _clear(self):
@@ -333,14 +336,14 @@ class TableJob:
             if wrong.any():
                 id = some["id"][int(wrong.int().argmax())].as_py()
                 raise RetrievalError(
-                    f"the embedding of {id!r} is not finite or not of length 1: the model is broken, or {self.output} "
-                    f"or {self.parts} is damaged; embed anew (overwrite=True, --overwrite)"
+                    f"the embedding of {quoted(id)} is not finite or not of length 1: the model is broken, or "
+                    f"{self.output} or {self.parts} is damaged; embed anew (overwrite=True, --overwrite)"
                 )
             yield to_table({name: some[name].combine_chunks() for name in some.column_names}, vectors, self.schema)
 
     def _write(self, rows: pa.Table, places: np.ndarray, unreadable: list[dict[str, str | None]]):
         """Replaces the table in one step."""
-        if self.output.suffix == ".parquet" and not self.output.is_dir():
+        if self.output.suffix == ".parquet" and not os.path.isdir(self.output):
             write_table(self.output, self._tables(rows, places, ROW_GROUP_ROWS), self.schema)
             _write_unreadable(unreadable_file(self.output), unreadable)
             return

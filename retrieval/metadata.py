@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 from transformers.utils import logging
 
+from ..configuration_mome import listed, quoted
 from ..errors import RetrievalError, first_line
 
 logger = logging.get_logger(__name__)
@@ -136,7 +137,7 @@ def read_metadata(files: list[Path], images: list[str]) -> tuple[dict[str, pa.Ar
             rows[place] = row
         left_out[UNMATCHED] += len(lost)
         if lost:
-            shown = ", ".join(repr(str(name)) for name in lost[:NAMES_SHOWN])
+            shown = ", ".join(quoted(str(name)) for name in lost[:NAMES_SHOWN])
             more = f" and {len(lost) - NAMES_SHOWN} more" if len(lost) > NAMES_SHOWN else ""
             logger.warning(f"{file}: there is no picture {shown}{more}")
     names = dict.fromkeys(name for row in rows.values() for name in row if name not in NOT_COLUMNS)
@@ -157,7 +158,7 @@ def _column(name: str, values: list[Any]) -> pa.Array:
             values = [guess if is_cell else value for guess, value, is_cell in zip(guessed, values, cells)]
         return pa.array(values)
     except pa.ArrowException as error:
-        raise RetrievalError(f"metadata column {name!r} mixes several types: {first_line(error)}") from None
+        raise RetrievalError(f"metadata column {quoted(name)} mixes several types: {first_line(error)}") from None
 
 
 def _rows_of(file: Path) -> Iterator[dict[str, Any]]:
@@ -201,9 +202,9 @@ def _csv_rows(text: str, delimiters: str) -> Iterator[dict[str, Any]]:
         if "file_name" in header:
             break
     else:
-        raise ValueError(f"the columns are {', '.join(header)}" if header else "the file is empty")
+        raise ValueError(f"the columns are {listed(header)}" if header else "the file is empty")
     if len(set(header)) < len(header):
-        raise ValueError(f"column {Counter(header).most_common(1)[0][0]!r} occurs twice")
+        raise ValueError(f"column {quoted(Counter(header).most_common(1)[0][0])} occurs twice")
     for number, row in enumerate(rows, 1):
         if len(row) > len(header):
             raise ValueError(

@@ -4,19 +4,21 @@ text, image or id ── Searcher ── queries (n, dimension) ── Index.sea
                      (Embedder)                            (open_index)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from ..configuration_mome import quoted
 from ..embedder import Embedder
 from ..errors import RetrievalError, missing_package
+from ..inputs_mome import pictures_of
 from ..onnx_embedder import load_embedder
 from ..texts_mome import no_words
 from .exact import ExactIndex
-from .filters import Where
+from .filters import Where, plain_values
 from .format import MODALITIES
 from .index import Hit, Index
 from .table import EmbeddingTable, check_model, load_table
@@ -37,14 +39,14 @@ def open_index(table: EmbeddingTable, index: Any = "exact") -> Index:
     """
     if isinstance(index, Index):
         if index.table.dimension != table.dimension or len(index.table) != len(table):
-            raise RetrievalError(f"the index is one of {index.table!r}, not of {table!r}")
+            raise RetrievalError(f"the index is one of {index.table}, not of {table}")
         return index
     if index == "exact":
         return ExactIndex(table)
     if isinstance(index, Path) or isinstance(index, str) and (index.endswith(".db") or "://" in index):
         return _open_milvus(table, index)
     raise RetrievalError(
-        f"index={index!r}: pass 'exact', a path that ends in .db, http://host:port of Milvus, or an open index"
+        f"index={quoted(index)}: pass 'exact', a path that ends in .db, http://host:port of Milvus, or an open index"
     )
 
 
@@ -52,8 +54,14 @@ def _open_milvus(table: EmbeddingTable, uri: str | Path) -> Index:
     try:
         from .milvus import MilvusIndex
     except ModuleNotFoundError as error:
-        raise RetrievalError(f"index={str(uri)!r}: {missing_package(error, 'milvus')}") from None
+        raise RetrievalError(f"index={quoted(uri)}: {missing_package(error, 'milvus')}") from None
     return MilvusIndex(table, uri)
+
+
+def _several(value: Any) -> Any:
+    """Texts or ids in whatever form they come, or `None` if it is a single one."""
+    value = value if isinstance(value, str) else plain_values(value)
+    return None if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) else value
 
 
 class Searcher:
@@ -123,9 +131,10 @@ class Searcher:
         """The rows that are most similar to a text, an image or a row; give exactly one of the three.
 
         Args:
-            text: a text, or a list of texts; one without a word that the tokenizer knows has no hits, and a warning.
-            image: path, http(s) URL, PIL image, array or tensor; or a list of those.
-            id: of a row, or a list of ids; the row itself is left out of its hits.
+            text: a text, or several in a list, an array or a column; one without a word that the tokenizer knows has
+                no hits, and a warning.
+            image: path, http(s) URL, PIL image, array or tensor; or several, as `Embedder.embed_images` takes them.
+            id: of a row, or several ids; the row itself is left out of its hits.
             top_k: the number of hits.
             where: a filter on columns.
             modality: `"image"` or `"text"`: only such rows; default: both. A text is often closer to other texts than
@@ -141,12 +150,12 @@ class Searcher:
         if len(given) != 1:
             raise RetrievalError(f"pass one of text, image and id, not {' and '.join(given) or 'nothing'}")
         if modality not in (None, *MODALITIES):
-            raise RetrievalError(f"modality={modality!r}: choose 'image' or 'text'")
+            raise RetrievalError(f"modality={quoted(modality)}: choose 'image' or 'text'")
         if modality is not None:
             where = {**(where or {}), "modality": modality}
         ((kind, value),) = given.items()
-        single = not isinstance(value, (list, tuple))
-        values = [value] if single else list(value)
+        several = pictures_of(value) if kind == "image" else _several(value)
+        single, values = several is None, [value] if several is None else list(several)
         if not values:
             return []
         hits = getattr(self, f"_by_{kind}")(values, top_k, where)

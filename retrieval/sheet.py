@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..configuration_mome import quoted
 from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
 from ..errors import RetrievalError, first_line
 from .corpus import open_image
@@ -49,7 +50,7 @@ def write_sheet(hits: Sequence[Hit], path: str | Path, title: str = "") -> Path:
         else:
             path.write_text(_page(hits, thumbnails, title), encoding="utf-8")
     except OSError as error:
-        raise RetrievalError(f"sheet {str(path)!r} can't be written: {error.strerror or first_line(error)}") from None
+        raise RetrievalError(f"sheet {quoted(path)} can't be written: {error.strerror or first_line(error)}") from None
     return path
 
 
@@ -61,7 +62,7 @@ def checked_sheet(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise RetrievalError(f"sheet {str(path)!r}: choose a name that ends in {' or '.join(SUFFIXES)}")
+        raise RetrievalError(f"sheet {quoted(path)}: choose a name that ends in {' or '.join(SUFFIXES)}")
     return path
 
 

@@ -30,6 +30,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..configuration_mome import quoted, shortened
 from ..errors import RetrievalError, first_line, unknown_name
 from .format import RESERVED_COLUMNS, TableInfo, read_info, read_tables, table_files
 
@@ -71,7 +72,7 @@ def load_table(
     check_model(str(source), info, fingerprint, dimension)
     count = sum(pq.read_metadata(path).num_rows for path in files)
     if not count:
-        raise RetrievalError(f"table {source} has no rows")
+        raise RetrievalError(f"table {shortened(source)} has no rows")
     copy, temporary = _arrow_copy(files, count, Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "mome")
     table = EmbeddingTable(datasets.Dataset.from_file(str(copy)), info, str(source))
     if temporary:
@@ -93,7 +94,7 @@ def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]
     places = _digest([str(path.resolve()) for path in files])
     stamps = [(state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
     copy = cache / f"{places}-{_digest([ARROW_ROWS, stamps])}.arrow"
-    if copy.exists():
+    if os.path.exists(copy):
         return copy, False
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -108,13 +109,17 @@ def _arrow_copy(files: list[Path], count: int, cache: Path) -> tuple[Path, bool]
     except OSError as error:
         reason = error.strerror or first_line(error)
     folder = Path(tempfile.mkdtemp(prefix="mome-"))
-    logger.warning(f"the cache {cache} can't be written ({reason}): using {folder} until the table is closed")
+    logger.warning(
+        f"the cache {shortened(cache)} can't be written ({reason}): using {folder} until the table is closed"
+    )
     try:
         _write_arrow(folder / copy.name, files, count)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = error.strerror or first_line(error)
-        raise RetrievalError(f"neither the cache {cache} nor {folder} can be written: {reason}; set HF_HOME") from None
+        raise RetrievalError(
+            f"neither the cache {shortened(cache)} nor {folder} can be written: {reason}; set HF_HOME"
+        ) from None
     return folder / copy.name, True
 
 
@@ -160,8 +165,8 @@ def check_model(name: str, info: TableInfo, fingerprint: str | None, dimension: 
         )
     if fingerprint and info.fingerprint and info.fingerprint != fingerprint:
         raise RetrievalError(
-            f"{name} was made by another model ({info.model}, weights {info.fingerprint}, not {fingerprint}): "
-            "search it with that one, or embed the corpus again"
+            f"{name} was made by another model ({info.model}, weights {info.fingerprint}, not "
+            f"{shortened(fingerprint)}): search it with that one, or embed the corpus again"
         )
 
 
@@ -218,7 +223,7 @@ class EmbeddingTable:
         bad = next((row for row in rows if not self.valid[row]), None)
         if bad is not None:
             one = self.rows[int(bad)]
-            raise RetrievalError(f"row {one['id']!r} has no embedding ({one.get('error')})")
+            raise RetrievalError(f"row {quoted(one['id'])} has no embedding ({one.get('error')})")
         starts = [start for start, _ in self.blocks]
         blocks = [self.blocks[bisect.bisect_right(starts, row) - 1] for row in rows]
         vectors = [block[row - start] for row, (start, block) in zip(rows, blocks)]
@@ -237,7 +242,7 @@ class EmbeddingTable:
         """
         row = pc.index(self.column("id"), pa.scalar(str(id), self.column("id").type)).as_py()
         if row < 0:
-            raise RetrievalError(f"table {self.name} has no row with id {id!r}")
+            raise RetrievalError(f"table {self.name} has no row with id {quoted(id)}")
         return row
 
     def check(self):
@@ -251,18 +256,19 @@ class EmbeddingTable:
                 reason = f"has length {norm:.4g} instead of 1" if np.isfinite(norm) else "is not finite"
                 id = self.column("id")[row].as_py()
                 raise RetrievalError(
-                    f"table {self.name}: the embedding of row {row} (id {id!r}) {reason}; "
+                    f"table {self.name}: the embedding of row {row} (id {quoted(id)}) {reason}; "
                     f"{int(wrong.sum())} such rows in its block: embed the corpus again"
                 )
         ids = self.column("id")
         if ids.null_count or pc.count_distinct(ids).as_py() != len(self):
             counts = pc.value_counts(ids.combine_chunks())
             many = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-            shown = f"id {many[0].as_py()!r} occurs twice" if len(many) else "a row has no id"
+            shown = f"id {quoted(many[0].as_py())} occurs twice" if len(many) else "a row has no id"
             raise RetrievalError(f"table {self.name}: {shown}; ids must be unique")
 
     def __repr__(self) -> str:
-        return f"EmbeddingTable({self.name!r}: {len(self)} rows, {self.dimension} dimensions, by {self.info.model!r})"
+        size = f"{len(self)} rows, {self.dimension} dimensions"
+        return f"EmbeddingTable({quoted(self.name)}: {size}, by {quoted(self.info.model)})"
 
 
 def _as_tensor(chunk: pa.FixedSizeListArray, dimension: int) -> torch.Tensor:

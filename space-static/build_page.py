@@ -41,7 +41,7 @@ PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
 
 def quantized_parts(checkpoint: Path, embedder: Any) -> dict[str, Path]:
     """The parts of the model as int8 ONNX files, exported once for the same weights and code."""
-    from mome.export.folder import parts_of
+    from mome.export.folder import parts_of, properties_of
 
     modules = {part: module for part, module in parts_of(embedder).items() if part in (*TOWERS, DECODER)}
     sources = [path.read_bytes() for path in weights_and_code(checkpoint)]
@@ -51,7 +51,7 @@ def quantized_parts(checkpoint: Path, embedder: Any) -> dict[str, Path]:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "onnx"
             made.mkdir()
-            export_parts(modules, made, embedder.fingerprint)
+            export_parts(modules, made, properties_of(embedder))
             made.rename(kept)
     return {part: kept / f"{part}_quantized.onnx" for part in modules}
 
@@ -62,14 +62,14 @@ def weights_and_code(checkpoint: Path) -> list[Path]:
     return [checkpoint / "model.safetensors", checkpoint / "config.json", *sorted(code)]
 
 
-def export_parts(modules: dict[str, Any], folder: Path, fingerprint: str):
+def export_parts(modules: dict[str, Any], folder: Path, properties: dict[str, str]):
     """Writes `vision_model_quantized.onnx` and its like, as `mome.export` does."""
     from mome.export.graphs import graph_of, mark, quantised
 
     for part, module in modules.items():
         path = folder / f"{part}_quantized.onnx"
         quantised(graph_of(module), path)
-        mark(path, fingerprint)
+        mark(path, properties)
 
 
 def quantized(embeddings: np.ndarray) -> bytes:

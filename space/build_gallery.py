@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from mome_space.engine import load_engine
 from mome_space.gallery import EMBEDDINGS_FILE, FOLDER, GALLERY_FILE, UNLABELLED, Gallery, Index, embed_gallery
+from mome_space.loading import load_engine
 
 # "- [Name](url) by Author ([licence](url)): 1,234 pictures, `prefix`"; both links may be missing.
 ATTRIBUTION_LINE = re.compile(

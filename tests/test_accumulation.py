@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.data import SequentialSampler, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from models import random_batch, tiny_captioner
+from models import random_batch, tiny_captioner, tiny_coca
 from mome.losses_mome import caption_loss, contrastive_loss, same_caption
 
 PARTS = {
@@ -44,7 +44,9 @@ def pairs(config, equal: bool, placed: bool = False) -> list[dict]:
     return [{name: each[row] for name, each in batch.items()} for row in range(8)]
 
 
-def trained(model, data, steps: int, folder, collate=default_collate, **options) -> dict[str, torch.Tensor]:
+def trained(
+    model, data, steps: int, folder, collate=default_collate, compute_loss_func=None, **options
+) -> dict[str, torch.Tensor]:
     """The gradients that the optimizer gets when `Trainer` adds up those of so many parts of all data."""
     gradients = Gradients()
     arguments = TrainingArguments(
@@ -60,7 +62,8 @@ def trained(model, data, steps: int, folder, collate=default_collate, **options)
         remove_unused_columns=False,
         **options,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[gradients])
+    given = {"train_dataset": data, "data_collator": collate, "compute_loss_func": compute_loss_func}
+    trainer = Trainer(model, arguments, callbacks=[gradients], **given)
     trainer._get_train_sampler = lambda *_: SequentialSampler(data)
     trainer.train()
     return gradients.found
@@ -121,6 +124,25 @@ def text_labels(config, batch):
     """Labels in which the image's tokens and the first of the text are left out."""
     labels = batch["labels"].masked_fill(batch["labels"] == config.image_token_id, -100)
     return labels.masked_fill(labels == config.bos_token_id, -100)
+
+
+@pytest.mark.parametrize("build", [tiny_captioner, tiny_coca])
+def test_labels_that_the_trainer_takes_away_are_missed(build, tmp_path):
+    """Its own label smoothing would compare each token with itself, since it knows no model of images and text."""
+    captioner = build()
+    data = pairs(captioner.config, equal=True)
+    with pytest.raises(ValueError, match="label_smoothing_factor has taken them"):
+        trained(captioner, data, 2, tmp_path, label_smoothing_factor=0.1)
+    captioner.accepts_loss_kwargs = False  # for who computes a loss from the logits
+    logits = []
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        logits.append(outputs.logits)
+        assert labels.shape == outputs.logits.shape[:2]
+        return caption_loss(outputs.logits, labels)
+
+    trained(captioner, data, 2, tmp_path, compute_loss_func=loss_of)
+    assert len(logits) == 2
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

@@ -150,7 +150,6 @@ def test_attentions_are_weights_and_change_nothing(attention, batch):
     captioner = tiny_coca()
     captioner.set_attn_implementation(attention)
     expected = captioner(**batch).logits
-    captioner.set_attn_implementation("eager")
     outputs = captioner(**batch, output_attentions=True, output_hidden_states=True)
     close(outputs.logits, expected)
     assert [each.shape for each in outputs.attentions] == 2 * [(4, 4, 7, 7)] + 3 * [(4, 8, 7, 7)]

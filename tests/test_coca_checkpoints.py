@@ -175,7 +175,7 @@ def test_a_dtype_of_half_precision_stays(tmp_path):
 
 
 REFUSALS = {
-    "missing": "checkpoint {folder}/nothing.bin does not exist: pass the file with the weights",
+    "missing": "/nothing.bin does not exist: pass the file with the weights",
     "neither": "checkpoint {folder}/nothing does not exist: pass a folder, or OWNER/NAME on the Hub",
     "truncated": "can't be read, it is truncated or not a checkpoint",
     "pickled": "was refused, not run: its pickle asks for",
@@ -187,7 +187,7 @@ REFUSALS = {
     "no tokenizer": "no tokenizer in {folder}: pass --tokenizer FILE",
     "another tokenizer": "has ids up to 559, the checkpoint 100 words",
     "a folder without weights": "has no weights: expected open_clip_model.safetensors or",
-    "no config": "config {folder}/none.json does not exist",
+    "no config": "/none.json does not exist",
     "a config that is none": "is not that of an open_clip CoCa: it has no 'vision_cfg'",
     "a config of another size": "text_cfg has layers=5, the shapes say 2",
     "a config of another kind": "vision_cfg has pool_type='avg', which no published CoCa has",

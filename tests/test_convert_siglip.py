@@ -391,7 +391,8 @@ def test_a_prompt_begins_with_bos_in_whatever_form_it_is_asked_for(small):
 
 
 def test_the_space_scores_labels_alone(small, monkeypatch):
-    from mome_space.engine import Engine, load_checkpoint
+    from mome_space.engine import Engine
+    from mome_space.loading import load_checkpoint
 
     monkeypatch.setenv("MOME_CHECKPOINT", small[2])
     found = Engine(*load_checkpoint()).classify(pictures(1)[0], LABELS, ["{}"])

@@ -265,7 +265,7 @@ def test_sentences_are_those_of_captions_and_true(icons, phrases):
     torch.manual_seed(3)
     chosen = many(icons, 1500)
     drawn = draw(icons, chosen, Drawing())
-    options = Phrasing(name=0.6, related=0.2, gloss=0.0, sentence=1.0, frame=0.0, stop=0.0)
+    options = Phrasing(name=0.6, related=0.2, gloss=0.0, sentence=1.0, frame=0.0)
     made = descriptions(icons, phrases, chosen, drawn, options, 16)
     assert not made.bare.any()
     forms = set()
@@ -287,7 +287,7 @@ def test_all_forms_of_a_sentence_are_said(icons, phrases):
         rows_ = torch.full((count,), row)
         one = torch.full((count,), NAMES.index("orange"))
         drawn = Drawn(torch.zeros(count, 1), one, one, torch.full((count,), STYLES.index("outline")))
-        options = Phrasing(name=1.0, related=0.0, gloss=0.0, sentence=1.0, frame=0.0, stop=0.0)
+        options = Phrasing(name=1.0, related=0.0, gloss=0.0, sentence=1.0, frame=0.0)
         said = set(decode(descriptions(icons, phrases, rows_, drawn, options, 24)))
         expected = every_sentence(
             name, KINDS[icons.kind[row]], NAMES.index("orange"), "outline", NAMES.index("orange")
@@ -295,21 +295,16 @@ def test_all_forms_of_a_sentence_are_said(icons, phrases):
         assert said == expected
 
 
-def test_frames_stops_and_bare_texts(icons, phrases):
+def test_frames_and_bare_texts(icons, phrases):
     chosen = many(icons, 800)
     drawn = draw(icons, chosen, Drawing())
-    framed = decode(
-        descriptions(icons, phrases, chosen, drawn, Phrasing(gloss=0.0, sentence=1.0, frame=1.0, stop=0.0), 16)
-    )
+    framed = decode(descriptions(icons, phrases, chosen, drawn, Phrasing(gloss=0.0, sentence=1.0, frame=1.0), 16))
     starts = {text.partition(" of ")[0] + " of" for text in framed}
     assert starts == set(phrasing.FRAMES)
-    assert any(text.endswith(".") for text in framed)
-    assert all(text.startswith("this is") for text in framed if text.endswith("."))
     of_apples = {text for text in framed if "icon of" in text and "apple" in text}
     assert of_apples == {"an icon of apple", "an icon of a apple", "an icon of an apple"}  # templates know no grammar
-    bare = descriptions(icons, phrases, chosen, drawn, Phrasing(sentence=0.0, stop=0.0), 16)
+    bare = descriptions(icons, phrases, chosen, drawn, Phrasing(sentence=0.0), 16)
     assert bare.bare.all() and decode(bare) == [icons.texts[text] for text in bare.text.tolist()]
-    assert all(t.endswith(".") for t in decode(descriptions(icons, phrases, chosen, drawn, Phrasing(stop=1.0), 16)))
     balls = torch.tensor([icons.texts.index("ball"), icons.texts.index("upload"), icons.texts.index("apple")])
     assert decode(framed_texts(icons, phrases, balls, phrasing.ICON_OF, 16)) == [
         "an icon of a ball",
@@ -321,7 +316,7 @@ def test_frames_stops_and_bare_texts(icons, phrases):
 def test_shares_of_texts_are_those_asked_for(icons, phrases):
     chosen = many(icons, 6000)
     drawn = draw(icons, chosen, Drawing(colour=0.0))
-    options = Phrasing(name=0.5, related=0.2, gloss=0.1, sentence=0.3, frame=0.0, stop=0.0)
+    options = Phrasing(name=0.5, related=0.2, gloss=0.1, sentence=0.3, frame=0.0)
     made = descriptions(icons, phrases, chosen, drawn, options, 16)
     names = icons.name[chosen].long()
     related = (icons.related[names] == made.text[:, None]).any(dim=1)

@@ -410,3 +410,10 @@ def test_an_equal_text_or_a_true_one_is_no_negative():
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
     apart, together = torch.eye(2, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool)
     assert contrastive_loss(logits, together) != contrastive_loss(logits, apart)
+
+
+def test_a_machine_without_datasets_can_train_on_a_device():
+    """The data set is read by pyarrow, so that a bare machine with a GPU needs no `datasets`."""
+    code = "import sys; sys.modules['datasets'] = None; import mome.training.device.trainer as it; print(it.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "mome.training.device.trainer", done.stderr[-500:]

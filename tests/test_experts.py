@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import mome
 from models import random_batch, tiny_captioner, tiny_config
-from mome.kernels_mome import FEW_ROWS_OF_AN_EXPERT, MANY_ROWS, grouped_linear, linear_of_few_rows
+from mome.kernels_mome import FEW_ROWS, MANY_ROWS, grouped_linear, linear_of_few_rows
 from mome.trunk_mome import FEW_EXPERTS_ON_CUDA, MomeExperts, MomeRouter
 
 IMPLEMENTATIONS = ("eager", "all_experts", "batched_mm", "grouped_mm")
@@ -97,9 +97,7 @@ def test_a_grouped_product_is_a_linear_layer_for_each_expert(counts, dtype, atol
         assert_close(actual, expected, atol=atol * max(1, expected.abs().max().item()), rtol=0)
 
 
-@pytest.mark.parametrize(
-    "counts", [(1, 0, 0, 0), (3, 0, FEW_ROWS_OF_AN_EXPERT, 1), (FEW_ROWS_OF_AN_EXPERT + 1, 2, 0, 0)]
-)
+@pytest.mark.parametrize("counts", [(1, 0, 0, 0), (3, 0, FEW_ROWS, 1), (FEW_ROWS + 1, 2, 0, 0)])
 def test_a_grouped_product_without_gradients_is_the_same(counts, monkeypatch):
     torch.manual_seed(0)
     arguments = torch.randn(sum(counts), 24), torch.randn(4, 40, 24), torch.randn(4, 40), torch.tensor(counts)
@@ -114,7 +112,7 @@ def test_a_grouped_product_without_gradients_is_the_same(counts, monkeypatch):
     assert not few
     with torch.no_grad():
         assert_close(grouped_linear(*arguments), expected, atol=1e-5, rtol=0)
-    assert few == [count for count in counts if 0 < count <= FEW_ROWS_OF_AN_EXPERT]
+    assert few == [count for count in counts if 0 < count <= FEW_ROWS]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
@@ -133,7 +131,7 @@ def test_outputs_without_gradients_are_the_same(tokens, dtype, atol, sub_layerno
 
 
 @pytest.mark.parametrize("out", [40, 7])
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_OF_AN_EXPERT])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
 def test_a_linear_layer_of_few_rows_is_the_same(rows, out):
     inputs, weight, bias = torch.randn(rows, 24), torch.randn(out, 24), torch.randn(out)
     assert_close(linear_of_few_rows(inputs, weight, bias), F.linear(inputs, weight, bias), atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from builders import build_processor
-from models import tiny_captioner
+from models import tiny_captioner, tiny_coca
 from mome import cli
 from mome.embedder import Embedder
 from mome.errors import ExportError, MomeError
@@ -173,6 +173,19 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
         assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
 
 
+def test_a_cocas_towers_are_exported(tmp_path, pictures):
+    model = tiny_coca(1, vocab_size=len(build_processor(16).tokenizer), max_position_embeddings=16)
+    folder, steps = saved(tmp_path / "coca", model=model), []
+    done = export_checkpoint(folder, tmp_path / "out", ["fp32"], steps.append)
+    assert set(done.sizes) == {f"{part}.onnx" for part in PARTS[:3]} and any("captions" in step for step in steps)
+    actual, expected = OnnxEmbedder.load(done.output), Embedder.load(folder, "cpu")
+    torch.testing.assert_close(actual.embed_images(pictures), expected.embed_images(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.embed_texts(MANY), expected.embed_texts(MANY), atol=1e-5, rtol=0)
+    assert actual.logit_scale == expected.model.logit_scale.item() and actual.logit_bias is None
+    with pytest.raises(MomeError, match="exports of type 'coca' write no captions: load the checkpoint instead"):
+        OnnxEmbedder.load(done.output, captions=True)
+
+
 def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
     """Whatever padding a text comes with, the graph fills it up to the length that the model was trained with."""
     size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "projection_dim": 64}
@@ -268,7 +281,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoint, tmp_path, capsys):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
     line = refused(str(other), "--output", out, capsys=capsys)
-    assert "holds a model of type 'siglip': only 'mome' can be exported" in line
+    assert "holds a model of type 'siglip': only 'mome' or 'coca' can be exported" in line
     (other / "config.json").write_text("{")
     assert "is no config" in refused(str(other), "--output", out, capsys=capsys)
     (other / "config.json").write_text(json.dumps(config))

@@ -253,7 +253,7 @@ def test_one_processor_serves_many_threads(processor):
 
 
 def test_unusable_inputs_are_refused(processor):
-    unusable = {"neither images nor text": {}, "images is empty": {"images": []}, "'\\[\\]'": {"text": []}}
+    unusable = {"neither images nor text": {}, "images is empty": {"images": []}, "text is \\[\\]": {"text": []}}
     unusable |= {"type int": {"text": 7}, "text\\[1\\] is of type int": {"text": ["a", 7]}}
     for message, inputs in unusable.items():
         with pytest.raises(ValueError, match=message):

@@ -368,3 +368,17 @@ def test_a_checkpoint_that_would_not_work_is_not_published(change, message, chec
     assert main([str(broken), "--repo-id", REPO, "--dry-run"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.split(":")[0].endswith("Error")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_several_ids_may_end_a_caption(file, checkpoint, tmp_path, capsys):
+    several = shutil.copytree(checkpoint, tmp_path / "several")
+    settings = json.loads((several / file).read_text())
+    (several / file).write_text(json.dumps({**settings, "eos_token_id": [4, 2]}))
+    folder = build_folder(several, tmp_path / "folder", REPO)
+    assert json.loads((folder / file).read_text())["eos_token_id"] == [4, 2]
+    (several / "config.json").write_text(
+        json.dumps({**json.loads((several / "config.json").read_text()), "eos_token_id": [4, 5]})
+    )
+    assert main([str(several), "--repo-id", REPO, "--dry-run"]) == 1
+    assert "eos_token_id is 2 in the tokenizer, [4, 5] in the config" in capsys.readouterr().err

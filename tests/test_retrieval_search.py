@@ -1,6 +1,7 @@
 """Searching by text, image and row; the command line; contact sheets."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +88,36 @@ def test_a_batch_gives_what_its_queries_give_one_by_one(searcher):
         alone = searcher.search(text=text, top_k=4)
         assert [hit.score for hit in alone] == pytest.approx([hit.score for hit in hits], abs=1e-6)
     assert searcher.search(text=[]) == []
+
+
+def test_queries_may_be_columns_and_arrays(folder, searcher):
+    """What a notebook has at hand gives what a list of Python's own values gives."""
+    words, pictures = list(TEXTS)[:2], [str(folder / "pictures" / "blue" / "002.png")] * 2
+    for kind, values in {"text": words, "image": pictures, "id": ["red/000.png", "red/004.png"]}.items():
+        expected = [ids(hits) for hits in searcher.search(**{kind: values}, top_k=3)]
+        forms = [tuple(values), pd.Series(values, index=[7, 3]), datasets.Dataset.from_dict({"a": values})["a"]]
+        forms += [] if kind == "image" else [np.array(values), pa.array(values)]
+        for form in forms:
+            assert [ids(hits) for hits in searcher.search(**{kind: form}, top_k=np.int64(3))] == expected, type(form)
+    one = np.str_(words[0])
+    assert ids(searcher.search(text=one, top_k=3)) == ids(searcher.search(text=words[0], top_k=3))
+    wanted = ["red/000.png", "red/004.png"]
+    for form in (wanted, np.array(wanted), pd.Series(wanted), pa.array(wanted)):
+        assert sorted(ids(searcher.search(text="red", where={"id": form}))) == wanted
+        assert sorted(ids(searcher.search(text="red", where={"id": {"in": form}}))) == wanted
+    for value in (None, [["red/000.png"]], bytearray(b"a")):
+        with pytest.raises(RetrievalError, match="can't be compared"):
+            searcher.search(text="red", where={"id": {"in": [value]}})
+
+
+def test_nothing_is_said_of_long_texts_where_none_is(folder, tmp_path, caplog):
+    embedder = Embedder.load(folder / "model")  # whose tokenizer has warned of nothing yet
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        embed_corpus(datasets.Dataset.from_dict({"text": ["a cat"]}), tmp_path / "a.parquet", embedder, progress=False)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_a_row_is_left_out_of_what_is_like_it(searcher):

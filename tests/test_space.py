@@ -329,7 +329,7 @@ def nobody(number):
 pwd.getpwuid = nobody
 import app
 from mome_space import TEMP_FOLDER
-from mome_space.engine import load_checkpoint
+from mome_space.loading import load_checkpoint
 
 model, processor = load_checkpoint()
 from huggingface_hub.constants import HF_HOME

@@ -9,7 +9,7 @@ from test_coca_checkpoints import GOLDEN, save_clip_tokenizer, write_upstream
 
 from app import build_demo, launch
 from mome.convert.__main__ import main as convert
-from mome_space.engine import has_learnt_captions, load_engine
+from mome_space.loading import has_learnt_captions, load_engine
 from mome_space.routing import Routing
 from siglip_models import save_siglip
 from space_server import Served, tiny_index, write_picture

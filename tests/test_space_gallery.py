@@ -19,9 +19,10 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from mome_space import zero_gpu
-from mome_space.engine import HUB_CHECKPOINT, Engine, RoutedTokens, checkpoint_source, load_checkpoint
+from mome_space.engine import Engine, RoutedTokens
 from mome_space.explained import EDGE, GROUND, INSIDE, explain, patch_kinds, shared_information
 from mome_space.gallery import GALLERY_FILE, Embeddings, Gallery, Index
+from mome_space.loading import HUB_CHECKPOINT, checkpoint_source, load_checkpoint
 from mome_space.routing import HARD, Routing
 from mome_space.search import Search
 from space_server import SPACE, small_gallery, tiny_engine, tiny_index, write_picture

@@ -7,7 +7,7 @@ import pytest
 
 from app import build_demo
 from mome_space.caption import Captioning
-from mome_space.engine import load_engine
+from mome_space.loading import load_engine
 from space_server import tiny_engine, tiny_index, write_picture
 
 if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):

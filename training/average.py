@@ -8,12 +8,14 @@ or both from a third, but not for models that were trained separately.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from ..configuration_mome import quoted
 from ..errors import first_line
 from ..processing_mome import MomeProcessor
 
@@ -34,7 +36,7 @@ def average(models: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreT
         )
     if min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
-            f"weights={list(weights)} must not be negative, and their sum must be 1, not {sum(weights):g}"
+            f"weights={quoted(list(weights))} must not be negative, and their sum must be 1, not {sum(weights):g}"
         )
     states = [model.state_dict() for model in models]
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
@@ -64,8 +66,8 @@ def main(arguments: list[str] | None = None):
     count = len(options.checkpoints)
     weights = options.weights or [1 / count] * count
     for folder in options.checkpoints:
-        if not (folder / "config.json").exists():
-            parser.error(f"{str(folder)!r} is no checkpoint: it has no config.json")
+        if not os.path.exists(folder / "config.json"):
+            parser.error(f"{quoted(folder)} is no checkpoint: it has no config.json")
     try:
         models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in options.checkpoints]
         average(models, weights).save_pretrained(options.output)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
+from ..configuration_mome import quoted
 from ..errors import RecipeError, first_line
 from .recipe import Recipe
 
@@ -155,7 +156,7 @@ class Checkpoints:
             now = getattr(self.recipe, name)
             if then[name] != now:
                 raise RecipeError(
-                    f"{folder} was written with {name}={then[name]!r}, the recipe says {now!r}: "
+                    f"{folder} was written with {name}={quoted(then[name])}, the recipe says {quoted(now)}: "
                     "change it back, or choose another output"
                 )
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Self
 import yaml
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
-from ..configuration_mome import did_you_mean
-from ..errors import MomeError, RecipeError
+from ..configuration_mome import did_you_mean, listed, quoted, shortened
+from ..errors import LONGEST_REASON, MomeError, RecipeError, first_line
 
 
 class RecipeFields:
@@ -39,8 +39,8 @@ class RecipeFields:
         known = {each.name: each.type for each in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                hint = did_you_mean(name, known, f"the fields are {', '.join(known)}")
-                raise RecipeError(f"unknown recipe field {name!r}: {hint}")
+                hint = did_you_mean(name, known, f"the fields are {listed(known)}, see --help")
+                raise RecipeError(f"unknown recipe field {quoted(name)}: {hint}")
         required = [each.name for each in dataclasses.fields(cls) if _is_required(each)]
         if missing := [name for name in required if values.get(name) is None]:
             raise RecipeError(f"the recipe lacks {' and '.join(missing)}")
@@ -50,7 +50,7 @@ class RecipeFields:
             name = next(name for name in known if f"field '{name}'" in str(error))
             wanted = getattr(known[name], "__name__", None) or known[name]
             wanted = known[name] if typing.get_args(known[name]) else wanted
-            raise RecipeError(f"recipe field {name}={values[name]!r}: expected {wanted}") from None
+            raise RecipeError(f"recipe field {name}={quoted(values[name])}: expected {wanted}") from None
         except StrictDataclassError as error:
             if isinstance(error.__cause__, MomeError):
                 raise error.__cause__ from None
@@ -62,9 +62,12 @@ class RecipeFields:
         try:
             values = yaml.safe_load(Path(path).read_text())
         except FileNotFoundError:
-            raise RecipeError(f"no recipe {str(path)!r}") from None
+            raise RecipeError(f"no recipe {quoted(path)}") from None
+        except (OSError, ValueError) as error:  # a folder, a name that no file can have, no UTF-8
+            raise RecipeError(f"recipe {quoted(path)} can't be read: {first_line(error)}") from None
         except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+            reason = shortened(" ".join(str(error).split()), LONGEST_REASON)
+            raise RecipeError(f"{path} is not valid YAML: {reason}") from None
         if not isinstance(values, dict):
             raise RecipeError(f"{path} holds no fields: write lines of `field: value`")
         return cls.from_dict(values | (overrides or {}))
@@ -79,7 +82,7 @@ class RecipeFields:
         options, unknown = parser.parse_known_args(arguments)
         if unknown:
             known = [f"--{each.name}" for each in dataclasses.fields(cls)]
-            parser.error(f"unknown field {unknown[0]!r}: {did_you_mean(unknown[0], known, 'see --help')}")
+            parser.error(f"unknown field {quoted(unknown[0])}: {did_you_mean(unknown[0], known, 'see --help')}")
         overrides = vars(options)
         config = overrides.pop("config")
         try:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..configuration_mome import MomeConfig
+from ..configuration_mome import MomeConfig, quoted
 from ..errors import RecipeError, first_line
 from ..families import FAMILIES, FAMILY_NAMES
 from ..modeling_mome import MomeForConditionalGeneration
@@ -40,14 +40,14 @@ def build_model(recipe: Recipe) -> tuple[nn.Module, MomeProcessor]:
             lora = peft.LoraConfig(**{"target_modules": LORA_TARGETS[type(captioner.config).model_type]} | recipe.lora)
             captioner = peft.get_peft_model(captioner, lora)
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"lora={recipe.lora}: {error}") from None
+            raise RecipeError(f"lora={quoted(recipe.lora)}: {first_line(error)}") from None
     return captioner, processor
 
 
 def _check_family(captioner: nn.Module, recipe: Recipe):
     kind = type(captioner.config).model_type
     if kind not in FAMILIES:
-        raise RecipeError(f"{recipe.checkpoint!r} is of type {kind!r}, not {FAMILY_NAMES}")
+        raise RecipeError(f"{quoted(recipe.checkpoint)} is of type {quoted(kind)}, not {FAMILY_NAMES}")
     if kind == "coca" and recipe.image_dropout:
         raise RecipeError(
             f"image_dropout={recipe.image_dropout}: CoCa writes no captions without an image, set it to 0"
@@ -63,7 +63,7 @@ def _load(auto_class, path: str, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path!r} can't be loaded: {first_line(error)}") from None
+        raise RecipeError(f"{quoted(path)} can't be loaded: {first_line(error)}") from None
 
 
 def config_for(processor: MomeProcessor, fields: dict) -> MomeConfig:
@@ -84,7 +84,7 @@ def config_for(processor: MomeProcessor, fields: dict) -> MomeConfig:
         build = MomeConfig.from_size if "size" in fields else MomeConfig
         return build(**found | fields)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"model={fields}: {first_line(error)}") from None
+        raise RecipeError(f"model={quoted(fields)}: {first_line(error)}") from None
 
 
 def give_scalars_a_dimension(model: nn.Module):

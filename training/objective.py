@@ -29,7 +29,6 @@ from .batches import Batch
 from .contrastive import contrastive_gradients, contrastive_loss_over_ranks, world_size
 from .recipe import Recipe
 
-GROUPS = ("image", "text", "caption")  # the groups of experts that these losses reach, as far as a model has them
 LOSSES = ("loss", "contrastive", "caption", "router", "teacher")  # of `StepLosses`
 
 

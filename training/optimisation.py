@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..configuration_mome import quoted
 from ..errors import RecipeError
 from .recipe import Recipe
 
@@ -31,7 +32,9 @@ def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
     for field, patterns in (("freeze", recipe.freeze), ("rates", recipe.rates)):
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
-                raise RecipeError(f"{field} pattern {pattern!r} matches no parameter: names look like {names[0]!r}")
+                raise RecipeError(
+                    f"{field} pattern {quoted(pattern)} matches no parameter: names look like {quoted(names[0])}"
+                )
     unreached, own_captions = [], any(".caption." in name for name in names)
     for name, parameter in model.named_parameters():
         if any(_matches(name, pattern) for pattern in recipe.freeze):
@@ -40,7 +43,7 @@ def freeze_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
             parameter.requires_grad_(False)
             unreached.append(name)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError(f"freeze={recipe.freeze} leaves nothing to train")
+        raise RecipeError(f"freeze={quoted(recipe.freeze)} leaves nothing to train")
     return unreached
 
 

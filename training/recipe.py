@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ..configuration_mome import MomeConfig
+from ..configuration_mome import MomeConfig, quoted
 from ..errors import RecipeError
 from .fields import RecipeFields
 
@@ -151,7 +151,7 @@ class Recipe(RecipeFields):
         if self.contrastive_weight == 0 and self.caption_weight == 0:
             raise RecipeError("contrastive_weight and caption_weight are both 0: nothing would be learnt")
         if len(self.betas) != 2:
-            raise RecipeError(f"betas={self.betas}: give two numbers")
+            raise RecipeError(f"betas={quoted(self.betas)}: give two numbers")
         if self.streaming and self.epochs is not None:
             raise RecipeError(f"epochs={self.epochs} with streaming: a stream has no known length; set steps")
 
@@ -178,7 +178,9 @@ class Recipe(RecipeFields):
                 raise RecipeError(f"{name}={getattr(self, name)}: must be between 0 and 1")
         for pattern, share in self.rates.items():
             if not 0 < share <= 1:
-                raise RecipeError(f"rates: {pattern!r} has {share}: must be above 0 and at most 1; freeze keeps it")
+                raise RecipeError(
+                    f"rates: {quoted(pattern)} has {share}: must be above 0 and at most 1; freeze keeps it"
+                )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise RecipeError(f"ema_decay={self.ema_decay}: must be between 0 and 1")
         for name in ("learning_rate", "epochs"):

@@ -1,6 +1,7 @@
 """What a run writes down: its log, contact sheets, and the model card at the end."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import nn
 
 from ..cards import CAPTIONS, EMBEDDINGS, NOT_ASSESSED, SUMMARY, Card, Figure, facts_of, text_of
 from ..data.sheet import GREY, Cell, Grid, Line, contact_sheet
-from .objective import GROUPS
+from .fields import RecipeFields
 from .recipe import Recipe
+
+GROUPS = ("image", "text", "caption")  # the groups of experts that the losses reach, as far as a model has them
 
 
 class Log:
@@ -65,9 +68,31 @@ def write_card(
         figures: evaluation → metric → figure.
         history: how many `steps`, `pairs` and `bad` rows the run has seen.
     """
-    recipe, given = recipe.with_weights_of(model.config), dict(recipe.card)
+    recipe = recipe.with_weights_of(model.config)
     losses = f"contrastive × {recipe.contrastive_weight:g} + caption × {recipe.caption_weight:g}"
     start = f"From `{recipe.checkpoint}`." if recipe.checkpoint else "From scratch."
+    sections = {
+        "Data": f"Trained on `{recipe.dataset}` (split `{recipe.split}`), {history['pairs']:,} pairs seen, "
+        f"{history['bad']:,} rows left out.",
+        "Training": f"{start} {history['steps']:,} steps of {recipe.batch_size} pairs, losses {losses}, AdamW, "
+        f"learning rate {recipe.learning_rate:g}.",
+    }
+    shown = [Figure(name, *figure) for name, values in figures.items() for figure in values.items()]
+    # A folder of this machine says nothing to the Hub, which takes `base_model` for a repository.
+    base = None if os.path.exists(recipe.checkpoint or ".") else recipe.checkpoint
+    write_card_of(folder, recipe, model, sections, shown, {"base_model": base})
+
+
+def write_card_of(
+    folder: Path,
+    recipe: RecipeFields,
+    model: nn.Module,
+    sections: dict[str, str],
+    figures: list[Figure],
+    metadata: dict[str, Any] | None = None,
+):
+    """Writes the card of any run: what its recipe's `card` and the model say, and these sections and figures."""
+    given = dict(recipe.card)
     card = Card(
         name=folder.name,
         path=str(folder),
@@ -75,14 +100,8 @@ def write_card(
         summary=given.pop("description", SUMMARY),
         limitations=given.pop("limitations", NOT_ASSESSED),
         facts=facts_of(model.config, sum(parameter.numel() for parameter in model.parameters())),
-        sections={
-            "Data": f"Trained on `{recipe.dataset}` (split `{recipe.split}`), {history['pairs']:,} pairs seen, "
-            f"{history['bad']:,} rows left out.",
-            "Training": f"{start} {history['steps']:,} steps of {recipe.batch_size} pairs, losses {losses}, AdamW, "
-            f"learning rate {recipe.learning_rate:g}.",
-        },
-        figures=[Figure(name, *figure) for name, values in figures.items() for figure in values.items()],
-        # A folder of this machine says nothing to the Hub, which takes `base_model` for a repository.
-        metadata={"base_model": None if Path(recipe.checkpoint or ".").exists() else recipe.checkpoint, **given},
+        sections=sections,
+        figures=figures,
+        metadata={**(metadata or {}), **given},
     )
     (folder / "README.md").write_text(text_of(card), encoding="utf-8")

@@ -26,6 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
 
+from ..configuration_mome import quoted
 from ..data.augment import build_augmentations
 from ..data.images import pixel_scale
 from ..data.pairs import load_rows
@@ -224,7 +225,7 @@ class Trainer:
                 if progress.step == self.steps:
                     return
             if progress.step == start and progress.batch == 0:
-                raise RecipeError(f"{recipe.dataset!r} has fewer rows than batch_size={recipe.batch_size}")
+                raise RecipeError(f"{quoted(recipe.dataset)} has fewer rows than batch_size={recipe.batch_size}")
             progress.epoch, progress.batch = progress.epoch + 1, 0
 
     def train_step(self, batch: Batch) -> tuple[StepLosses, Totals]:

@@ -20,6 +20,7 @@ import pyarrow.types as kinds
 import torch
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
+from ...configuration_mome import quoted, shortened
 from ...errors import RetrievalError
 from ..filters import Condition, matching_rows
 from ..table import EmbeddingTable
@@ -111,8 +112,10 @@ def expression_for(conditions: tuple[Condition, ...], table: EmbeddingTable) -> 
     parts = []
     for condition in conditions:
         if condition.column not in fields:
-            kind = table.column(condition.column).type
-            raise RetrievalError(f"filter on {condition.column!r}: Milvus has no type for {kind}; use index='exact'")
+            kind = shortened(str(table.column(condition.column).type))
+            raise RetrievalError(
+                f"filter on {quoted(condition.column)}: Milvus has no type for {kind}; use index='exact'"
+            )
         parts.append(_expression(condition, *fields[condition.column], table.column(condition.column).type))
     return " and ".join(parts)
 

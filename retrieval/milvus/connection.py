@@ -1,6 +1,7 @@
 """Connections to Milvus: to a server by its address, to Milvus Lite by a path; errors in one line."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import grpc
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
+from ...configuration_mome import quoted, shortened
 from ...errors import RetrievalError, first_line
 
 CONNECT_SECONDS = 10
@@ -33,13 +35,13 @@ def checked_uri(uri: str | Path) -> str:
         return text
     if "://" in text or not text.endswith(".db"):
         raise RetrievalError(
-            f"uri={text!r}: pass a path that ends in .db for Milvus Lite, or http://host:port of a Milvus server"
+            f"uri={quoted(text)}: pass a path that ends in .db for Milvus Lite, or http://host:port of a Milvus server"
         )
     path = Path(text).expanduser().absolute()
-    if not path.parent.is_dir():
-        raise RetrievalError(f"uri={text!r}: there is no folder {str(path.parent)!r}")
-    if path.is_file():
-        raise RetrievalError(f"uri={text!r} is a file: Milvus Lite 3 keeps a folder; choose another name")
+    if not os.path.isdir(path.parent):
+        raise RetrievalError(f"uri={quoted(text)}: there is no folder {quoted(str(path.parent))}")
+    if os.path.isfile(path):
+        raise RetrievalError(f"uri={quoted(text)} is a file: Milvus Lite 3 keeps a folder; choose another name")
     return str(path)
 
 
@@ -50,7 +52,7 @@ def checked_collection(name: str) -> str:
         RetrievalError: the name is not allowed.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w{0,254}", name, re.ASCII):
-        raise RetrievalError(f"collection={name!r}: use letters, digits and underscores, and no digit first")
+        raise RetrievalError(f"collection={quoted(name)}: use letters, digits and underscores, and no digit first")
     return name
 
 
@@ -66,7 +68,7 @@ def connect(uri: str, token: str | None = None) -> MilvusClient:
             with quiet_logs():
                 client = MilvusClient(uri, token=token or "", timeout=CONNECT_SECONDS)
             break
-        except (MilvusException, grpc.RpcError, OSError) as error:
+        except (MilvusException, grpc.RpcError, OSError, ValueError) as error:
             if not attempts_left:
                 raise RetrievalError(_why_not(uri, reason_of(error))) from None
     if is_lite(uri):
@@ -95,9 +97,10 @@ def quiet_logs() -> Iterator[None]:
 
 
 def _why_not(uri: str, reason: str) -> str:
-    if not is_lite(uri):
+    place, uri = uri, shortened(uri)
+    if not is_lite(place):
         return f"no Milvus server answers at {uri}: start one there, or use Milvus Lite, uri='index.db' ({reason})"
-    if _is_locked(Path(uri) / "LOCK"):
+    if _is_locked(Path(place) / "LOCK"):
         return (
             f"{uri} is open in another process, and Milvus Lite serves only one: close it there, or serve it to all "
             f"with `milvus-lite server --data-dir {uri}` and pass that server's address"
@@ -110,7 +113,7 @@ def _is_locked(path: Path) -> bool:
         import fcntl
     except ImportError:  # no POSIX
         return path.exists()
-    if not path.exists():
+    if not os.path.exists(path):
         return False
     with path.open("rb") as file:
         try:

@@ -23,6 +23,7 @@ import torch
 from pymilvus.exceptions import MilvusException
 from transformers.utils import logging as transformers_logging
 
+from ...configuration_mome import quoted
 from ...errors import RetrievalError
 from ..filters import Condition
 from ..index import Index
@@ -83,7 +84,7 @@ class MilvusIndex(Index):
     ):
         super().__init__(table)
         if index_type not in INDEX_TYPES:
-            raise RetrievalError(f"index_type={index_type!r}: choose {' or '.join(INDEX_TYPES)}")
+            raise RetrievalError(f"index_type={quoted(index_type)}: choose {' or '.join(INDEX_TYPES)}")
         self.uri, self.collection = checked_uri(uri), checked_collection(collection)
         self.index_type, self.timeout = index_type, timeout
         self.manifest = make_manifest(table, index_type)
@@ -155,7 +156,7 @@ class MilvusIndex(Index):
         ids = self.table.column("id").take(pa.array(known, pa.int64())).to_pylist()
         if len(known) < len(rows) or any(cut(id) != hit["entity"]["id"] for id, hit in zip(ids, hits)):
             raise RetrievalError(
-                f"collection {self.collection!r} at {self.uri} was built again from another state of "
+                f"collection {quoted(self.collection)} at {self.uri} was built again from another state of "
                 f"{self.table.name}: open the table and the index again"
             )
 
@@ -189,7 +190,7 @@ class MilvusIndex(Index):
         Raises:
             RetrievalError: it holds something else.
         """
-        where = f"collection {self.collection!r} at {self.uri}"
+        where = f"collection {quoted(self.collection)} at {self.uri}"
         fix = "pass rebuild=True to replace it, or another collection"
         stored = self._stored_manifest()
         if is_manifest(stored):
@@ -224,7 +225,7 @@ class MilvusIndex(Index):
         stored = self._count()
         if stored != expected:
             raise RetrievalError(
-                f"collection {self.collection!r} at {self.uri} holds {stored} rows, the table has {expected} "
+                f"collection {quoted(self.collection)} at {self.uri} holds {stored} rows, the table has {expected} "
                 "embeddings: something else writes to it; pass rebuild=True, or another collection"
             )
 
@@ -256,7 +257,7 @@ class MilvusIndex(Index):
             with quiet_logs():
                 yield
         except (MilvusException, grpc.RpcError) as error:
-            where = f"Milvus at {self.uri}, collection {self.collection!r}"
+            where = f"Milvus at {self.uri}, collection {quoted(self.collection)}"
             raise RetrievalError(f"{where}: {reason_of(error)}") from None
 
 

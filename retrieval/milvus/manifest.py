@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ...configuration_mome import quoted
 from ...errors import RetrievalError
 from ..table import EmbeddingTable
 
@@ -62,7 +63,7 @@ def check_manifest(stored: str, own: str, where: str, fix: str) -> bool:
         raise RetrievalError(f"{where} holds another table ({theirs['rows']} rows by {theirs['model']}): {fix}")
     for key in ("format_version", "index_type"):
         if theirs[key] != ours[key]:
-            raise RetrievalError(f"{where} has {key}={theirs[key]!r}, not {ours[key]!r}: {fix}")
+            raise RetrievalError(f"{where} has {key}={quoted(theirs[key])}, not {quoted(ours[key])}: {fix}")
     return True
 
 

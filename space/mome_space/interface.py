@@ -10,8 +10,9 @@ import torch
 from . import TEMP_FOLDER, limits
 from .caption import caption_tab
 from .classify import classify_tab
-from .engine import Engine, checkpoint_source, load_engine
+from .engine import Engine
 from .gallery import EMBEDDINGS_FILE, FOLDER, GALLERY_FILE, Gallery, Index
+from .loading import checkpoint_source, load_engine
 from .routing import routing_tab
 from .search import search_tab
 from .style import STYLE_SHEET, theme

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...cards import CAPTIONS, EMBEDDINGS, NOT_ASSESSED, SUMMARY, Card, Figure, facts_of, text_of
+from ...cards import Figure
+from ..report import write_card_of
 from .recipe import DeviceRecipe
 
 # Metric of `Evaluator` → its name in `mome.cards`; the others keep theirs.
@@ -39,29 +40,19 @@ def write_card(
         history: the run's `steps`, of which `text_steps` had no pictures, `pairs` and `seconds`.
         splits: that the weights have seen.
     """
-    given = dict(recipe.card)
     losses = f"contrastive × 1 + caption × {recipe.caption_weight:g} + teacher × {recipe.teacher_weight:g} (texts)"
     device = next(model.parameters()).device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    card = Card(
-        name=folder.name,
-        path=str(folder),
-        task=CAPTIONS if recipe.caption_weight else EMBEDDINGS,
-        summary=given.pop("description", SUMMARY),
-        limitations=given.pop("limitations", NOT_ASSESSED),
-        facts=facts_of(model.config, sum(parameter.numel() for parameter in model.parameters())),
-        sections={
-            "Data": f"Trained on `{recipe.data}`, splits {', '.join(splits)}; {history['pairs']:,} pairs seen.",
-            "Training": f"From scratch in {history['seconds']:,} seconds on {where}: {history['text_steps']:,} steps "
-            f"of {recipe.text_batch_size:,} texts, then {history['steps'] - history['text_steps']:,} of up to "
-            f"{recipe.batch_size:,} pairs. Losses {losses} and × {recipe.image_teacher_weight:g} (images), AdamW, "
-            f"learning rate {recipe.learning_rate:g}. The weights are a moving average over the steps.",
-        },
-        figures=[
-            Figure(name, METRICS.get(metric, metric), value)
-            for name, values in figures.items()
-            for metric, value in values.items()
-        ],
-        metadata=given,
-    )
-    (folder / "README.md").write_text(text_of(card), encoding="utf-8")
+    sections = {
+        "Data": f"Trained on `{recipe.data}`, splits {', '.join(splits)}; {history['pairs']:,} pairs seen.",
+        "Training": f"From scratch in {history['seconds']:,} seconds on {where}: {history['text_steps']:,} steps "
+        f"of {recipe.text_batch_size:,} texts, then {history['steps'] - history['text_steps']:,} of up to "
+        f"{recipe.batch_size:,} pairs. Losses {losses} and × {recipe.image_teacher_weight:g} (images), AdamW, "
+        f"learning rate {recipe.learning_rate:g}. The weights are a moving average over the steps.",
+    }
+    shown = [
+        Figure(name, METRICS.get(metric, metric), value)
+        for name, values in figures.items()
+        for metric, value in values.items()
+    ]
+    write_card_of(folder, recipe, model, sections, shown)

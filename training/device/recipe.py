@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from ...configuration_mome import quoted
 from ...errors import RecipeError
 from ...icons.drawing import Drawing
 from ...icons.phrases import Phrasing
@@ -160,7 +161,7 @@ class DeviceRecipe(RecipeFields):
         if self.text_share >= self.second_from:
             raise RecipeError(f"text_share={self.text_share} is not below second_from={self.second_from}")
         if len(self.betas) != 2:
-            raise RecipeError(f"betas={self.betas}: give two numbers")
+            raise RecipeError(f"betas={quoted(self.betas)}: give two numbers")
         self.full_drawing(), self.full_phrasing()  # unknown fields are an error before any data is read
 
     def full_drawing(self) -> Drawing:
@@ -174,7 +175,7 @@ def _record(name: str, kind: type, values: dict[str, Any]):
     known = [each.name for each in fields(kind)]
     for key, value in values.items():
         if key not in known:
-            raise RecipeError(f"{name} has no field {key!r}: choose among {', '.join(known)}")
+            raise RecipeError(f"{name} has no field {quoted(key)}: choose among {', '.join(known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise RecipeError(f"{name}: {key}={value!r} must be a number of at least 0")
+            raise RecipeError(f"{name}: {key}={quoted(value)} must be a number of at least 0")
     return kind(**values)

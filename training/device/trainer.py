@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import nn
 
-from ...configuration_mome import MomeConfig
+from ...configuration_mome import MomeConfig, quoted
 from ...data.images import pixel_scale
 from ...data.teacher import turn_words
 from ...errors import RecipeError
@@ -129,7 +129,9 @@ class DeviceTrainer:
         for name in ("caption_experts", "contrastive_objective", "fixed_text_length", "text_start_token"):
             if getattr(config, name) != getattr(MomeConfig, name):
                 value = getattr(config, name)
-                raise RecipeError(f"model: {name}={value!r} is not trained on a device: use `python -m mome.training`")
+                raise RecipeError(
+                    f"model: {name}={quoted(value)} is not trained on a device: use `python -m mome.training`"
+                )
         self.captioner = MomeForConditionalGeneration(config)
         longest = config.max_position_embeddings
         for name in ("text_tokens", "caption_tokens"):
@@ -188,7 +190,9 @@ class DeviceTrainer:
         """What makes pixel values of pictures in 0…1, as the processor does."""
         scale = pixel_scale(self.processor.image_processor)
         if scale is None:
-            raise RecipeError(f"processor={self.recipe.processor!r} does more than resize, rescale and normalise")
+            raise RecipeError(
+                f"processor={quoted(self.recipe.processor)} does more than resize, rescale and normalise"
+            )
         return scale.for_shares(self.device)
 
     def _unreached(self) -> list[nn.Parameter]:
