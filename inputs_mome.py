@@ -249,10 +249,21 @@ def text_tokens(
     # An exported graph has no place for an error: it reads the beginning of a text that is too long.
     if not is_exporting() and input_ids.shape[1] > length:
         _check_length(int(is_text.sum(dim=1).max()), length)
-    # Words to the left in their order, and all else to a place behind the last, which is left out.
+    return filled_texts(input_ids, is_text, length, config.pad_token_id), None
+
+
+def filled_texts(input_ids: torch.Tensor, is_text: torch.Tensor, length: int, filler: int) -> torch.Tensor:
+    """Texts (texts, tokens) as (texts, length): their words from the left in their order, then `filler`.
+
+    Args:
+        input_ids: (texts, tokens).
+        is_text: (texts, tokens) int64, 1 where a word is.
+        length: of the result; words beyond it are left out.
+        filler: id of what stands behind the words.
+    """
+    # All else goes to a place behind the last, which is left out.
     place = torch.where(is_text == 1, is_text.cumsum(dim=1) - 1, length).clamp(max=length)
-    ids = input_ids.new_full((input_ids.shape[0], length + 1), config.pad_token_id).scatter(1, place, input_ids)
-    return ids[:, :length], None
+    return input_ids.new_full((input_ids.shape[0], length + 1), filler).scatter(1, place, input_ids)[:, :length]
 
 
 def text_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -42,7 +42,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .captioning_mome import MomeCache, additive_mask, cached_image_tokens, prepare_prompt
-from .compatibility_mome import CACHE_NAME, accepts_cache
+from .compatibility_mome import CACHE_NAME, accepts_cache, is_exporting
 from .configuration_coca import CocaConfig
 from .configuration_mome import quoted
 from .generation_mome import MomeGenerationMixin
@@ -58,6 +58,7 @@ from .inputs_mome import (
     check_positions,
     check_text_positions,
     check_vocabulary,
+    filled_texts,
     text_mask,
 )
 from .kernels_mome import MomeLinear
@@ -156,8 +157,15 @@ class CocaModel(CocaPreTrainedModel):
     def _fill(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Texts with nothing but filler behind them, at least one if there is room; and the order of their tokens."""
+        """Texts with nothing but filler behind them, at least one if there is room; and the order of their tokens.
+
+        In an exported graph, whose number of tokens is open, there is as much filler as there is room.
+        """
         config, order = self.config, None
+        if is_exporting():
+            is_text = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+            length = config.max_position_embeddings
+            return filled_texts(input_ids, is_text, length, config.filler_token_id), None
         if attention_mask is not None:
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             is_padding = attention_mask.gather(1, order) == 0

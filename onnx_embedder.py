@@ -27,6 +27,7 @@ from .captioning_mome import prepare_prompt
 from .configuration_mome import MomeConfig, quoted
 from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
 from .errors import MomeError, first_line, missing_package
+from .families import FAMILIES, FAMILY_NAMES
 from .processing_mome import MomeProcessor
 
 VISION, TEXT, JOINT, DECODER = "vision_model", "text_model", "model", "decoder_model_merged"
@@ -98,8 +99,13 @@ class OnnxEmbedder(Embedder):
     """
 
     def __init__(self, folder: Path, dtype: str | None = None, captions: bool = False, name: str = ""):
+        kind = MomeConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in FAMILIES:
+            raise MomeError(f"it is of type {quoted(kind)}, not {FAMILY_NAMES}")
+        if captions and kind != MomeConfig.model_type:
+            raise MomeError(f"exports of type {quoted(kind)} write no captions: load the checkpoint instead")
         self.processor, self.name = MomeProcessor.from_pretrained(folder), name or str(folder)
-        self.config = MomeConfig.from_pretrained(folder)
+        self.config = FAMILIES[kind].config.from_pretrained(folder)
         self.dimension = self.config.projection_dim
         self.export_dtype = _dtype_of(folder, dtype)
         parts = (VISION, TEXT, *([DECODER] if captions else []))
@@ -125,9 +131,6 @@ class OnnxEmbedder(Embedder):
         name = str(Path(model).resolve()) if os.path.isdir(model) else str(model)
         try:
             folder = Path(name) if os.path.isdir(name) else _downloaded(name, dtype, captions)
-            kind = MomeConfig.get_config_dict(folder)[0].get("model_type")
-            if kind != MomeConfig.model_type:
-                raise MomeError(f"it is of type {quoted(kind)}, not {MomeConfig.model_type!r}")
             return cls(folder, dtype, captions, name)
         except (OSError, ValueError) as error:
             reason = first_line(error)

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
 
-from ..configuration_mome import MomeConfig, quoted, shortened
+from ..configuration_mome import quoted, shortened
 from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
+from ..families import FAMILIES, FAMILY_NAMES
+from ..modeling_coca import CocaForConditionalGeneration
 from ..modeling_mome import MomeForConditionalGeneration
 from ..onnx_embedder import (
     DECODER,
@@ -68,7 +71,7 @@ def export_checkpoint(
     Each type is compared with the checkpoint before the folder appears (`mome.export.check`).
 
     Args:
-        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed.
+        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed, or of a CoCa, whose towers are exported.
         output: folder to make.
         dtypes: of `fp32`, `fp16` and `q8`.
         progress: is told of each step.
@@ -87,6 +90,8 @@ def export_checkpoint(
     config = _check(source)
     captions = config.architectures == [MomeForConditionalGeneration.__name__]
     progress(f"loading {checkpoint}")
+    if config.architectures == [CocaForConditionalGeneration.__name__]:
+        progress("the towers alone: captions of CoCa stay with the checkpoint")
     embedder = Embedder.load(source, "cpu", captions=captions)
     if 4 * embedder.model.num_parameters() > MOST_BYTES:
         raise ExportError(
@@ -122,7 +127,7 @@ def _folder_of(checkpoint: str | Path) -> Path:
         raise ExportError(f"checkpoint {quoted(checkpoint)}: no such folder, and {first_line(error)}") from None
 
 
-def _check(folder: Path) -> MomeConfig:
+def _check(folder: Path) -> PreTrainedConfig:
     if os.path.exists(folder / "adapter_config.json"):
         raise ExportError(f"{folder} is an adapter: merge it into its model first (PEFT: merge_and_unload)")
     for name in NEEDED:
@@ -132,12 +137,12 @@ def _check(folder: Path) -> MomeConfig:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
     except (ValueError, AttributeError):
         raise ExportError(f"{folder / 'config.json'} is no config: save the model again") from None
-    if kind != MomeConfig.model_type:
+    if kind not in FAMILIES:
         raise ExportError(
-            f"{folder} holds a model of type {quoted(kind)}: only {MomeConfig.model_type!r} can be exported; python "
-            "-m mome.convert makes one of BEiT-3 and VLMo checkpoints"
+            f"{folder} holds a model of type {quoted(kind)}: only {FAMILY_NAMES} can be exported; python -m mome.convert "
+            "makes one of SigLIP, BEiT-3, VLMo and CoCa checkpoints"
         )
-    return MomeConfig.from_pretrained(folder)
+    return FAMILIES[kind].config.from_pretrained(folder)
 
 
 def _copy_small_files(source: Path, folder: Path):

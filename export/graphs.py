@@ -23,6 +23,7 @@ from .modules import Exportable
 OPSET = 20
 NO_LIMIT = 2**62  # elements of a constant
 SMALL = 32  # a matrix with so short a side stays as it is: a router, the biases of experts
+FEW_ROWS = 256  # a table of so few stays as it is: positions
 CACHE = ("past_key_values.", "present.")  # inputs and outputs that keep the model's type
 
 
@@ -74,6 +75,7 @@ def quantised(graph: onnx.ModelProto, path: Path):
         for node in graph.graph.node
         if any(len(sizes.get(name, ())) == 2 and min(sizes[name]) <= SMALL for name in node.input)
     ]
+    left_out += [f"{name}_MatMul" for name in left_out]  # what a Gemm is called once it is a MatMul
     add_pre_process_metadata(graph)
     quantize_dynamic(
         graph,
@@ -95,7 +97,8 @@ def quantise_tables(graph: onnx.ModelProto):
     for node in graph.graph.node:
         table = tables.get(node.input[0]) if node.op_type == "Gather" else None
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-        if table is None or table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or axis != 0:
+        is_large = table is not None and len(table.dims) == 2 and table.dims[0] > FEW_ROWS
+        if not is_large or table.data_type != TensorProto.FLOAT or axis != 0:
             nodes.append(node)
             continue
         rows = numpy_helper.to_array(table)

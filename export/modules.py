@@ -77,32 +77,35 @@ class Exportable(nn.Module):
             )
 
 
-def _check_family(model: nn.Module):
-    """Raises ValueError for a model that is no MoME."""
+def _check_family(model: nn.Module, families: tuple[str, ...] = ("mome", "coca")):
+    """Raises ValueError for a model of another family than these."""
     kind = type(model.config).model_type
-    if kind != "mome":
-        raise ValueError(f"a model of type {quoted(kind)} can't be exported: pass a MomeModel or its captioner")
+    if kind not in families:
+        raise ValueError(
+            f"{quoted(kind)} models have no such part that can be exported, only {' and '.join(families)}"
+        )
 
 
 class ImageTower(Exportable):
     """Pixels (images, channels, image_size, image_size) → embeddings (images, projection_dim), L2-normalised.
 
     Args:
-        model: a `MomeModel`.
+        model: a `MomeModel` or `CocaModel`.
         key_values: also return, per layer, keys and values (images, heads, image tokens, head_dim): the cache that a
             `CaptionStep` starts from.
     """
 
     def __init__(self, model: nn.Module, key_values: bool = False):
         super().__init__()
-        _check_family(model)
+        _check_family(model, ("mome",) if key_values else ("mome", "coca"))
         self.model, self.key_values = model, key_values
         self.input_names, self.output_names = ("pixel_values",), ("image_embeds",)
         if key_values:
             self.output_names += key_value_names("present", model.config.num_hidden_layers)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
-        image = self.model.image_pass(pixel_values, return_key_values=self.key_values)
+        options = {"return_key_values": True} if self.key_values else {}
+        image = self.model.image_pass(pixel_values, **options)
         image_embeds = self.model.project_image(image.last_hidden_state)
         return (image_embeds, image.key_values) if self.key_values else image_embeds
 
@@ -118,7 +121,7 @@ class TextTower(Exportable):
     """Token ids and mask (texts, tokens), both int64 → embeddings (texts, projection_dim), L2-normalised.
 
     Args:
-        model: a `MomeModel`.
+        model: a `MomeModel` or `CocaModel`.
     """
 
     def __init__(self, model: nn.Module):
@@ -148,7 +151,7 @@ class BothTowers(Exportable):
     `image_embeds`.
 
     Args:
-        model: a `MomeModel`.
+        model: a `MomeModel` or `CocaModel`.
     """
 
     def __init__(self, model: nn.Module):
@@ -190,7 +193,7 @@ class CaptionStep(Exportable):
 
     def __init__(self, captioner: nn.Module):
         super().__init__()
-        _check_family(captioner)
+        _check_family(captioner, ("mome",))
         self.captioner = captioner
         layers = captioner.config.num_hidden_layers
         self.input_names = ("input_ids", "attention_mask", *key_value_names("past_key_values", layers))

@@ -7,8 +7,9 @@ import torch
 from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import SiglipConfig
 
-from models import pad_left, random_batch, tiny_captioner, tiny_coca
+from models import coca_batch, pad_left, random_batch, tiny_captioner, tiny_coca
 from mome.export.modules import CaptionStep, ImageTower, TextTower
 
 SIZES, LENGTHS = (1, 3, 32), (2, 3, 9, 24)
@@ -258,8 +259,29 @@ def test_an_onnx_step_decodes_as_generate_does(variant, tmp_path):
         assert torch.equal(chosen, expected[:, -6:])
 
 
-@pytest.mark.parametrize("part", [ImageTower, TextTower, CaptionStep])
-def test_a_model_that_is_no_mome_is_refused(part):
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("correct_cls_mask", [False, True])
+def test_onnx_towers_of_coca_give_the_same(correct_cls_mask, tmp_path):
+    """Whatever padding a text comes with, up to the length that leaves no room for the filler."""
+    model = tiny_coca(correct_cls_mask=correct_cls_mask).model
+    image, text = (session(tower(model), tmp_path / f"{tower.__name__}.onnx") for tower in (ImageTower, TextTower))
+    for size, tokens in ((1, 4), (3, 9), (32, 24)):
+        batch = coca_batch(model.config, size, tokens)
+        close(image(batch["pixel_values"])[0], model.get_image_features(batch["pixel_values"]).pooler_output)
+        embeds = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+        close(text(batch["input_ids"], batch["attention_mask"])[0], embeds)
+        left = [pad_left(batch[name], batch["attention_mask"]) for name in ("input_ids", "attention_mask")]
+        close(text(*left)[0], embeds)
+
+
+def test_what_has_no_such_part_is_refused():
     captioner = tiny_coca()
-    with pytest.raises(ValueError, match="a model of type 'coca' can't be exported"):
-        part(captioner if part is CaptionStep else captioner.model)
+    with pytest.raises(ValueError, match="'coca' models have no such part that can be exported, only mome"):
+        CaptionStep(captioner)
+    with pytest.raises(ValueError, match="'coca' models have no such part"):
+        ImageTower(captioner.model, key_values=True)
+    other = torch.nn.Module()
+    other.config = SiglipConfig()
+    with pytest.raises(ValueError, match="'siglip' models have no such part that can be exported, only mome and coca"):
+        TextTower(other)

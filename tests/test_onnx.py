@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from builders import build_processor
-from models import tiny_captioner
+from models import tiny_captioner, tiny_coca
 from mome import cli
 from mome.embedder import Embedder
 from mome.errors import ExportError, MomeError
@@ -30,10 +30,17 @@ import onnx
 
 from mome.export.check import draw_picture
 from mome.export.folder import export_checkpoint
+from mome.export.graphs import graph_of, quantised
+from mome.export.modules import TextTower
 
 PARTS = ("vision_model", "text_model", "model", "decoder_model_merged")
 SUFFIXES = {"fp32": "", "q8": "_quantized"}
 WIDE = {"hidden_size": 64, "initializer_range": 0.1}  # routers that 8 bits seldom change
+COLOURS, SHAPES = (
+    ("red", "green", "blue", "black", "white"),
+    ("circle", "square", "triangle", "dot", "line", "cat", "dog"),
+)
+MANY = [f"{article} {colour} {shape}" for article in ("a", "the") for colour in COLOURS for shape in SHAPES]
 TEXTS = ["a red circle", "the cat on a photo", "dog", "a blue square and a green line and the black triangle of a dot"]
 
 
@@ -77,7 +84,8 @@ def test_an_export_embeds_as_its_checkpoint(checkpoint, exported, pictures, dtyp
     torch_embedder, onnx_embedder = Embedder.load(checkpoint, "cpu"), OnnxEmbedder.load(exported, dtype)
     for batch_size in (1, 3, 32):
         images = onnx_embedder.embed_images(pictures, batch_size), torch_embedder.embed_images(pictures, batch_size)
-        texts = onnx_embedder.embed_texts(TEXTS, batch_size), torch_embedder.embed_texts(TEXTS, batch_size)
+        said = [*TEXTS, *MANY]  # many: one whose expert is another must not decide
+        texts = onnx_embedder.embed_texts(said, batch_size), torch_embedder.embed_texts(said, batch_size)
         for actual, expected in (images, texts):
             assert actual.shape == expected.shape and actual.dtype == torch.float32
             assert F.cosine_similarity(actual, expected).mean() >= least
@@ -126,8 +134,26 @@ def test_the_folder_is_complete_and_its_weights_are_small(exported):
         quantised = onnx.load(exported / "onnx" / f"{part}_quantized.onnx")
         large = [each for each in quantised.graph.initializer if len(each.dims) == 2 and min(each.dims) > 32]
         assert large and all(each.data_type == onnx.TensorProto.INT8 for each in large), part
+        routers = [each for each in quantised.graph.initializer if "router.weight" in each.name]
+        assert routers and all(each.data_type == onnx.TensorProto.FLOAT for each in routers), part
         assert "MatMulInteger" in {node.op_type for node in quantised.graph.node}
         assert {entry.domain: entry.version for entry in quantised.opset_import}[""] == 20
+
+
+@torch.no_grad()
+def test_words_have_a_scale_for_each_row_and_positions_stay_as_they_are(tmp_path):
+    tower = TextTower(tiny_captioner("dense", vocab_size=400, hidden_size=64).model)
+    words = tower.model.text_embedding.word_embeddings.weight
+    words[7] *= 40  # on one scale for all, it would leave the others few steps
+    graph = graph_of(tower)
+    quantised(graph, tmp_path / "text.onnx")
+    kinds = {tuple(each.dims): each.data_type for each in onnx.load(tmp_path / "text.onnx").graph.initializer}
+    assert kinds[400, 64] == onnx.TensorProto.INT8 and kinds[24, 64] == kinds[400, 1] == onnx.TensorProto.FLOAT
+    ids = torch.arange(8, 400).view(-1, 7)
+    given = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (embeds,) = open_session(tmp_path / "text.onnx").run(None, given)
+    expected = tower(ids, torch.ones_like(ids))
+    assert F.cosine_similarity(torch.from_numpy(embeds), expected).mean() > 0.999
 
 
 def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path, pictures):
@@ -145,6 +171,19 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
         ends = {each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
         assert ends <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
         assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_cocas_towers_are_exported(tmp_path, pictures):
+    model = tiny_coca(1, vocab_size=len(build_processor(16).tokenizer), max_position_embeddings=16)
+    folder, steps = saved(tmp_path / "coca", model=model), []
+    done = export_checkpoint(folder, tmp_path / "out", ["fp32"], steps.append)
+    assert set(done.sizes) == {f"{part}.onnx" for part in PARTS[:3]} and any("captions" in step for step in steps)
+    actual, expected = OnnxEmbedder.load(done.output), Embedder.load(folder, "cpu")
+    torch.testing.assert_close(actual.embed_images(pictures), expected.embed_images(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.embed_texts(MANY), expected.embed_texts(MANY), atol=1e-5, rtol=0)
+    assert actual.logit_scale == expected.model.logit_scale.item() and actual.logit_bias is None
+    with pytest.raises(MomeError, match="exports of type 'coca' write no captions: load the checkpoint instead"):
+        OnnxEmbedder.load(done.output, captions=True)
 
 
 def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
@@ -242,7 +281,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoint, tmp_path, capsys):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
     line = refused(str(other), "--output", out, capsys=capsys)
-    assert "holds a model of type 'siglip': only 'mome' can be exported" in line
+    assert "holds a model of type 'siglip': only 'mome' or 'coca' can be exported" in line
     (other / "config.json").write_text("{")
     assert "is no config" in refused(str(other), "--output", out, capsys=capsys)
     (other / "config.json").write_text(json.dumps(config))
