@@ -89,22 +89,22 @@ def embedding(build: Callable[[], nn.Module], compiled: bool = False) -> Run:
 
 
 def image_ways(models: Models) -> Iterator[Way]:
-    """The likely fastest first: time may run out."""
+    """What takes long to compile comes last: time may run out."""
     builders = {"MoME": lambda: models.captioner().model, "CLIP": lambda: clip(models.shape)}
     half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
-    for name, build in builders.items():
-        yield f"{name} float32", functools.partial(embedding, build)
-        yield f"{name} bfloat16 compiled", functools.partial(embedding, half[name], compiled=True)
-    yield "MoME int8 torchao compiled", functools.partial(embedding, lambda: int8(models.captioner().model), True)
 
     def by_runtime(kind: str) -> Run:
         session = models.sessions[kind][VISION]
         return lambda pixels: session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
 
+    for name, build in builders.items():
+        yield f"{name} float32", functools.partial(embedding, build)
     for kind in models.sessions:
         yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
     for name, build in half.items():
+        yield f"{name} bfloat16 compiled", functools.partial(embedding, build, compiled=True)
         yield f"{name} bfloat16", functools.partial(embedding, build)
+    yield "MoME int8 torchao compiled", functools.partial(embedding, lambda: int8(models.captioner().model), True)
 
 
 def captioning(models: Models, build: Callable[[], nn.Module], compiled: bool = False) -> Run:
@@ -122,24 +122,24 @@ def captioning(models: Models, build: Callable[[], nn.Module], compiled: bool = 
 
 
 def caption_ways(models: Models) -> Iterator[Way]:
-    """The likely fastest first: time may run out."""
+    """What takes long to compile comes last: time may run out."""
     write = functools.partial(captioning, models)
     builders = {"MoME": models.captioner, "BLIP": lambda: blip(models.shape)}
     half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
-    for name, build in builders.items():
-        yield f"{name} float32", functools.partial(write, build)
-        yield f"{name} bfloat16 compiled", functools.partial(write, half[name], compiled=True)
-    yield "MoME int8 torchao compiled", functools.partial(write, lambda: int8(models.captioner()), compiled=True)
 
     def by_runtime(kind: str) -> Run:
         vision, decoder = models.sessions[kind][VISION], models.sessions[kind][DECODER]
         config = models.captioner().config
         return lambda pixels: greedy_ids(vision, decoder, config, [], pixels, models.caption_tokens)
 
+    for name, build in builders.items():
+        yield f"{name} float32", functools.partial(write, build)
     for kind in models.sessions:
         yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
     for name, build in half.items():
+        yield f"{name} bfloat16 compiled", functools.partial(write, build, compiled=True)
         yield f"{name} bfloat16", functools.partial(write, build)
+    yield "MoME int8 torchao compiled", functools.partial(write, lambda: int8(models.captioner()), compiled=True)
 
 
 WAYS = {"images": image_ways, "captions": caption_ways}
