@@ -142,12 +142,12 @@ def draw_picture(random: np.random.Generator, side: int) -> Image.Image:
 def draw_tokens(random: np.random.Generator, embedder: Embedder, texts: int, longest: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` (texts, longest): words drawn one by one, the first text as long as can be."""
     config, tokenizer = embedder.config, embedder.processor.tokenizer
-    special = {*tokenizer.all_special_ids, config.image_token_id, config.mask_token_id}
+    special = {*tokenizer.all_special_ids, config.image_token_id, getattr(config, "mask_token_id", None)}
     words = [word for word in range(min(len(tokenizer), config.vocab_size)) if word not in special]
     ids = np.full((texts, longest), config.pad_token_id)
     lengths = np.array([longest, *random.integers(3, longest + 1, texts - 1)])
     for row, length in zip(ids, lengths):
-        first = [config.bos_token_id] if config.text_start_token else []
+        first = [config.bos_token_id] if getattr(config, "text_start_token", True) else []  # CoCa's have one
         row[:length] = [*first, *random.choice(words, length - len(first) - 1), tokenizer.eos_token_id]
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
