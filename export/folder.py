@@ -139,8 +139,8 @@ def _check(folder: Path) -> PreTrainedConfig:
         raise ExportError(f"{folder / 'config.json'} is no config: save the model again") from None
     if kind not in FAMILIES:
         raise ExportError(
-            f"{folder} holds a model of type {quoted(kind)}: only {FAMILY_NAMES} can be exported; python -m mome.convert "
-            "makes one of SigLIP, BEiT-3, VLMo and CoCa checkpoints"
+            f"{folder} holds a model of type {quoted(kind)}: only {FAMILY_NAMES} can be exported; python -m "
+            "mome.convert makes one of SigLIP, BEiT-3, VLMo and CoCa checkpoints"
         )
     return FAMILIES[kind].config.from_pretrained(folder)
 
