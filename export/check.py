@@ -142,7 +142,7 @@ def draw_picture(random: np.random.Generator, side: int) -> Image.Image:
 def draw_tokens(random: np.random.Generator, embedder: Embedder, texts: int, longest: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` (texts, longest): words drawn one by one, the first text as long as can be."""
     config, tokenizer = embedder.config, embedder.processor.tokenizer
-    special = {*tokenizer.all_special_ids, config.image_token_id, config.mask_token_id}
+    special = {*tokenizer.all_special_ids, config.image_token_id, getattr(config, "mask_token_id", None)}
     words = [word for word in range(min(len(tokenizer), config.vocab_size)) if word not in special]
     ids = np.full((texts, longest), config.pad_token_id)
     lengths = np.array([longest, *random.integers(3, longest + 1, texts - 1)])
