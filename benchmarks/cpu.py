@@ -14,8 +14,8 @@ fastest of those in `mome.benchmarks.inference`. After a warm-up all take turns 
 used up its time waits for the others. A row is a median and the median ratio to the fastest way of the peer. A way
 that can't be, such as for want of a package, is named and left out.
 
-Most of the time goes into compiling, whose kernels stay in inductor's cache. `--rounds 0` fills it, in its own time and
-on a busy machine if need be; a run that follows with the same number of threads is done sooner.
+Most of the time goes into compiling, whose kernels stay in inductor's cache. `--rounds 0` fills it, in its own time
+and on a busy machine if need be; a run that follows with the same number of threads is done sooner.
 """
 
 import functools
