@@ -101,9 +101,8 @@ class MomeAttention(nn.Module):
         batch, tokens, _ = hidden_states.shape
         # (batch, tokens, 3 · width) → 3 × (batch, heads, tokens, head_dim)
         query, key, value = (
-            self.query_key_value(hidden_states, spans)
-            .view(batch, tokens, 3, self.config.num_attention_heads, self.head_dim)
-            .permute(2, 0, 3, 1, 4)
+            states.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            for states in self.query_key_value(hidden_states, spans).chunk(3, dim=-1)
         )
         keys, values = self._gather_context(key, value, prefix, key_order, num_mask_tokens, cache)
         states, weights = attention_function(self.config, query, keys, kwargs.get("output_attentions"))(

@@ -13,6 +13,9 @@ One `CaptionStep` serves the prompt and every token after it: its first cache is
 are dynamic; nothing but the sizes of the model is fixed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
@@ -64,7 +67,7 @@ class Exportable(nn.Module):
     def to_onnx(self, opset_version: int = 20):
         """The graph as a `torch.onnx.ONNXProgram`, whose `.save(path)` writes it. Needs onnx and onnxscript."""
         self.eval()
-        with torch.no_grad():
+        with torch.no_grad(), attention_written_out(self):
             return torch.onnx.export(
                 self,
                 self.sample_inputs(),
@@ -75,6 +78,24 @@ class Exportable(nn.Module):
                 dynamic_shapes=self.dynamic_shapes(named=True),
                 opset_version=opset_version,
             )
+
+
+@contextmanager
+def attention_written_out(module: nn.Module) -> Iterator[None]:
+    """Within it attention is `softmax(q kᵀ) v` and no more, which an ONNX runtime has products for.
+
+    torch exports SDPA with a product of all keys and their scale, which a caption step would repeat for the whole
+    cache, and with copies of them.
+    """
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    implementations = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = implementations[key]
 
 
 def _check_family(model: nn.Module, families: tuple[str, ...] = ("mome", "coca")):

@@ -260,6 +260,23 @@ def test_an_onnx_step_decodes_as_generate_does(variant, tmp_path):
 
 
 @needs_onnx
+def test_a_step_reads_the_cache_for_its_products_only(tmp_path):
+    captioner = tiny_captioner()
+    graph = CaptionStep(captioner).to_onnx().model_proto.graph
+    assert captioner.config._attn_implementation == "sdpa", "the model is as it was"
+    layers = captioner.config.num_hidden_layers
+    readers = {name: [] for layer in range(layers) for name in (f"present.{layer}.key", f"present.{layer}.value")}
+    for node in graph.node:
+        for name in readers.keys() & node.input:
+            readers[name].append(node)
+    for name, nodes in readers.items():
+        assert [node.op_type for node in nodes] == (["Transpose"] if name.endswith("key") else ["MatMul"])
+    transposed = {node.output[0] for nodes in readers.values() for node in nodes if node.op_type == "Transpose"}
+    products = {name for node in graph.node if node.op_type == "MatMul" for name in node.input}
+    assert len(transposed) == layers and transposed <= products
+
+
+@needs_onnx
 @torch.no_grad()
 @pytest.mark.parametrize("correct_cls_mask", [False, True])
 def test_onnx_towers_of_coca_give_the_same(correct_cls_mask, tmp_path):
