@@ -4,15 +4,16 @@
     python -m mome.benchmarks.cpu --model base --threads 2 --seconds 480 --results evaluation/results.csv
 
 - `images`: image embeddings, batches of 1 and 32: float32 as loaded, bfloat16, bfloat16 compiled with the weights as
-  constants; of MoME also dynamic int8 of torchao, compiled, and ONNX Runtime in float32 and int8 (`mome.export`);
-- `captions`: greedy captions of a set length, batches of 1 and 8: float32, bfloat16, and with decoding compiled; of
-  MoME also int8 as above. MoME decodes with a static cache, which BLIP does not take.
+  constants, and dynamic int8 of torchao, compiled; of MoME also ONNX Runtime in float32 and int8 (`mome.export`);
+- `captions`: greedy captions of a set length, batches of 1 and 8, in the same ways; compiled, decoding is, too.
+  MoME decodes with a static cache, which BLIP does not take.
 
 `icons` is `checkpoints/mome-icons` with icons' shapes, beside dense models of its width and depth with as many active
 weights; `base` is a ViT-B/16 at 224 px. All but the checkpoint have random weights. The peer for images is CLIP, the
 fastest of those in `mome.benchmarks.inference`. After a warm-up all take turns in an order that rotates; one that has
-used up its time waits for the others. A row is a median and the median ratio to the fastest way of the peer. A way
-that can't be, such as for want of a package, is named and left out.
+used up its time waits for the others. A row is a median and the median ratio to the peer's fastest way in a type that
+it was made for: float32 or bfloat16. The peer in int8 has a row, too. A way that can't be, such as for want of a
+package, is named and left out.
 
 Most of the time goes into compiling, whose kernels stay in inductor's cache. `--rounds 0` fills it, in its own time
 and on a busy machine if need be; a run that follows with the same number of threads is done sooner.
@@ -46,6 +47,7 @@ from .inference import BASE, BF16, QUICK, blip, clip, mome_captioner
 ICONS = Path(__file__).resolve().parents[1] / "checkpoints" / "mome-icons"
 BATCHES = {"images": (1, 32), "captions": (1, 8)}
 CAPTION_TOKENS, ORT_TYPES, PEERS = 20, ("float32", "int8"), ("CLIP", "BLIP")
+COMPILED, ALL_EXPERTS, INT8 = "bfloat16 compiled", "bfloat16 compiled, all experts", "int8 torchao compiled"
 SHARE = 4.0  # seconds of measurements after which a way waits for the others
 Run = Callable[[torch.Tensor], object]
 # A way: what it is called, and what makes it.
@@ -73,6 +75,22 @@ def models_of(name: str, quick: bool) -> Models:
     return Models(build, shape, min(CAPTION_TOKENS, config.max_position_embeddings - 1))  # [BOS] has a place, too
 
 
+def compiled_ways(builders: dict[str, Callable[[], nn.Module]], run_of: Callable) -> Iterator[Way]:
+    """Of each model in bfloat16 and int8, `run_of(builder, compiled=True)`; of a routed one also with all its experts,
+    of which a compiler makes one product."""
+    for name, build in builders.items():
+        yield f"{name} {COMPILED}", functools.partial(run_of, lambda build=build: build().to(BF16), compiled=True)
+        yield f"{name} {INT8}", functools.partial(run_of, lambda build=build: int8(build()), compiled=True)
+    build = builders["MoME"]
+    if build().config.experts_per_group > 1:
+        yield f"MoME {ALL_EXPERTS}", functools.partial(run_of, lambda: all_experts(build().to(BF16)), compiled=True)
+
+
+def all_experts(model: nn.Module) -> nn.Module:
+    model.set_experts_implementation("all_experts")
+    return model
+
+
 def int8(model: nn.Module) -> nn.Module:
     """The model with torchao's int8 weights, by which it multiplies inputs that it rounds to int8 as they come."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -96,7 +114,6 @@ def embedding(build: Callable[[], nn.Module], compiled: bool = False) -> Run:
 def image_ways(models: Models) -> Iterator[Way]:
     """Those that need no compiler first: time may run out."""
     builders = {"CLIP": lambda: clip(models.shape), "MoME": lambda: models.captioner().model}
-    half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
 
     def by_runtime(kind: str) -> Run:
         session = models.sessions[kind][VISION]
@@ -104,12 +121,10 @@ def image_ways(models: Models) -> Iterator[Way]:
 
     for name, build in builders.items():
         yield f"{name} float32", functools.partial(embedding, build)
-        yield f"{name} bfloat16", functools.partial(embedding, half[name])
+        yield f"{name} bfloat16", functools.partial(embedding, lambda build=build: build().to(BF16))
     for kind in models.sessions:
         yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
-    for name, build in half.items():
-        yield f"{name} bfloat16 compiled", functools.partial(embedding, build, compiled=True)
-    yield "MoME int8 torchao compiled", functools.partial(embedding, lambda: int8(models.captioner().model), True)
+    yield from compiled_ways(builders, embedding)
 
 
 def captioning(models: Models, build: Callable[[], nn.Module], compiled: bool = False) -> Run:
@@ -130,7 +145,6 @@ def caption_ways(models: Models) -> Iterator[Way]:
     """Those that need no compiler first: time may run out."""
     write = functools.partial(captioning, models)
     builders = {"BLIP": lambda: blip(models.shape), "MoME": models.captioner}
-    half = {name: lambda build=build: build().to(BF16) for name, build in builders.items()}
 
     def by_runtime(kind: str) -> Run:
         vision, decoder = models.sessions[kind][VISION], models.sessions[kind][DECODER]
@@ -139,12 +153,10 @@ def caption_ways(models: Models) -> Iterator[Way]:
 
     for name, build in builders.items():
         yield f"{name} float32", functools.partial(write, build)
-        yield f"{name} bfloat16", functools.partial(write, half[name])
+        yield f"{name} bfloat16", functools.partial(write, lambda build=build: build().to(BF16))
     for kind in models.sessions:
         yield f"MoME {kind} ONNX Runtime", functools.partial(by_runtime, kind)
-    for name, build in half.items():
-        yield f"{name} bfloat16 compiled", functools.partial(write, build, compiled=True)
-    yield "MoME int8 torchao compiled", functools.partial(write, lambda: int8(models.captioner()), compiled=True)
+    yield from compiled_ways(builders, write)
 
 
 WAYS = {"images": image_ways, "captions": caption_ways}
@@ -209,7 +221,7 @@ def built(section: str, models: Models) -> dict[str, Run]:
 def rows_of(title: str, rates: dict[str, list[float]]) -> Iterator[dict[str, str]]:
     """Each way's median rate and its ratio to the peer's fastest way within a round, which are also printed."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    peers = [name for name in rates if name.startswith(PEERS)]
+    peers = [name for name in rates if name.startswith(PEERS) and "int8" not in name]
     peer = max(peers, key=medians.get) if peers else next(iter(rates))
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[peer])]
