@@ -403,7 +403,7 @@ def _processors_of(
         found.append(NoRepeatNGramLogitsProcessor(rules.no_repeat_ngram_size))
     if rules.bad_words_ids is not None:
         found.append(NoBadWordsLogitsProcessor(rules.bad_words_ids, ends))
-    if rules.min_length and len(ends):
+    if rules.min_length and rules.min_new_tokens is None and len(ends):  # the latter takes its place
         found.append(MinLengthLogitsProcessor(rules.min_length + image, ends))
     if rules.min_new_tokens and len(ends):
         found.append(MinNewTokensLengthLogitsProcessor(start, min(rules.min_new_tokens, most), ends))

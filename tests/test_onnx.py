@@ -176,11 +176,9 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
 @pytest.fixture(scope="module")
 def coca(tmp_path_factory) -> tuple[Path, Path]:
     """A CoCa that writes the filler now and then, and its export."""
-    words = len(build_processor(16).tokenizer)
-    size = {"vocab_size": words, "hidden_size": 64, "decoder_intermediate_size": 96, "pad_token_id": 0}
-    model, folder = tiny_coca(1, **size, max_position_embeddings=16), tmp_path_factory.mktemp("coca")
-    with torch.no_grad():
-        model.lm_head.weight[0] = model.lm_head.weight[words // 2] * 1.1
+    size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "decoder_intermediate_size": 96}
+    model = tiny_coca(8, **size, max_position_embeddings=16, pad_token_id=0, initializer_range=0.3)
+    folder = tmp_path_factory.mktemp("coca")
     done = export_checkpoint(saved(folder / "coca", model=model), folder / "onnx", ["fp32", "q8", "fp16"])
     suffixes = ("", "_quantized", "_fp16")
     assert set(done.sizes) == {f"{part}{suffix}.onnx" for part in PARTS for suffix in suffixes}
@@ -208,7 +206,7 @@ def test_a_coca_captions_as_its_checkpoint(coca, pictures):
         assert captions == expected.caption_images(pictures, batch_size, max_new_tokens=length)
     pixel_values = torch.cat(list(expected.pixel_batches(pictures)))
     ids = expected.model.generate(pixel_values=pixel_values, max_new_tokens=15, do_sample=False)
-    assert torch.equal(actual.caption_ids(pixel_values, 50), ids) and len(set(captions)) > 5
+    assert torch.equal(actual.caption_ids(pixel_values, 50), ids) and len(set(captions)) > 20
     ended = (ids == 2).cumsum(dim=1) > 0
     assert ((ids == 0) & ~ended).any() and ended[:, -2].any()  # the filler among words; captions of several lengths
     for dtype, least in (("q8", 18), ("fp16", 27)):
@@ -255,15 +253,23 @@ def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
 
 # --------------------------------------------------------------------------------------------- rules of captions
 
-RULES = {
-    "suppress_tokens": [4, 7, 12],
-    "begin_suppress_tokens": [0, 8, 9, 14, 20],
-    "bad_words_ids": [[11], [6, 9]],
-    "min_length": 9,
-    "min_new_tokens": 7,
-    "no_repeat_ngram_size": 2,
-    "repetition_penalty": 3.0,
-}
+RULES = [
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+]
+
+
+def rules_for(ids: torch.Tensor) -> dict:
+    """Rules that forbid captions (images, tokens) what they say often; behind `end` a caption ends early."""
+    kinds, counts = ids[:, 1:].unique(return_counts=True)
+    often = [kind for kind in kinds[counts.argsort(descending=True)].tolist() if kind > 2]
+    values = often[1:2], ids[:, 1].unique().tolist(), [often[2:3], ids[0, 2:4].tolist()], 9, 7, 2, 3.0
+    return {"end": often[0], **dict(zip(RULES, values, strict=True))}
 
 
 @pytest.fixture(scope="module", params=["mome", "coca"])
@@ -280,14 +286,16 @@ def with_rules(folder: Path, copy: Path, **rules) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("names", [*([name] for name in RULES), list(RULES)], ids=[*RULES, "all"])
+@pytest.mark.parametrize("names", [*([name] for name in RULES), RULES[:4], RULES], ids=[*RULES, "some", "all"])
 def test_captions_keep_to_the_checkpoints_generation_config(family, names, pictures, tmp_path):
-    rules = {name: RULES[name] for name in names}
-    end = {"eos_token_id": [2, 17]}  # one that is written early
+    plain = OnnxEmbedder.load(family[1], "fp32", captions=True)
+    images = torch.cat(list(plain.pixel_batches(pictures)))
+    rules = rules_for(plain.caption_ids(images, 12))
+    end = {"eos_token_id": [2, rules["end"]]}
+    rules = {name: rules[name] for name in names}
     captioner = Embedder.load(with_rules(family[0], tmp_path / "torch", **rules, **end), "cpu", captions=True)
     actual = OnnxEmbedder.load(with_rules(family[1], tmp_path / "onnx", **rules, **end), "fp32", captions=True)
     free = OnnxEmbedder.load(with_rules(family[1], tmp_path / "free", **end), "fp32", captions=True)
-    images = torch.cat(list(captioner.pixel_batches(pictures)))
     prompt = torch.tensor([[1, 9, 8]]).expand(len(images), -1)
     prompt = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     changed = 0
