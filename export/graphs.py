@@ -37,7 +37,7 @@ def graph_of(module: Exportable, all_constants: bool = False) -> onnx.ModelProto
         all_constants: also a second, transposed copy of weights that two operators share: the word embeddings of a
             caption head that is tied to them.
     """
-    with quiet("torch.onnx"), warnings.catch_warnings():  # that torchvision is not installed
+    with quiet("torch.onnx", "onnxscript"), warnings.catch_warnings():  # that torchvision is not installed
         warnings.simplefilter("ignore")
         graph = module.to_onnx(OPSET).model
     fold(graph, all_constants)
@@ -45,15 +45,17 @@ def graph_of(module: Exportable, all_constants: bool = False) -> onnx.ModelProto
 
 
 @contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Keeps a package's log to errors."""
-    chatter = logging.getLogger(name)
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)
+def quiet(*packages: str) -> Iterator[None]:
+    """Keeps their logs to errors."""
+    chatter = [logging.getLogger(name) for name in packages]
+    levels = [each.level for each in chatter]
     try:
+        for each in chatter:
+            each.setLevel(logging.ERROR)
         yield
     finally:
-        chatter.setLevel(level)
+        for each, level in zip(chatter, levels):
+            each.setLevel(level)
 
 
 def fold(graph: ir.Model, all_constants: bool):
@@ -63,7 +65,7 @@ def fold(graph: ir.Model, all_constants: bool):
         shared = node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1
         return False if shared and not all_constants else None
 
-    with quiet("onnxscript.optimizer"):  # that norms of weights alone, a pooler's queries, are left as they are
+    with quiet("onnxscript"):  # that norms of weights alone, of a pooler's queries, are left as they are
         fold_constants_ir(graph, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT, should_fold=should_fold)
     remove_unused_nodes(graph)
 

@@ -350,7 +350,7 @@ ODD = {  # one query for captions, a short table, heads as wide as the model, st
 
 @needs_onnx
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [{}, ODD], ids=["usual", "odd"])
+@pytest.mark.parametrize("shape", [{}, {"correct_cls_mask": True}, ODD], ids=["usual", "corrected", "odd"])
 def test_onnx_captions_of_coca_are_those_of_generate(shape, tmp_path):
     captioner = favour_the_filler(tiny_coca(3, **shape))
     captioner.generation_config.eos_token_id = [2, 40]

@@ -177,9 +177,9 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
 def coca(tmp_path_factory) -> tuple[Path, Path]:
     """A CoCa that writes the filler now and then, and its export."""
     size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "decoder_intermediate_size": 96}
-    model = tiny_coca(8, **size, max_position_embeddings=16, pad_token_id=0, initializer_range=0.4)
+    model = tiny_coca(4, **size, max_position_embeddings=16, pad_token_id=0)
     with torch.no_grad():
-        model.lm_head.weight[0] = model.lm_head.weight[7] * 1.1
+        model.lm_head.weight[0] = model.lm_head.weight[18] * 1.1
     folder = tmp_path_factory.mktemp("coca")
     done = export_checkpoint(saved(folder / "coca", model=model), folder / "onnx", ["fp32", "q8", "fp16"])
     suffixes = ("", "_quantized", "_fp16")
@@ -208,7 +208,7 @@ def test_a_coca_captions_as_its_checkpoint(coca, pictures):
         assert captions == expected.caption_images(pictures, batch_size, max_new_tokens=length)
     pixel_values = torch.cat(list(expected.pixel_batches(pictures)))
     ids = expected.model.generate(pixel_values=pixel_values, max_new_tokens=15, do_sample=False)
-    assert torch.equal(actual.caption_ids(pixel_values, 50), ids) and len(set(captions)) > 20
+    assert torch.equal(actual.caption_ids(pixel_values, 50), ids) and len(set(captions)) > 15
     ended = (ids == 2).cumsum(dim=1) > 0
     assert ((ids == 0) & ~ended).any() and ended[:, -2].any()  # the filler among words; captions of several lengths
     for dtype, least in (("q8", 18), ("fp16", 27)):
@@ -216,7 +216,7 @@ def test_a_coca_captions_as_its_checkpoint(coca, pictures):
         assert sum(other == caption for other, caption in zip(others, captions)) >= least
 
 
-def test_a_coca_is_published_with_its_export_and_searched_with_it(coca, pictures, tmp_path):
+def test_a_coca_is_published_with_its_export(coca, pictures, tmp_path):
     folder, export = coca
     published = build_folder(folder, tmp_path / "published", "me/mine", onnx=export)
     assert len(list((published / "onnx").glob("*.onnx"))) == 12
