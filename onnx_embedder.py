@@ -350,7 +350,8 @@ def caption_rules(folder: Path) -> GenerationConfig:
         return GenerationConfig()
     try:
         rules = MomeGenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        _processors_of(rules, 0, 1, torch.tensor([0]), 1)  # they look at their values
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise MomeError(f"{file} is no generation config: {first_line(error)}") from None
     for name, neutral in NOT_KEPT.items():
         value = getattr(rules, name, None)
@@ -375,7 +376,7 @@ def _judge_of(
         most: tokens that may be written.
     """
     image, start = config.num_image_tokens, config.num_image_tokens + mask.shape[1]
-    processors = _processors_of(rules or GenerationConfig(), image, start, torch.tensor(end_tokens), most)
+    processors = _processors_of(rules or GenerationConfig(), image, start, torch.tensor(end_tokens).long(), most)
     if not processors:
         return lambda written, logits: logits
     if not mask.all() and any(isinstance(each, RepetitionPenaltyLogitsProcessor) for each in processors):

@@ -323,8 +323,16 @@ def test_rules_that_an_export_cannot_keep_to_are_refused(family, pictures, tmp_p
         assert OnnxEmbedder.load(copy).embed_images(pictures[:1]).shape[0] == 1
     copy = with_rules(folder, tmp_path / "torch", guidance_scale=1.5)
     assert "guidance_scale=1.5" in refused(str(copy), "--output", str(tmp_path / "out"), capsys=capsys)
-    (copy / "generation_config.json").write_text('{"min_length":')
-    assert "generation_config.json" in refused(str(copy), "--output", str(tmp_path / "out"), capsys=capsys)
+    for text in (
+        '{"min_length":',
+        "[]",
+        '{"bad_words_ids": "no"}',
+        '{"min_length": -1}',
+        '{"suppress_tokens": ["a"]}',
+    ):
+        (copy / "generation_config.json").write_text(text)
+        line = refused(str(copy), "--output", str(tmp_path / "out"), capsys=capsys)
+        assert "generation_config.json is no generation config: " in line, text
     neutral = with_rules(export, tmp_path / "neutral", guidance_scale=1, rerank_weight=0, repetition_penalty=1.0)
     assert OnnxEmbedder.load(neutral, captions=True).caption_images(pictures[:2])
     penalty = OnnxEmbedder.load(with_rules(export, tmp_path / "penalty", repetition_penalty=1.5), captions=True)
