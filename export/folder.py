@@ -88,7 +88,7 @@ def export_checkpoint(
         raise ExportError(f"output {shortened(output)} exists: choose another --output or remove it")
     source = _folder_of(checkpoint)
     config = _check(source)
-    captions = config.architectures == [FAMILIES[config.model_type].captioner.__name__]
+    captions = config.architectures == [FAMILIES[type(config).model_type].captioner.__name__]
     if captions:
         caption_rules(source)
     progress(f"loading {checkpoint}")
@@ -111,7 +111,7 @@ def parts_of(embedder: Embedder) -> dict[str, Exportable]:
     parts = {VISION: ImageTower(model), TEXT: TextTower(model), JOINT: BothTowers(model)}
     if model is embedder.model:
         return parts
-    if embedder.config.model_type == CocaConfig.model_type:
+    if type(embedder.config).model_type == CocaConfig.model_type:
         return parts | {VISION: CocaImageTower(embedder.model), DECODER: CocaCaptionStep(embedder.model)}
     return parts | {VISION: ImageTower(model, key_values=True), DECODER: CaptionStep(embedder.model)}
 
