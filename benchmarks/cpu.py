@@ -10,10 +10,10 @@
 
 `icons` is `checkpoints/mome-icons` with icons' shapes, beside dense models of its width and depth with as many active
 weights; `base` is a ViT-B/16 at 224 px. All but the checkpoint have random weights. The peer for images is CLIP, the
-fastest of those in `mome.benchmarks.inference`. After a warm-up all take turns in an order that rotates; one that has
-used up its time waits for the others. A row is a median and the median ratio to the peer's fastest way in a type that
-it was made for: float32 or bfloat16. The peer in int8 has a row, too. A way that can't be, such as for want of a
-package, is named and left out.
+fastest of those in `mome.benchmarks.inference`. After a warm-up all take turns in an order that rotates, of one call
+or as many as fill a part of a second; one that has used up its time waits for the others. A row is a median and the
+median ratio to the peer's fastest way in a type that it was made for: float32 or bfloat16. The peer in int8 has a row,
+too. A way that can't be, such as for want of a package, is named and left out.
 
 Most of the time goes into compiling, whose kernels stay in inductor's cache. `--rounds 0` fills it, in its own time
 and on a busy machine if need be; a run that follows with the same number of threads is done sooner.
@@ -49,6 +49,7 @@ BATCHES = {"images": (1, 32), "captions": (1, 8)}
 CAPTION_TOKENS, ORT_TYPES, PEERS = 20, ("float32", "int8"), ("CLIP", "BLIP")
 COMPILED, ALL_EXPERTS, INT8 = "bfloat16 compiled", "bfloat16 compiled, all experts", "int8 torchao compiled"
 SHARE = 4.0  # seconds of measurements after which a way waits for the others
+SHORTEST = 0.3  # seconds that a turn lasts at least, after a call that only fills caches, which others have emptied
 Run = Callable[[torch.Tensor], object]
 # A way: what it is called, and what makes it.
 Way = tuple[str, Callable[[], Run]]
@@ -197,14 +198,29 @@ def rates_of(ways: dict[str, Run], inputs: torch.Tensor, rounds: int, deadline: 
             print(f"  {name} is left out: {type(error).__name__}: {first_line(error)}", flush=True)
         else:
             rates[name] = []
+    spent = dict.fromkeys(rates, 0.0)
     for turn in range(rounds):
         start = turn % max(len(rates), 1)
         for name in [*rates][start:] + [*rates][:start]:
-            if sum(len(inputs) / rate for rate in rates[name]) < SHARE:
-                begun = time.perf_counter()
-                ways[name](inputs)
-                rates[name].append(len(inputs) / (time.perf_counter() - begun))
+            if spent[name] < SHARE:
+                calls, seconds = turn_of(ways[name], inputs)
+                spent[name] += seconds
+                rates[name].append(len(inputs) * calls / seconds)
     return rates
+
+
+def turn_of(run: Run, inputs: torch.Tensor) -> tuple[int, float]:
+    """Calls, and how many seconds they took: one, or as many as fill a turn after the first."""
+    begun = time.perf_counter()
+    run(inputs)
+    seconds = time.perf_counter() - begun
+    if seconds >= SHORTEST:
+        return 1, seconds
+    calls, begun = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begun) < SHORTEST:
+        run(inputs)
+        calls += 1
+    return calls, seconds
 
 
 def built(section: str, models: Models) -> dict[str, Run]:
