@@ -40,7 +40,8 @@ from ..embedder import Embedder
 from ..errors import first_line
 from ..evaluation.results import append_rows
 from ..modeling_mome import MomeForConditionalGeneration
-from ..onnx_embedder import DECODER, VISION, greedy_ids, open_session
+from ..onnx_captions import greedy_ids
+from ..onnx_embedder import DECODER, VISION, open_session
 from .command import begin, parser_of
 from .inference import BASE, BF16, QUICK, blip, clip, mome_captioner
 

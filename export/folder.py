@@ -21,6 +21,7 @@ from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
 from ..families import FAMILIES, FAMILY_NAMES
+from ..onnx_captions import caption_rules
 from ..onnx_embedder import (
     DECODER,
     FINGERPRINT,
@@ -31,7 +32,6 @@ from ..onnx_embedder import (
     TEXT,
     VISION,
     OnnxEmbedder,
-    caption_rules,
     onnx_file,
     open_session,
 )

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, SiglipConfig
 from models import coca_batch, pad_left, random_batch, tiny_captioner, tiny_coca
 from mome.convert.__main__ import main as convert
 from mome.export.modules import CaptionStep, CocaCaptionStep, CocaImageTower, ImageTower, TextTower
-from mome.onnx_embedder import greedy_ids, open_session
+from mome.onnx_captions import greedy_ids
+from mome.onnx_embedder import open_session
 from upstream import golden, under
 
 SIZES, LENGTHS = (1, 3, 32), (2, 3, 9, 24)

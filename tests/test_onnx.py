@@ -18,6 +18,7 @@ from models import tiny_captioner, tiny_coca
 from mome import cli
 from mome.embedder import Embedder
 from mome.errors import ExportError, MomeError
+from mome.experiments import exports
 from mome.export import __main__ as command
 from mome.onnx_embedder import OnnxEmbedder, load_embedder, open_session
 from mome.publish import build_folder
@@ -106,6 +107,24 @@ def test_an_export_captions_as_its_checkpoint(checkpoint, exported, pictures):
         actual.caption_images(pictures[:1], num_beams=4)
     with pytest.raises(MomeError, match="load it with captions=True"):
         OnnxEmbedder.load(exported).caption_images(pictures[:1])
+
+
+def test_an_experiment_compares_an_export_with_its_checkpoint(checkpoint, exported, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(exports, "read_gallery", lambda: (MANY[: len(pictures)], pictures))
+    given = ["--checkpoint", str(checkpoint), "--export", str(exported), "--number", "30", "--captions", "20"]
+    figures = exports.main(given)
+    assert figures["fp32, lowest cosine of images"] > 0.99999 < figures["fp32, lowest cosine of texts"]
+    assert figures["fp32, same captions"] == 1
+    expected, actual = Embedder.load(checkpoint, "cpu"), OnnxEmbedder.load(exported, "q8")
+    cosines = F.cosine_similarity(expected.embed_images(pictures[:30], 32), actual.embed_images(pictures[:30], 32))
+    assert figures["q8, cosine of images"] == pytest.approx(cosines.mean().item(), abs=1e-6)
+    assert figures["q8, lowest cosine of images"] == pytest.approx(cosines.min().item(), abs=1e-6)
+    assert "q8, same captions" in capsys.readouterr().out
+    other = saved(checkpoint.parent / "other", seed=3)
+    with pytest.raises(SystemExit, match="was made of other weights"):
+        exports.main([*given, "--checkpoint", str(other)])
+    with pytest.raises(SystemExit, match="holds no export"):
+        exports.main([*given, "--export", str(checkpoint)])
 
 
 def test_captions_end_where_the_checkpoints_do(checkpoint, exported, pictures, tmp_path):
