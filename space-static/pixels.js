@@ -244,6 +244,26 @@ function resizeColumns(picture, height) {
 // ------------------------------------------------------------------------------------------------- pixel values
 
 /**
+ * What `toPixelValues` needs to know, of an exported model's preprocessor_config.json.
+ *
+ * @throws Error where it asks for something that is not done here.
+ */
+export function settingsOf(config) {
+  const { size, image_mean, image_std, rescale_factor, trim_to_margin = null } = config;
+  const known = {
+    resample: config.resample === 3,
+    size: size?.height > 0 && size?.width > 0,
+    do_center_crop: !config.do_center_crop,
+    do_resize: config.do_resize !== false,
+    do_rescale: config.do_rescale !== false,
+    do_normalize: config.do_normalize !== false,
+  };
+  const unknown = Object.keys(known).find((name) => !known[name]);
+  if (unknown) throw new Error(`${unknown}: ${JSON.stringify(config[unknown])} is nothing that can be done here`);
+  return { width: size.width, height: size.height, mean: image_mean, std: image_std, rescale_factor, trim_to_margin };
+}
+
+/**
  * A picture as the model takes it.
  *
  * @param rgba (height, width, 4) bytes, colours not multiplied by opacity.
