@@ -305,7 +305,7 @@ def test_what_is_typed_while_it_loads_is_embedded_once(browser, url):
     context = browser.new_context(service_workers="block")
     page = context.new_page()
     waiting = []
-    page.route("**/text_model*", waiting.append)
+    page.route("**/text_model*", lambda route: waiting.append(route))
     page.goto(url)
     page.evaluate(
         """async () => {
