@@ -14,7 +14,7 @@ the fingerprint of the weights that it was made of, so that tables of the checkp
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,25 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from torch.nn import functional as F
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedConfig,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from .captioning_mome import prepare_prompt
 from .configuration_mome import MomeConfig, quoted
 from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
 from .errors import MomeError, first_line, missing_package
 from .families import FAMILIES, FAMILY_NAMES
+from .guidance_mome import MomeGenerationConfig
 from .processing_mome import MomeProcessor
 
 VISION, TEXT, JOINT, DECODER = "vision_model", "text_model", "model", "decoder_model_merged"
@@ -37,6 +50,7 @@ PRECISIONS = {"fp32": "float32", "q8": "int8", "fp16": "float16"}
 BACKENDS = ("torch", "onnx", *(f"onnx-{dtype}" for dtype in SUFFIXES))
 # Keys of a file's metadata: of which weights it is, and the model's numbers of these names.
 FINGERPRINT, LOGIT_SCALE, LOGIT_BIAS = "mome_fingerprint", "mome_logit_scale", "mome_logit_bias"
+PAST, PRESENT = "past_key_values.", "present."  # how inputs and outputs of the cache begin
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -95,15 +109,15 @@ class OnnxEmbedder(Embedder):
         name: folder or Hub id, by which it can be loaded again.
 
     Raises:
-        MomeError: not such a folder; a file that is missing, damaged or of other weights; no ONNX Runtime.
+        MomeError: not such a folder; a file that is missing, damaged or of other weights; no ONNX Runtime; with
+            `captions`, a generation config that an export can't keep to.
     """
 
     def __init__(self, folder: Path, dtype: str | None = None, captions: bool = False, name: str = ""):
         kind = MomeConfig.get_config_dict(folder)[0].get("model_type")
         if kind not in FAMILIES:
             raise MomeError(f"it is of type {quoted(kind)}, not {FAMILY_NAMES}")
-        if captions and kind != MomeConfig.model_type:
-            raise MomeError(f"exports of type {quoted(kind)} write no captions: load the checkpoint instead")
+        self._rules = caption_rules(folder) if captions else None
         self.processor, self.name = MomeProcessor.from_pretrained(folder), name or str(folder)
         self.config = FAMILIES[kind].config.from_pretrained(folder)
         self.dimension = self.config.projection_dim
@@ -227,39 +241,181 @@ class OnnxEmbedder(Embedder):
                 makes them; it comes before the caption in place of `[BOS]`, padding on the left.
         """
         vision, decoder = self.sessions[VISION], self.sessions[DECODER]
-        return greedy_ids(vision, decoder, self.config, self._end_tokens, pixel_values, max_new_tokens, prompt)
+        what, how = (pixel_values, max_new_tokens, prompt), self._rules
+        return greedy_ids(vision, decoder, self.config, self._end_tokens, *what, how)
 
 
 def greedy_ids(
     vision: Any,
     decoder: Any,
-    config: MomeConfig,
+    config: PreTrainedConfig,
     end_tokens: list[int],
     pixel_values: torch.Tensor,
     max_new_tokens: int = CAPTION_TOKENS,
     prompt: Mapping[str, torch.Tensor] | None = None,
+    rules: GenerationConfig | None = None,
 ) -> torch.Tensor:
-    """Captions by the sessions of two files, the likeliest token each time; see `OnnxEmbedder.caption_ids`."""
-    names = [output.name for output in vision.get_outputs() if output.name.startswith("present.")]
-    states = vision.run(names, {"pixel_values": pixel_values.to("cpu", torch.float32).numpy()})
-    batch, image_tokens = len(pixel_values), states[0].shape[2]
+    """Captions by the sessions of two files, the likeliest token each time; see `OnnxEmbedder.caption_ids`.
+
+    A cache starts as the vision model's `present.*`, and what that does not give as nothing; what a step gives takes
+    its place, and the rest of it stays.
+
+    Args:
+        vision, decoder: of ONNX Runtime.
+        config: of the model.
+        end_tokens: any of them ends a caption.
+        pixel_values, max_new_tokens, prompt: see `OnnxEmbedder.caption_ids`.
+        rules: what may be written, see `caption_rules`.
+    """
+    grown = [output.name for output in decoder.get_outputs() if output.name.startswith(PRESENT)]
+    states = _first_states(vision, decoder, pixel_values)
+    batch, cached = len(pixel_values), states[_as_past(grown[0])].shape[2]
     ids, mask = np.full((batch, 1), config.bos_token_id, dtype=np.int64), np.ones((batch, 1), dtype=np.int64)
     if prompt is not None:
         given = prompt["input_ids"], prompt["attention_mask"], None
         ids, mask = (each.numpy() for each in prepare_prompt(config, *given, end_tokens)[:2])
     room = config.max_position_embeddings - int(mask.sum(axis=1).max())
-    mask = np.pad(mask, ((0, 0), (image_tokens, 0)), constant_values=1)
+    most = min(max_new_tokens, room)
+    judge = _judge_of(rules, config, end_tokens, mask, most)
+    mask = np.pad(mask, ((0, 0), (cached, 0)), constant_values=1)
     written, ended = [ids], np.zeros((batch, 1), dtype=bool)
-    for _ in range(min(max_new_tokens, room)):
-        past = {name.replace("present", "past_key_values"): state for name, state in zip(names, states)}
-        logits, *states = decoder.run(["logits", *names], {"input_ids": ids, "attention_mask": mask, **past})
-        ids = np.where(ended, config.pad_token_id, logits.argmax(axis=-1))
+    for _ in range(most):
+        logits, *found = decoder.run(["logits", *grown], {"input_ids": ids, "attention_mask": mask, **states})
+        states |= zip(map(_as_past, grown), found)
+        ids = np.where(ended, config.pad_token_id, judge(written, logits).argmax(axis=-1))
         ended = ended | np.isin(ids, end_tokens)
         written.append(ids)
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
         if ended.all():
             break
     return torch.from_numpy(np.concatenate(written, axis=1))
+
+
+def _as_past(name: str) -> str:
+    return PAST + name.removeprefix(PRESENT)
+
+
+def _first_states(vision: Any, decoder: Any, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
+    """What the decoder's first step goes on from: the image's states, and nothing of the rest."""
+    names = [output.name for output in vision.get_outputs() if output.name.startswith(PRESENT)]
+    found = vision.run(names, {"pixel_values": pixel_values.to("cpu", torch.float32).numpy()}) if names else []
+    states = dict(zip(map(_as_past, names), found))
+    grown = {_as_past(output.name) for output in decoder.get_outputs()}
+    for each in decoder.get_inputs():
+        if not each.name.startswith(PAST) or each.name in states:
+            continue
+        if not names or each.name not in grown:
+            raise MomeError(f"the vision model gives no {each.name}: it is of an export without captions")
+        _, heads, _, head_dim = each.shape
+        kind = np.float16 if each.type == "tensor(float16)" else np.float32
+        states[each.name] = np.zeros((len(pixel_values), heads, 0, head_dim), dtype=kind)
+    return states
+
+
+# ------------------------------------------------------------------------------------------------------ the rules
+
+# Settings of `generation_config.json` that change greedy captions and are not kept here, with the value that does not.
+NOT_KEPT = {
+    "constraints": None,
+    "contrastive_weight": 0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_time": None,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "rerank_weight": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "watermarking_config": None,
+}
+
+
+def caption_rules(folder: Path) -> GenerationConfig:
+    """What a checkpoint's `generation_config.json` allows greedy captions to say.
+
+    Kept are `suppress_tokens`, `begin_suppress_tokens`, `bad_words_ids`, `min_length`, `min_new_tokens`,
+    `no_repeat_ngram_size` and `repetition_penalty`.
+
+    Raises:
+        MomeError: a setting that changes greedy captions and can't be kept; a file that is none.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return GenerationConfig()
+    try:
+        rules = MomeGenerationConfig.from_pretrained(folder)
+        _processors_of(rules, 0, 1, torch.tensor([0]), 1)  # they look at their values
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MomeError(f"{file} is no generation config: {first_line(error)}") from None
+    for name, neutral in NOT_KEPT.items():
+        value = getattr(rules, name, None)
+        if value is not None and value != neutral:
+            raise MomeError(
+                f"{file} has {name}={quoted(value)}: captions of an export are greedy and can't keep to it; leave it "
+                "out there, or load the checkpoint instead"
+            )
+    return rules
+
+
+Judge = Callable[[list[np.ndarray], np.ndarray], np.ndarray]
+
+
+def _judge_of(
+    rules: GenerationConfig | None, config: PreTrainedConfig, end_tokens: list[int], mask: np.ndarray, most: int
+) -> Judge:
+    """Tokens so far and logits (batch, 1, vocabulary) → the logits by the rules, as `generate()` applies them.
+
+    Args:
+        mask: (batch, tokens) of the prompt.
+        most: tokens that may be written.
+    """
+    image, start = config.num_image_tokens, config.num_image_tokens + mask.shape[1]
+    processors = _processors_of(rules or GenerationConfig(), image, start, torch.tensor(end_tokens).long(), most)
+    if not processors:
+        return lambda written, logits: logits
+    if not mask.all() and any(isinstance(each, RepetitionPenaltyLogitsProcessor) for each in processors):
+        raise MomeError(
+            f"repetition_penalty={rules.repetition_penalty} counts the padding of prompts of different lengths: pass "
+            "those of one length at a time"
+        )
+    before = np.full((len(mask), image), config.image_token_id or 0)
+
+    def judged(written: list[np.ndarray], logits: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(np.concatenate([before, *written], axis=1))
+        return processors(ids, torch.from_numpy(logits[:, 0])).numpy()[:, None]
+
+    return judged
+
+
+def _processors_of(
+    rules: GenerationConfig, image: int, start: int, ends: torch.Tensor, most: int
+) -> LogitsProcessorList:
+    """In the order of `generate()`; `start`: tokens of image and prompt, of which `image` are the image's."""
+    found = LogitsProcessorList()
+    if rules.repetition_penalty not in (None, 1):
+        found.append(RepetitionPenaltyLogitsProcessor(float(rules.repetition_penalty)))
+    if rules.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(rules.no_repeat_ngram_size))
+    if rules.bad_words_ids is not None:
+        found.append(NoBadWordsLogitsProcessor(rules.bad_words_ids, ends))
+    if rules.min_length and rules.min_new_tokens is None and len(ends):  # the latter takes its place
+        found.append(MinLengthLogitsProcessor(rules.min_length + image, ends))
+    if rules.min_new_tokens and len(ends):
+        found.append(MinNewTokensLengthLogitsProcessor(start, min(rules.min_new_tokens, most), ends))
+    if rules.suppress_tokens is not None:
+        found.append(SuppressTokensLogitsProcessor(rules.suppress_tokens))
+    if rules.begin_suppress_tokens is not None:
+        found.append(SuppressTokensAtBeginLogitsProcessor(rules.begin_suppress_tokens, start))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- files
 
 
 def open_session(path: Path, threads: int | None = None) -> Any:
@@ -304,7 +460,7 @@ def _downloaded(repo_id: str, dtype: str | None, captions: bool) -> Path:
     return Path(snapshot_download(repo_id, allow_patterns=[*SMALL_FILES, *wanted]))
 
 
-def _end_tokens(folder: Path, config: MomeConfig) -> list[int]:
+def _end_tokens(folder: Path, config: PreTrainedConfig) -> list[int]:
     file = folder / "generation_config.json"
     given = json.loads(file.read_text()) if file.is_file() else {}
     ids = given.get("eos_token_id", config.eos_token_id)
@@ -322,6 +478,7 @@ __all__ = [
     "TEXT",
     "VISION",
     "OnnxEmbedder",
+    "caption_rules",
     "fingerprint_of",
     "greedy_ids",
     "is_exported",

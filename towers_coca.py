@@ -133,9 +133,8 @@ class CocaAttention(nn.Module):
         batch, tokens, _ = hidden_states.shape
         # (batch, tokens, 3 · width) → 3 × (batch, heads, tokens, head_dim)
         query, key, value = (
-            self.query_key_value(hidden_states)
-            .view(batch, tokens, 3, self.heads, self.head_dim)
-            .permute(2, 0, 3, 1, 4)
+            states.view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
+            for states in self.query_key_value(hidden_states).chunk(3, dim=-1)
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -158,8 +157,11 @@ class CocaCrossAttention(nn.Module):
     def keys_and_values(self, source: torch.Tensor) -> KeyValues:
         """(images, source tokens, source width) → 2 × (images, heads, source tokens, head_dim)"""
         images, tokens, _ = source.shape
-        pair = self.key_value(source).view(images, tokens, 2, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return pair[0], pair[1]
+        key, value = (
+            states.view(images, tokens, self.heads, self.head_dim).transpose(1, 2)
+            for states in self.key_value(source).chunk(2, dim=-1)
+        )
+        return key, value
 
     def forward(
         self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs

@@ -69,9 +69,10 @@ class Checks:
         self.captions = None
         if hasattr(embedder.model, "generate"):
             room = config.max_position_embeddings - 1
+            options = {"max_new_tokens": room, "do_sample": False, "num_beams": 1, "output_cosine": False}
             with embedder.evaluating():
                 self.captions = embedder.model.generate(
-                    pixel_values=self.pixel_values[:CAPTIONS], max_new_tokens=room, do_sample=False, num_beams=1
+                    pixel_values=self.pixel_values[:CAPTIONS], return_dict_in_generate=False, **options
                 )
 
     def _images(self, embedder: Embedder) -> torch.Tensor:

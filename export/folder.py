@@ -15,13 +15,12 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
+from ..configuration_coca import CocaConfig
 from ..configuration_mome import quoted, shortened
 from ..convert.saving import whole_folder
 from ..embedder import Embedder
 from ..errors import ExportError, first_line
 from ..families import FAMILIES, FAMILY_NAMES
-from ..modeling_coca import CocaForConditionalGeneration
-from ..modeling_mome import MomeForConditionalGeneration
 from ..onnx_embedder import (
     DECODER,
     FINGERPRINT,
@@ -32,12 +31,13 @@ from ..onnx_embedder import (
     TEXT,
     VISION,
     OnnxEmbedder,
+    caption_rules,
     onnx_file,
     open_session,
 )
 from .check import Agreement, Checks
 from .graphs import graph_of, half, mark, quantised, save
-from .modules import BothTowers, CaptionStep, Exportable, ImageTower, TextTower
+from .modules import BothTowers, CaptionStep, CocaCaptionStep, CocaImageTower, Exportable, ImageTower, TextTower
 
 DTYPES = ("fp32", "q8")
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -71,7 +71,7 @@ def export_checkpoint(
     Each type is compared with the checkpoint before the folder appears (`mome.export.check`).
 
     Args:
-        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed, or of a CoCa, whose towers are exported.
+        checkpoint: folder or Hub id of a MoME checkpoint, dense or routed, or of a CoCa.
         output: folder to make.
         dtypes: of `fp32`, `fp16` and `q8`.
         progress: is told of each step.
@@ -88,10 +88,10 @@ def export_checkpoint(
         raise ExportError(f"output {shortened(output)} exists: choose another --output or remove it")
     source = _folder_of(checkpoint)
     config = _check(source)
-    captions = config.architectures == [MomeForConditionalGeneration.__name__]
+    captions = config.architectures == [FAMILIES[type(config).model_type].captioner.__name__]
+    if captions:
+        caption_rules(source)
     progress(f"loading {checkpoint}")
-    if config.architectures == [CocaForConditionalGeneration.__name__]:
-        progress("the towers alone: captions of CoCa stay with the checkpoint")
     embedder = Embedder.load(source, "cpu", captions=captions)
     if 4 * embedder.model.num_parameters() > MOST_BYTES:
         raise ExportError(
@@ -108,13 +108,12 @@ def export_checkpoint(
 def parts_of(embedder: Embedder) -> dict[str, Exportable]:
     """The module behind each file."""
     model = getattr(embedder.model, "model", embedder.model)
-    captioner = embedder.model if model is not embedder.model else None
-    parts = {
-        VISION: ImageTower(model, key_values=captioner is not None),
-        TEXT: TextTower(model),
-        JOINT: BothTowers(model),
-    }
-    return parts if captioner is None else parts | {DECODER: CaptionStep(captioner)}
+    parts = {VISION: ImageTower(model), TEXT: TextTower(model), JOINT: BothTowers(model)}
+    if model is embedder.model:
+        return parts
+    if type(embedder.config).model_type == CocaConfig.model_type:
+        return parts | {VISION: CocaImageTower(embedder.model), DECODER: CocaCaptionStep(embedder.model)}
+    return parts | {VISION: ImageTower(model, key_values=True), DECODER: CaptionStep(embedder.model)}
 
 
 def _folder_of(checkpoint: str | Path) -> Path:
@@ -157,7 +156,7 @@ def _copy_small_files(source: Path, folder: Path):
 
 def properties_of(embedder: Embedder) -> dict[str, str]:
     """What every file tells of the model."""
-    model = embedder.model
+    model = getattr(embedder.model, "model", embedder.model)
     numbers = {LOGIT_SCALE: model.logit_scale} | ({} if model.logit_bias is None else {LOGIT_BIAS: model.logit_bias})
     return {FINGERPRINT: embedder.fingerprint} | {key: repr(value.item()) for key, value in numbers.items()}
 

@@ -5,9 +5,11 @@ module ─ to_onnx ─ constants folded ─┬─ fp32
 module.half() ─ to_onnx ─ folded ─ casts at the ends ─ fp16
 """
 
+import contextlib
 import copy
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +37,25 @@ def graph_of(module: Exportable, all_constants: bool = False) -> onnx.ModelProto
         all_constants: also a second, transposed copy of weights that two operators share: the word embeddings of a
             caption head that is tied to them.
     """
-    chatter = logging.getLogger("torch.onnx")
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)  # that torchvision is not installed
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = module.to_onnx(OPSET).model
-    finally:
-        chatter.setLevel(level)
+    with quiet("torch.onnx", "onnxscript"), warnings.catch_warnings():  # that torchvision is not installed
+        warnings.simplefilter("ignore")
+        graph = module.to_onnx(OPSET).model
     fold(graph, all_constants)
     return ir.to_proto(graph)
+
+
+@contextlib.contextmanager
+def quiet(*packages: str) -> Iterator[None]:
+    """Keeps their logs to errors."""
+    chatter = [logging.getLogger(name) for name in packages]
+    levels = [each.level for each in chatter]
+    try:
+        for each in chatter:
+            each.setLevel(logging.ERROR)
+        yield
+    finally:
+        for each, level in zip(chatter, levels):
+            each.setLevel(level)
 
 
 def fold(graph: ir.Model, all_constants: bool):
@@ -55,7 +65,8 @@ def fold(graph: ir.Model, all_constants: bool):
         shared = node.op_type == "Transpose" and len(node.inputs[0].uses()) > 1
         return False if shared and not all_constants else None
 
-    fold_constants_ir(graph, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT, should_fold=should_fold)
+    with quiet("onnxscript"):  # that norms of weights alone, of a pooler's queries, are left as they are
+        fold_constants_ir(graph, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT, should_fold=should_fold)
     remove_unused_nodes(graph)
 
 

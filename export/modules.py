@@ -11,6 +11,13 @@
 
 One `CaptionStep` serves the prompt and every token after it: its first cache is the image's. Batch, tokens and cache
 are dynamic; nothing but the sizes of the model is fixed.
+
+CoCa's image has no place among the tokens. `CocaImageTower` gives what the decoder's layers look at,
+`present.{layer}.encoder.key` and `.value`, which stays as it is; what `CocaCaptionStep` gives starts empty and grows:
+keys and values of both stacks, and `present.filler`, which tells the filler from words.
+
+So for both, who writes captions starts with what the image's file gives, and with nothing where it gives nothing,
+takes over what each step gives, and has in `attention_mask` a place for all that has grown.
 """
 
 from collections.abc import Iterator
@@ -21,6 +28,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..captioning_mome import MomeCache
+from ..configuration_coca import CocaConfig
 from ..configuration_mome import quoted
 
 KeyValues = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -30,6 +38,14 @@ ANY = Dim.DYNAMIC(min=1)  # a size that may be anything
 def key_value_names(prefix: str, layers: int) -> tuple[str, ...]:
     """`past_key_values` or `present` → the names of keys and values, layer by layer."""
     return tuple(f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value"))
+
+
+def coca_image_names(prefix: str, config: CocaConfig) -> tuple[str, ...]:
+    """Names of the image's keys and values, which the layers of a CoCa's decoder look at."""
+    first, layers = config.text_num_hidden_layers, config.decoder_num_hidden_layers
+    return tuple(
+        f"{prefix}.{layer}.encoder.{kind}" for layer in range(first, first + layers) for kind in ("key", "value")
+    )
 
 
 class Exportable(nn.Module):
@@ -98,13 +114,11 @@ def attention_written_out(module: nn.Module) -> Iterator[None]:
             config._attn_implementation = implementations[key]
 
 
-def _check_family(model: nn.Module, families: tuple[str, ...] = ("mome", "coca")):
+def _check_family(part: Exportable, model: nn.Module, *families: str):
     """Raises ValueError for a model of another family than these."""
     kind = type(model.config).model_type
     if kind not in families:
-        raise ValueError(
-            f"{quoted(kind)} models have no such part that can be exported, only {' and '.join(families)}"
-        )
+        raise ValueError(f"{type(part).__name__} takes {' and '.join(families)} models, this one is {quoted(kind)}")
 
 
 class ImageTower(Exportable):
@@ -113,12 +127,12 @@ class ImageTower(Exportable):
     Args:
         model: a `MomeModel` or `CocaModel`.
         key_values: also return, per layer, keys and values (images, heads, image tokens, head_dim): the cache that a
-            `CaptionStep` starts from.
+            `CaptionStep` starts from. Of a CoCa a `CocaImageTower` returns them.
     """
 
     def __init__(self, model: nn.Module, key_values: bool = False):
         super().__init__()
-        _check_family(model, ("mome",) if key_values else ("mome", "coca"))
+        _check_family(self, model, *(["mome"] if key_values else ["mome", "coca"]))
         self.model, self.key_values = model, key_values
         self.input_names, self.output_names = ("pixel_values",), ("image_embeds",)
         if key_values:
@@ -138,6 +152,25 @@ class ImageTower(Exportable):
         return ({0: "images" if named else ANY},)
 
 
+class CocaImageTower(ImageTower):
+    """As `ImageTower`, of a captioner: also, per layer of the decoder, keys and values (images, heads, queries but the
+    first, head_dim), which every `CocaCaptionStep` looks at.
+
+    Args:
+        captioner: a `CocaForConditionalGeneration`.
+    """
+
+    def __init__(self, captioner: nn.Module):
+        super().__init__(captioner.model)
+        _check_family(self, captioner, "coca")
+        self.decoder = captioner.decoder
+        self.output_names += coca_image_names("present", captioner.config)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:
+        states = self.model.image_pass(pixel_values).last_hidden_state
+        return self.model.project_image(states), self.decoder.keys_and_values(states)
+
+
 class TextTower(Exportable):
     """Token ids and mask (texts, tokens), both int64 → embeddings (texts, projection_dim), L2-normalised.
 
@@ -147,7 +180,7 @@ class TextTower(Exportable):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        _check_family(model)
+        _check_family(self, model, "mome", "coca")
         self.model = model
         self.input_names, self.output_names = ("input_ids", "attention_mask"), ("text_embeds",)
 
@@ -214,7 +247,7 @@ class CaptionStep(Exportable):
 
     def __init__(self, captioner: nn.Module):
         super().__init__()
-        _check_family(captioner, ("mome",))
+        _check_family(self, captioner, "mome")
         self.captioner = captioner
         layers = captioner.config.num_hidden_layers
         self.input_names = ("input_ids", "attention_mask", *key_value_names("past_key_values", layers))
@@ -244,3 +277,76 @@ class CaptionStep(Exportable):
         states = {0: batch, 2: cached}
         key_values = tuple((dict(states), dict(states)) for _ in range(self.captioner.config.num_hidden_layers))
         return {0: batch, 1: tokens}, {0: batch, 1: seen}, key_values
+
+
+class CocaCaptionStep(Exportable):
+    """As `CaptionStep`, of a CoCa.
+
+    Args:
+        captioner: a `CocaForConditionalGeneration`.
+
+    Arguments of `forward`:
+        input_ids: (batch, tokens) int64: `[BOS]` or another prompt, padded on the left; then one token at a time.
+        attention_mask: (batch, cached + tokens) int64: 1 for every token, 0 for padding.
+        past_key_values: per layer of the text encoder and then of the decoder, keys and values (batch, heads, cached,
+            head_dim): of no tokens for the first call, then those of the call before.
+        filler: (batch, 1, cached, 1), not 0 where a token is the filler; of no tokens for the first call.
+        image_key_values: what `CocaImageTower` returns.
+
+    Returns:
+        logits (batch, 1, vocabulary) of the token that follows the last one; keys, values and filler to go on with.
+    """
+
+    def __init__(self, captioner: nn.Module):
+        super().__init__()
+        _check_family(self, captioner, "coca")
+        self.captioner, config = captioner, captioner.config
+        self.layers = config.text_num_hidden_layers + config.decoder_num_hidden_layers
+        past, present = (
+            (*key_value_names(prefix, self.layers), f"{prefix}.filler") for prefix in ("past_key_values", "present")
+        )
+        image = coca_image_names("past_key_values", config)
+        self.input_names = ("input_ids", "attention_mask", *past, *image)
+        self.output_names = ("logits", *present)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: KeyValues,
+        filler: torch.Tensor,
+        image_key_values: KeyValues,
+    ) -> tuple[torch.Tensor, KeyValues, torch.Tensor]:
+        torch._check(image_key_values[0][0].shape[0] == input_ids.shape[0])  # one image a row
+        cache = MomeCache.holding(self.captioner.config, (*past_key_values, (filler, filler)))
+        # By index: a graph would take the length of a mask as it comes for that of two sizes of at least 2.
+        seen = torch.arange(filler.shape[2] + input_ids.shape[1], device=input_ids.device)
+        attention_mask = attention_mask[:, seen]
+        positions = (attention_mask.cumsum(dim=1)[:, -input_ids.shape[1] :] - 1).clamp(min=0)
+        words = input_ids, None, positions, attention_mask
+        _, caption = self.captioner.caption_pass(*words, image_key_values, cache)
+        logits = self.captioner.lm_head(caption.last_hidden_state[:, -1:])
+        *layers, marks = ((layer.keys, layer.values) for layer in cache.layers)
+        return logits, tuple(layers), marks[0]
+
+    def sample_inputs(self) -> tuple[torch.Tensor, torch.Tensor, KeyValues, torch.Tensor, KeyValues]:
+        config, weight = self.captioner.config, self.captioner.lm_head.weight
+
+        def states(heads: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+            keys = weight.new_zeros(3, heads, tokens, config.hidden_size // heads)
+            return keys, keys.clone()
+
+        input_ids = torch.full((3, 4), config.bos_token_id, device=weight.device)
+        heads = [config.text_num_attention_heads] * config.text_num_hidden_layers
+        decoder_heads = [config.decoder_num_attention_heads] * config.decoder_num_hidden_layers
+        key_values = tuple(states(each, 2) for each in heads + decoder_heads)
+        image = tuple(states(each, config.pooler_num_queries - 1) for each in decoder_heads)
+        return input_ids, input_ids.new_ones(3, 6), key_values, weight.new_zeros(3, 1, 2, 1), image
+
+    def dynamic_shapes(self, named: bool = False) -> tuple:
+        names = ("batch", "tokens", "cached", "cached + tokens")
+        batch, tokens, cached, seen = names if named else (ANY, ANY, Dim.DYNAMIC, ANY)
+        states, image = {0: batch, 2: cached}, {0: batch}
+        key_values = tuple((dict(states), dict(states)) for _ in range(self.layers))
+        images = tuple((dict(image), dict(image)) for _ in range(self.captioner.config.decoder_num_hidden_layers))
+        return {0: batch, 1: tokens}, {0: batch, 1: seen}, key_values, states, images

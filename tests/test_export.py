@@ -4,13 +4,18 @@ import importlib.util
 
 import pytest
 import torch
+from test_coca_checkpoints import GOLDEN, write_upstream
+from test_coca_generation import favour_the_filler
 from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import SiglipConfig
+from transformers import AutoModelForImageTextToText, SiglipConfig
 
 from models import coca_batch, pad_left, random_batch, tiny_captioner, tiny_coca
-from mome.export.modules import CaptionStep, ImageTower, TextTower
+from mome.convert.__main__ import main as convert
+from mome.export.modules import CaptionStep, CocaCaptionStep, CocaImageTower, ImageTower, TextTower
+from mome.onnx_embedder import greedy_ids, open_session
+from upstream import golden, under
 
 SIZES, LENGTHS = (1, 3, 32), (2, 3, 9, 24)
 ANY = Dim.DYNAMIC
@@ -292,13 +297,114 @@ def test_onnx_towers_of_coca_give_the_same(correct_cls_mask, tmp_path):
         close(text(*left)[0], embeds)
 
 
+def coca_prompts(config, size: int) -> dict[str, torch.Tensor]:
+    """Prompts of one to seven tokens padded on the left, in the first the filler as a word."""
+    batch = coca_batch(config, size)
+    mask = batch["attention_mask"].clone()
+    mask[1::3, 1:] = 0
+    ids, mask = pad_left(batch["input_ids"], mask), pad_left(mask, mask)
+    return batch | {"input_ids": ids.masked_fill(mask == 0, config.pad_token_id), "attention_mask": mask}
+
+
+def nothing_yet(step: CocaCaptionStep, batch: int) -> tuple:
+    """Keys and values and filler marks of no tokens."""
+    _, _, key_values, filler, _ = step.sample_inputs()
+    empty = [[each[:1, :, :0].expand(batch, -1, -1, -1) for each in pair] for pair in key_values]
+    return tuple(map(tuple, empty)), filler[:1, :, :0].expand(batch, -1, -1, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("correct_cls_mask", [False, True])
+def test_an_exported_step_of_coca_decodes_as_generate_does(correct_cls_mask):
+    captioner = favour_the_filler(tiny_coca(correct_cls_mask=correct_cls_mask))
+    captioner.generation_config.eos_token_id = 98
+    tower, part = CocaImageTower(captioner), CocaCaptionStep(captioner)
+    image, step = tower.to_program().module(), part.to_program().module()
+    for size in SIZES:
+        batch = coca_prompts(captioner.config, size)
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected = captioner.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
+        embeds, image_states = image(batch["pixel_values"])
+        close(embeds, captioner.get_image_features(batch["pixel_values"]).pooler_output)
+        ids, mask, states = batch["input_ids"], batch["attention_mask"], nothing_yet(part, size)
+        for place in range(6):
+            logits, *states = step(ids, mask, *states, image_states)
+            close(logits[:, 0], expected.logits[place])
+            ids, mask = logits.argmax(dim=-1), F.pad(mask, (0, 1), value=1)
+            assert torch.equal(ids[:, 0], expected.sequences[:, place - 6])
+    # and it takes several tokens behind a cache, which may hold the filler
+    batch["input_ids"][2::3, 3] = captioner.config.filler_token_id
+    for cuts in ((7,), (1, 7), (4, 7), (3, 5, 7)):
+        states, past = nothing_yet(part, size), 0
+        for end in cuts:
+            seen = batch["attention_mask"][:, :end]
+            logits, *states = step(batch["input_ids"][:, past:end], seen, *states, image_states)
+            past = end
+        close(logits, captioner(**batch, logits_to_keep=1).logits)
+
+
+def sessions_of(captioner, folder) -> tuple:
+    """Of ONNX Runtime, of the image's file and of the step's."""
+    parts = CocaImageTower(captioner), CocaCaptionStep(captioner)
+    for name, part in zip(("image", "step"), parts):
+        part.to_onnx().save(folder / f"{name}.onnx")
+    return tuple(open_session(folder / f"{name}.onnx") for name in ("image", "step"))
+
+
+ODD = {  # one query for captions, a short table, heads as wide as the model, stacks of one layer
+    "pooler_num_queries": 2,
+    "max_position_embeddings": 5,
+    "hidden_size": 24,
+    "vision_hidden_size": 42,
+    "pooler_num_attention_heads": 3,
+    "text_num_attention_heads": 1,
+    "text_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_num_hidden_layers": 1,
+    "correct_cls_mask": True,
+}
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [{}, {"correct_cls_mask": True}, ODD], ids=["usual", "corrected", "odd"])
+def test_onnx_captions_of_coca_are_those_of_generate(shape, tmp_path):
+    captioner = favour_the_filler(tiny_coca(3, **shape))
+    captioner.generation_config.eos_token_id = [2, 40]
+    config, most = captioner.config, captioner.config.max_position_embeddings - 1
+    sessions = sessions_of(captioner, tmp_path)
+    for size in SIZES:
+        batch = coca_prompts(config, size)
+        images, options = batch["pixel_values"], {"max_new_tokens": most, "do_sample": False}
+        expected = captioner.generate(pixel_values=images, **options)
+        assert torch.equal(greedy_ids(*sessions, config, [2, 40], images, 99), expected)
+        prompts = {name: batch[name][:, -4:] for name in ("input_ids", "attention_mask")}
+        expected = captioner.generate(pixel_values=images, **prompts, **options)
+        assert torch.equal(greedy_ids(*sessions, config, [2, 40], images, 99, prompts), expected)
+
+
+@needs_onnx
+def test_onnx_captions_of_the_golden_coca_are_open_clips(tmp_path):
+    expected = golden("coca")
+    write_upstream(tmp_path, GOLDEN, under("sd/", expected))
+    command = ["coca", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out"), "--no-tokenizer"]
+    assert convert(command) == 0
+    captioner = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    sessions = sessions_of(captioner, tmp_path)
+    ends = [captioner.config.eos_token_id]
+    assert torch.equal(greedy_ids(*sessions, captioner.config, ends, expected["image"], 6), expected["greedy"])
+
+
 def test_what_has_no_such_part_is_refused():
-    captioner = tiny_coca()
-    with pytest.raises(ValueError, match="'coca' models have no such part that can be exported, only mome"):
-        CaptionStep(captioner)
-    with pytest.raises(ValueError, match="'coca' models have no such part"):
-        ImageTower(captioner.model, key_values=True)
+    coca, mome = tiny_coca(), tiny_captioner("dense")
+    with pytest.raises(ValueError, match="CaptionStep takes mome models, this one is 'coca'"):
+        CaptionStep(coca)
+    with pytest.raises(ValueError, match="ImageTower takes mome models, this one is 'coca'"):
+        ImageTower(coca.model, key_values=True)
+    for part in (CocaImageTower, CocaCaptionStep):
+        with pytest.raises(ValueError, match=f"{part.__name__} takes coca models, this one is 'mome'"):
+            part(mome)
     other = torch.nn.Module()
     other.config = SiglipConfig()
-    with pytest.raises(ValueError, match="'siglip' models have no such part that can be exported, only mome and coca"):
+    with pytest.raises(ValueError, match="TextTower takes mome and coca models, this one is 'siglip'"):
         TextTower(other)

@@ -173,17 +173,56 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
         assert {each.data_type for each in graph.initializer if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
 
 
-def test_a_cocas_towers_are_exported(tmp_path, pictures):
-    model = tiny_coca(1, vocab_size=len(build_processor(16).tokenizer), max_position_embeddings=16)
-    folder, steps = saved(tmp_path / "coca", model=model), []
-    done = export_checkpoint(folder, tmp_path / "out", ["fp32"], steps.append)
-    assert set(done.sizes) == {f"{part}.onnx" for part in PARTS[:3]} and any("captions" in step for step in steps)
-    actual, expected = OnnxEmbedder.load(done.output), Embedder.load(folder, "cpu")
-    torch.testing.assert_close(actual.embed_images(pictures), expected.embed_images(pictures), atol=1e-5, rtol=0)
-    torch.testing.assert_close(actual.embed_texts(MANY), expected.embed_texts(MANY), atol=1e-5, rtol=0)
+@pytest.fixture(scope="module")
+def coca(tmp_path_factory) -> tuple[Path, Path]:
+    """A CoCa that writes the filler now and then, and its export."""
+    size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "decoder_intermediate_size": 96}
+    model = tiny_coca(4, **size, max_position_embeddings=16, pad_token_id=0)
+    with torch.no_grad():
+        model.lm_head.weight[0] = model.lm_head.weight[18] * 1.1
+    folder = tmp_path_factory.mktemp("coca")
+    done = export_checkpoint(saved(folder / "coca", model=model), folder / "onnx", ["fp32", "q8", "fp16"])
+    suffixes = ("", "_quantized", "_fp16")
+    assert set(done.sizes) == {f"{part}{suffix}.onnx" for part in PARTS for suffix in suffixes}
+    assert done.agreement["fp32"].captions == 1 and done.agreement["fp16"].captions >= 0.75
+    return folder / "coca", folder / "onnx"
+
+
+def test_a_coca_embeds_as_its_checkpoint(coca, pictures):
+    folder, export = coca
+    expected = Embedder.load(folder, "cpu")
+    for dtype, least in (("fp32", 0.99999), ("q8", 0.999), ("fp16", 0.9999)):
+        actual = OnnxEmbedder.load(export, dtype)
+        for batch_size in (1, 3, 32):
+            images = actual.embed_images(pictures, batch_size), expected.embed_images(pictures, batch_size)
+            texts = actual.embed_texts(MANY, batch_size), expected.embed_texts(MANY, batch_size)
+            assert all(F.cosine_similarity(*both).mean() >= least for both in (images, texts))
     assert actual.logit_scale == expected.model.logit_scale.item() and actual.logit_bias is None
-    with pytest.raises(MomeError, match="exports of type 'coca' write no captions: load the checkpoint instead"):
-        OnnxEmbedder.load(done.output, captions=True)
+
+
+def test_a_coca_captions_as_its_checkpoint(coca, pictures):
+    folder, export = coca
+    expected, actual = Embedder.load(folder, "cpu", captions=True), OnnxEmbedder.load(export, captions=True)
+    for batch_size, length in ((1, 7), (3, 50), (32, 50)):
+        captions = actual.caption_images(pictures, batch_size, max_new_tokens=length)
+        assert captions == expected.caption_images(pictures, batch_size, max_new_tokens=length)
+    pixel_values = torch.cat(list(expected.pixel_batches(pictures)))
+    ids = expected.model.generate(pixel_values=pixel_values, max_new_tokens=15, do_sample=False)
+    assert torch.equal(actual.caption_ids(pixel_values, 50), ids) and len(set(captions)) > 15
+    ended = (ids == 2).cumsum(dim=1) > 0
+    assert ((ids == 0) & ~ended).any() and ended[:, -2].any()  # the filler among words; captions of several lengths
+    for dtype, least in (("q8", 18), ("fp16", 27)):
+        others = OnnxEmbedder.load(export, dtype, captions=True).caption_images(pictures, max_new_tokens=50)
+        assert sum(other == caption for other, caption in zip(others, captions)) >= least
+
+
+def test_a_coca_is_published_with_its_export(coca, pictures, tmp_path):
+    folder, export = coca
+    published = build_folder(folder, tmp_path / "published", "me/mine", onnx=export)
+    assert len(list((published / "onnx").glob("*.onnx"))) == 12
+    both = [load_embedder(published, backend, "cpu", captions=True) for backend in ("torch", "onnx-fp32")]
+    assert both[0].fingerprint == both[1].fingerprint
+    assert both[0].caption_images(pictures[:5]) == both[1].caption_images(pictures[:5])
 
 
 def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
@@ -212,6 +251,108 @@ def test_a_siglip_is_exported_with_its_padding_and_its_bias(tmp_path, pictures):
     wanted = expected.model.model(pixel_values=pixel_values, **batches[0]).logits_per_image
     torch.testing.assert_close(torch.from_numpy(logits), wanted.detach(), atol=1e-3, rtol=0)
     assert actual.caption_images(pictures[:5]) == expected.caption_images(pictures[:5])
+
+
+# --------------------------------------------------------------------------------------------- rules of captions
+
+RULES = [
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+]
+
+
+def rules_for(ids: torch.Tensor) -> dict:
+    """Rules that forbid captions (images, tokens) what they say often; behind `end` a caption ends early."""
+    kinds, counts = ids[:, 1:].unique(return_counts=True)
+    often = [kind for kind in kinds[counts.argsort(descending=True)].tolist() if kind > 2]
+    values = often[1:2], ids[:, 1].unique().tolist(), [often[2:3], ids[0, 2:4].tolist()], 9, 7, 2, 3.0
+    return {"end": often[0], **dict(zip(RULES, values, strict=True))}
+
+
+@pytest.fixture(scope="module", params=["mome", "coca"])
+def family(request) -> tuple[Path, Path]:
+    if request.param == "coca":
+        return request.getfixturevalue("coca")
+    return request.getfixturevalue("checkpoint"), request.getfixturevalue("exported")
+
+
+def with_rules(folder: Path, copy: Path, **rules) -> Path:
+    shutil.copytree(folder, copy)
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | rules))
+    return copy
+
+
+@pytest.mark.parametrize("names", [*([name] for name in RULES), RULES[:4], RULES], ids=[*RULES, "some", "all"])
+def test_captions_keep_to_the_checkpoints_generation_config(family, names, pictures, tmp_path):
+    plain = OnnxEmbedder.load(family[1], "fp32", captions=True)
+    images = torch.cat(list(plain.pixel_batches(pictures)))
+    rules = rules_for(plain.caption_ids(images, 12))
+    end = {"eos_token_id": [2, rules["end"]]}
+    rules = {name: rules[name] for name in names}
+    captioner = Embedder.load(with_rules(family[0], tmp_path / "torch", **rules, **end), "cpu", captions=True)
+    actual = OnnxEmbedder.load(with_rules(family[1], tmp_path / "onnx", **rules, **end), "fp32", captions=True)
+    free = OnnxEmbedder.load(with_rules(family[1], tmp_path / "free", **end), "fp32", captions=True)
+    prompt = torch.tensor([[1, 9, 8]]).expand(len(images), -1)
+    prompt = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    changed = 0
+    for given in ({}, prompt):
+        options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1}
+        expected = captioner.model.generate(pixel_values=images, **given, **options)
+        found = actual.caption_ids(images, 12, given or None)
+        assert torch.equal(found, expected)
+        before = free.caption_ids(images, 12, given or None)
+        changed += before.shape != found.shape or not torch.equal(before, found)
+    assert changed, "the rules change nothing here"
+    assert actual.caption_images(pictures) == captioner.caption_images(pictures)
+
+
+def test_rules_that_an_export_cannot_keep_to_are_refused(family, pictures, tmp_path, capsys):
+    folder, export = family
+    for number, (name, value) in enumerate(
+        {"guidance_scale": 2.0, "rerank_weight": 0.5, "contrastive_weight": 1.0, "forced_eos_token_id": 2}.items()
+    ):
+        copy = with_rules(export, tmp_path / f"{number}-onnx", **{name: value})
+        with pytest.raises(MomeError, match=rf"{name}={value}: captions of an export are greedy and can't keep to it"):
+            OnnxEmbedder.load(copy, captions=True)
+        assert OnnxEmbedder.load(copy).embed_images(pictures[:1]).shape[0] == 1
+    copy = with_rules(folder, tmp_path / "torch", guidance_scale=1.5)
+    assert "guidance_scale=1.5" in refused(str(copy), "--output", str(tmp_path / "out"), capsys=capsys)
+    for text in (
+        '{"min_length":',
+        "[]",
+        '{"bad_words_ids": "no"}',
+        '{"min_length": -1}',
+        '{"suppress_tokens": ["a"]}',
+    ):
+        (copy / "generation_config.json").write_text(text)
+        line = refused(str(copy), "--output", str(tmp_path / "out"), capsys=capsys)
+        assert "generation_config.json is no generation config: " in line, text
+    neutral = with_rules(export, tmp_path / "neutral", guidance_scale=1, rerank_weight=0, repetition_penalty=1.0)
+    assert OnnxEmbedder.load(neutral, captions=True).caption_images(pictures[:2])
+    penalty = OnnxEmbedder.load(with_rules(export, tmp_path / "penalty", repetition_penalty=1.5), captions=True)
+    prompt = {"input_ids": torch.tensor([[1, 9], [0, 1]]), "attention_mask": torch.tensor([[1, 1], [0, 1]])}
+    with pytest.raises(MomeError, match=r"repetition_penalty=1\.5 counts the padding of prompts of different lengths"):
+        penalty.caption_ids(torch.cat(list(penalty.pixel_batches(pictures[:2]))), 5, prompt)
+
+
+def test_an_export_without_captions_beside_a_decoder_is_refused(family, pictures, tmp_path):
+    """Never captions of no image: the vision model of an embedding export of the same weights has no `present.*`."""
+    folder, export = family
+    model = Embedder.load(folder, "cpu").model
+    copy = Path(shutil.copytree(export, tmp_path / "copy"))
+    for file in (copy / "onnx").glob("*_*[dh6].onnx"):
+        if file.name.startswith("vision_model"):
+            file.unlink()
+    embedding = export_checkpoint(saved(tmp_path / "embedding", model=model), tmp_path / "out", ["fp32"]).output
+    shutil.copy(embedding / "onnx" / "vision_model.onnx", copy / "onnx" / "vision_model.onnx")
+    with pytest.raises(MomeError, match=r"gives no past_key_values\.\S+: it is of an export without captions"):
+        OnnxEmbedder.load(copy, captions=True).caption_images(pictures[:1])
 
 
 # -------------------------------------------------------------------------------------------------- in its place

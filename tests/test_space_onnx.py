@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from app import build_demo
+from models import tiny_coca
 from mome_space.caption import Captioning
+from mome_space.engine import Engine
 from mome_space.loading import load_engine
 from space_server import tiny_engine, tiny_index, write_picture
 
@@ -17,11 +19,19 @@ from mome.export.folder import export_checkpoint
 from mome.onnx_embedder import OnnxEmbedder
 
 
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """The checkpoint's and the export's, of a model whose generation config forbids nothing."""
-    folder, expected = tmp_path_factory.mktemp("export"), tiny_engine()
-    expected.model.generation_config.suppress_tokens = None
+def tiny_coca_engine() -> Engine:
+    """As `tiny_engine`, of a CoCa."""
+    like = tiny_engine()
+    size = {"vocab_size": like.config.vocab_size, "max_position_embeddings": like.config.max_position_embeddings}
+    model = tiny_coca(image_size=32, pad_token_id=0, **size)
+    model.generation_config.suppress_tokens = like.model.generation_config.suppress_tokens
+    return Engine(model, like.processor)
+
+
+@pytest.fixture(scope="module", params=[tiny_engine, tiny_coca_engine], ids=["mome", "coca"])
+def engines(request, tmp_path_factory):
+    """The checkpoint's and the export's."""
+    folder, expected = tmp_path_factory.mktemp("export"), request.param()
     expected.model.save_pretrained(folder / "tiny")
     expected.processor.save_pretrained(folder / "tiny")
     export_checkpoint(folder / "tiny", folder / "onnx", ["fp32"])
