@@ -10,7 +10,7 @@ import { Captions } from "./captions.js";
 import { Downloads, FailedDownload, forget } from "./download.js";
 import { Engine } from "./engine.js";
 import { Gallery } from "./gallery.js";
-import { readPicture, typed } from "./pictures.js";
+import { pictureAmong, readPicture } from "./pictures.js";
 import { toPixelValues } from "./pixels.js";
 import { missingFeature } from "./support.js";
 import { Refusal, shortened } from "./texts.js";
@@ -20,6 +20,7 @@ import {
   describeBox,
   element,
   find,
+  focusHit,
   hideProblem,
   showCredits,
   showDetail,
@@ -41,6 +42,7 @@ let imageSettings = null;
 /** What is ready, as promises, and how long it took. */
 export const ready = { texts: deferred(), images: deferred() };
 let asked = { kind: "nothing" }; // what is searched for
+let turn = 0; // of whoever asks: a picture that is read late does not take the place of what was asked for meanwhile
 let hits = [];
 let shown = 0;
 
@@ -140,12 +142,15 @@ const status = (words) => (find("#status").textContent = words);
 const count = (number) => number.toLocaleString("en");
 
 /** The embedding of what is asked for, how it is called, and how long that took. */
-async function embed({ kind, text, picture, index, reading = 0 }) {
+async function embed(question) {
+  const { kind, text, picture, index, files = 1, reading = 0 } = question;
   if (kind === "icon") return { embedding: gallery.embedding(index), called: `like “${gallery.icon(index).name}”` };
   await (kind === "picture" ? ready.images : ready.texts);
+  if (question !== asked) return null; // asked while the model was loading, and nobody waits for it now
   const start = performance.now();
   const found = await (kind === "picture" ? engine.embedImage(picture) : engine.embedText(text));
-  const called = kind === "picture" ? "like your picture" : `for “${shortened(text)}”`;
+  const mine = files > 1 ? `like your picture, one of ${count(files)} files` : "like your picture";
+  const called = kind === "picture" ? mine : `for “${shortened(text)}”`;
   const cut = found.cut ? ", of which only the beginning was read" : "";
   return { ...found, called: `${called}${cut}`, milliseconds: reading + performance.now() - start };
 }
@@ -193,9 +198,11 @@ function browse() {
 }
 
 function show() {
+  const walked = find("#hits").contains(document.activeElement);
   clearHits();
   shown = 0;
   showMore();
+  if (walked) focusHit(0); // it stays where it was, not at the top of the page
 }
 
 function showMore() {
@@ -209,6 +216,7 @@ function showMore() {
 
 function ask(question) {
   asked = question;
+  turn++;
   const words = question.kind === "words" ? question.text : "";
   if (words || !find("#words").matches(":focus")) find("#words").value = words;
   history.replaceState(null, "", words ? `#q=${encodeURIComponent(words)}` : location.pathname);
@@ -226,16 +234,22 @@ function searchLike(index) {
   return ask({ kind: "icon", index });
 }
 
-async function searchPicture(file) {
+/** Searches by one of these files; `files` are how many there were, which the answer tells. */
+async function searchPicture(...files) {
+  const file = pictureAmong(files);
+  const mine = ++turn;
+  find("#detail").close();
   find("#words").blur();
   try {
     const start = performance.now();
     const picture = await readPicture(file);
-    const search = ask({ kind: "picture", picture, file, reading: performance.now() - start });
+    if (mine !== turn) return;
+    const reading = performance.now() - start;
+    const search = ask({ kind: "picture", picture, name: file.name, files: files.length, reading });
     if (!find("#loading").hidden) status("Your picture is searched for as soon as everything is loaded …");
     await search;
   } catch (error) {
-    status(error.message);
+    if (mine === turn) status(error.message);
   }
 }
 
@@ -254,15 +268,13 @@ async function pixelValues(question) {
 
 /** The picture or icon that is searched by, beside a button that ends it. */
 function showAsked(question) {
-  const { kind, index, file } = question;
+  const { kind, index, picture } = question;
   const box = find("#asked");
-  const image = find("img", box);
-  if (image.src.startsWith("blob:") && image.dataset.own) URL.revokeObjectURL(image.src);
   box.hidden = kind !== "picture" && kind !== "icon";
   if (box.hidden) return;
-  image.src = kind === "icon" ? gallery.url(index) : URL.createObjectURL(typed(file));
-  image.dataset.own = kind === "icon" ? "" : "1";
-  const name = kind === "icon" ? gallery.icon(index).name : shortened(file.name || "your picture");
+  const image = kind === "icon" ? element("img", { src: gallery.url(index), alt: "" }) : picture.preview;
+  find(".tile", box).replaceChildren(image);
+  const name = kind === "icon" ? gallery.icon(index).name : shortened(question.name || "your picture");
   find("div", box).replaceChildren(element("p", {}, name), description(question) ?? "");
 }
 
@@ -280,11 +292,18 @@ function listen() {
     searchWords(find("#words").value);
   });
   find("#style").addEventListener("change", search);
-  find("#more").addEventListener("click", showMore);
-  find("#asked button").addEventListener("click", () => ask({ kind: "nothing" }));
+  find("#more").addEventListener("click", () => {
+    const next = shown;
+    showMore();
+    focusHit(next);
+  });
+  find("#asked > button").addEventListener("click", ({ detail }) => {
+    ask({ kind: "nothing" });
+    if (detail === 0) find("#words").focus(); // pressed by a key: the button is gone
+  });
   find("#choose").addEventListener("click", () => find("#file").click());
   find("#file").addEventListener("change", ({ target }) => {
-    if (target.files.length) searchPicture(target.files[0]);
+    if (target.files.length) searchPicture(...target.files);
     target.value = "";
   });
   find("#hits").addEventListener("keydown", walkHits);
@@ -298,9 +317,12 @@ function listen() {
     find("#words").select();
     find("#words").focus();
   });
-  addEventListener("paste", ({ clipboardData }) => {
-    const file = [...clipboardData.files].find((each) => each.type.startsWith("image/"));
-    if (file) searchPicture(file);
+  addEventListener("paste", (event) => {
+    const { files, types } = event.clipboardData;
+    const isText = types.includes("text/plain") && types.includes("text/html"); // office programs add a picture of it
+    if (!files.length || (isText && event.target.matches("input"))) return;
+    event.preventDefault();
+    searchPicture(...files);
   });
   addEventListener("hashchange", searchHash);
   listenToDrops();
@@ -308,20 +330,29 @@ function listen() {
 
 function listenToDrops() {
   const over = (is) => document.body.classList.toggle("over", is);
-  const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  const holds = (event, type) => event.dataTransfer?.types.includes(type);
+  // Text within the field is the browser's. Elsewhere browsers would leave the page for a link.
+  const isTheirs = (event) => !holds(event, "Files") && event.target.matches?.("input");
   addEventListener("dragover", (event) => {
-    if (!holdsFiles(event)) return;
+    if (isTheirs(event)) return;
     event.preventDefault();
-    over(true);
+    over(holds(event, "Files"));
   });
   addEventListener("dragleave", (event) => event.relatedTarget === null && over(false));
   addEventListener("drop", (event) => {
     over(false);
-    if (!holdsFiles(event)) return;
+    if (isTheirs(event)) return;
     event.preventDefault();
-    find("#detail").close();
-    searchPicture(event.dataTransfer.files[0]);
+    if (holds(event, "Files")) return searchDropped(event.dataTransfer);
+    if (holds(event, "text/uri-list")) return status("The page opens no links: save the picture, and drop the file.");
+    searchWords(event.dataTransfer.getData("text/plain").slice(0, find("#words").maxLength));
   });
+}
+
+function searchDropped({ files, items }) {
+  const folders = [...items].filter((item) => item.webkitGetAsEntry?.()?.isDirectory).length;
+  if (folders && folders === files.length) return status("That is a folder: drop a picture of it.");
+  searchPicture(...files);
 }
 
 function searchHash() {

@@ -102,6 +102,16 @@ export function clearHits() {
   find("#hits").replaceChildren();
 }
 
+/** Puts the focus on a card, by its place in the list; the tab key comes back to it. */
+export function focusHit(place) {
+  const list = find("#hits");
+  const card = list.querySelectorAll("button")[place];
+  if (!card) return;
+  find("button[tabindex='0']", list).tabIndex = -1;
+  card.tabIndex = 0;
+  card.focus();
+}
+
 /** The list is one stop of the tab key; arrows, Home and End go from icon to icon. */
 export function walkHits(event) {
   const cards = [...find("#hits").querySelectorAll("button")];
@@ -110,12 +120,10 @@ export function walkHits(event) {
   const columns = cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
   const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns };
   const ends = { Home: 0, End: cards.length - 1 };
-  const next = cards[event.key in ends ? ends[event.key] : at + steps[event.key]];
-  if (!next) return;
+  const next = event.key in ends ? ends[event.key] : at + steps[event.key];
+  if (!cards[next]) return;
   event.preventDefault();
-  cards[at].tabIndex = -1;
-  next.tabIndex = 0;
-  next.focus();
+  focusHit(next);
 }
 
 // ------------------------------------------------------------------------------------------------------- detail

@@ -4,9 +4,13 @@ import io
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,3 +135,32 @@ def test_without_packages_the_build_says_what_to_do(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PAGE.parent, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith("python space-static/vendor_packages.py")
+
+
+def test_a_browser_that_leaves_in_the_middle_of_a_download_is_no_error(tmp_path, capfd):
+    (tmp_path / "large").write_bytes(bytes(50 * MEGABYTE))
+    with static_page.served(tmp_path) as url:
+        port = int(url.rstrip("/").rpartition(":")[2])
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                client.sendall(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+                assert client.recv(1000).startswith(b"HTTP/1.0 200 OK")
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"{url}large") as answer:  # and the server goes on
+            assert len(answer.read()) == 50 * MEGABYTE
+    assert capfd.readouterr().err == ""
+
+
+def test_a_port_that_is_taken_or_none_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(serve_page, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["serve_page.py"])
+    with pytest.raises(SystemExit, match="^the page has no data yet: python space-static/build_page.py$"):
+        serve_page.main()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    with static_page.served(tmp_path) as url:
+        for port in (url.rstrip("/").rpartition(":")[2], "70000"):
+            monkeypatch.setattr(sys, "argv", ["serve_page.py", "--port", port])
+            with pytest.raises(SystemExit, match=rf"^port {port} can't be used, choose another --port: [^\n]+$"):
+                serve_page.main()
