@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from .captioning_mome import MomeCache, MomeStaticLayer, cached_image_tokens, is_image_token, prepare_prompt
 from .compatibility_mome import CACHE_NAME, take_cache
+from .configuration_mome import quoted
 from .guidance_mome import CaptionGuidance, ClassifierFreeGuidance, MomeGenerationConfig, eos_token_ids
-from .inputs_mome import check_pixel_values, check_position_ids
+from .inputs_mome import check_ids, check_pixel_values, check_position_ids, is_count
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +81,8 @@ class MomeGenerationMixin(GenerationMixin):
         """The arguments with a prompt as `input_ids` (batch, tokens): `[BOS]` for each image where there is none."""
         kwargs.pop("image_outputs", None)  # an assistant gets those of the model it assists
         pixel_values, input_ids = kwargs.get("pixel_values"), kwargs.pop("input_ids", inputs)
+        if input_ids is not None:
+            check_ids(input_ids)
         if pixel_values is not None:
             check_pixel_values(self.config, pixel_values)
             if input_ids is None and kwargs.get("inputs_embeds") is None:
@@ -96,6 +99,9 @@ class MomeGenerationMixin(GenerationMixin):
         lengths = given.keys() | asked.keys()
         if "max_length" in lengths and "max_new_tokens" not in lengths:
             own["max_new_tokens"] = None  # the checkpoint's, which would win
+        for name in lengths & {"max_new_tokens", "max_length"}:
+            if not is_count(value := asked.get(name, given.get(name))):
+                raise ValueError(f"{name}={quoted(value)} must be an integer of at least 1")
         options = MomeGenerationConfig()
         for key, value in (own | given).items():
             setattr(options, key, value)
@@ -159,6 +165,11 @@ class MomeGenerationMixin(GenerationMixin):
             options.max_new_tokens = min(20, room)  # transformers' default
         elif options.max_new_tokens is None:
             options.max_new_tokens = options.max_length + added - ids
+            if options.max_new_tokens < 1:
+                raise ValueError(
+                    f"max_length={options.max_length} counts the prompt, which has {ids - added} tokens: pass more, "
+                    "or max_new_tokens"
+                )
         if options.max_new_tokens > room:
             logger.warning_once(f"captions stop after {room} tokens: max_position_embeddings is {longest}")
             options.max_new_tokens = room

@@ -156,6 +156,8 @@ def guidance_options(guidance: str | Iterable[str] | dict[str, Any] | None) -> d
             _check_choice("field of guidance", name, list(dict.fromkeys(fields)))
         MomeGenerationConfig(**guidance)  # checks the values
         return dict(guidance)
+    if not isinstance(guidance, Iterable):
+        raise ValueError(f"guidance={quoted(guidance)}: pass a name, several in a list, or fields in a dict")
     options = {}
     for name in [guidance] if isinstance(guidance, str) else guidance:
         _check_choice("guidance", name, list(GUIDANCE_PRESETS))

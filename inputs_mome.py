@@ -16,6 +16,9 @@ from torch.utils.data import Dataset
 from .compatibility_mome import is_exporting
 from .configuration_mome import MomeConfig, listed
 
+# Of a captioner's `forward`: what its loss needs and nothing else takes.
+LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "return_loss")
+
 
 def is_count(value: Any) -> bool:
     """Whether this is an integer of at least 1, NumPy's too."""
@@ -23,11 +26,33 @@ def is_count(value: Any) -> bool:
 
 
 def check_pixel_values(config: MomeConfig, pixel_values: torch.Tensor):
+    _check_tensor("pixel_values", pixel_values)
     expected = (config.num_channels, config.image_size, config.image_size)
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values is of {pixel_values.dtype}, not floats: prepare images with the checkpoint's processor"
+        )
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, expected (images, channels, height, width) = "
             f"(images, {', '.join(map(str, expected))}): prepare images with the checkpoint's processor"
+        )
+
+
+def check_ids(input_ids: torch.Tensor):
+    """Refuses what are no rows of ids: pictures that were passed in their place, lists."""
+    _check_tensor("input_ids", input_ids)
+    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and is of {input_ids.dtype}, expected (texts, tokens) of "
+            "int64, both at least 1; images are pixel_values=..."
+        )
+
+
+def _check_tensor(name: str, value: Any):
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} is of type {type(value).__name__}: pass a tensor, as the processor gives with return_tensors='pt'"
         )
 
 
@@ -55,8 +80,7 @@ def check_joint_experts(config: MomeConfig, joint_experts: bool):
 
 def check_input_ids(config: MomeConfig, input_ids: torch.Tensor, vocabulary: int | None):
     """A text of its own: not empty, not longer than the position table, and within the vocabulary."""
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (texts, tokens), both at least 1")
+    check_ids(input_ids)
     if not config.fixed_text_length:  # else `text_tokens` counts, which leaves out padding
         _check_length(input_ids.shape[1], config.max_position_embeddings)
     check_vocabulary(input_ids, vocabulary)
@@ -83,10 +107,21 @@ def check_vocabulary(input_ids: torch.Tensor, vocabulary: int | None):
     """`vocabulary`: rows of the word embedding; `None`: don't look."""
     if vocabulary is None or torch.compiler.is_compiling() or input_ids.device.type == "meta":
         return
+    check_ids(input_ids)
     lowest, highest = (int(bound) for bound in input_ids.aminmax())
     if lowest < 0 or highest >= vocabulary:
         bad = lowest if lowest < 0 else highest
         raise ValueError(f"input_ids holds {bad}, vocab_size is {vocabulary}: use the checkpoint's own tokenizer")
+
+
+def check_text_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor):
+    """Refuses a mask of another shape than the texts have: one of a single row would hide the words of the others."""
+    _check_tensor("attention_mask", attention_mask)
+    if not is_exporting() and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}: they must "
+            "be equal"
+        )
 
 
 def check_positions(config: MomeConfig, positions: torch.Tensor, tokens: int):
@@ -140,6 +175,24 @@ def check_pairs(pixel_values: torch.Tensor | None, input_ids: torch.Tensor | Non
         raise ValueError(f"{images} images and {texts} texts: pass one text for each image")
 
 
+def check_modalities(
+    pixel_values: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    return_loss: bool | None,
+    options: dict[str, Any],
+):
+    """Refuses nothing to embed, and a loss of what is no pairs or of labels, which would be left out."""
+    if pixel_values is None and input_ids is None:
+        raise ValueError("MomeModel got neither pixel_values nor input_ids: pass at least one")
+    if return_loss:
+        check_pairs(pixel_values, input_ids)
+    elif options.get("labels") is not None:
+        raise ValueError(
+            "labels are captions to learn, and this model learns embeddings: pass return_loss=True, or load a "
+            "captioner with AutoModelForImageTextToText"
+        )
+
+
 def check_labels(
     labels: torch.Tensor | None,
     input_ids: torch.Tensor | None,
@@ -148,6 +201,8 @@ def check_labels(
 ):
     """Refuses labels that don't fit, and their number without them, as transformers' `Trainer` passes it."""
     if labels is None:
+        if loss_options.get("return_loss"):
+            raise ValueError("return_loss=True without labels: pass labels=input_ids, -100 where padding")
         if loss_options.get("num_items_in_batch") is not None:
             raise ValueError(
                 "num_items_in_batch without labels: Trainer's label_smoothing_factor has taken them and would compare "
@@ -207,6 +262,7 @@ def text_mask(config: MomeConfig, input_ids: torch.Tensor, attention_mask: torch
         (texts, tokens) int64, 0 where padding; `None` without any, unless the call is traced.
     """
     if attention_mask is not None:
+        check_text_mask(attention_mask, input_ids)
         return attention_mask
     is_pad = input_ids == config.pad_token_id
     traced = torch.compiler.is_compiling() or input_ids.device.type == "meta"
@@ -301,21 +357,24 @@ def pictures_of(images: Any) -> list | Pictures | Iterator | None:
     """Several pictures in whatever form they come, or `None` if `images` is a single one.
 
     Args:
-        images: a list or tuple; an array or tensor of four dimensions; a data set of `datasets`, with the first column
-            of type Image or else the one called `image`; a column of one; a data set of torch or of transformers'
-            pipelines; a stream, generator or other iterable. Nothing is decoded before its turn.
+        images: a list or tuple; an array or tensor of four dimensions, or an array of paths; a data set of `datasets`,
+            with the first column of type Image or else the one called `image`; a column of one; a data set of torch or
+            of transformers' pipelines; a stream, generator or other iterable. Nothing is decoded before its turn.
 
     Raises:
         ValueError: a dict of splits, or a data set without images.
     """
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OSU":
+        return images.tolist()
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return list(images) if images.ndim == 4 else None
     if hasattr(images, "column_names") and hasattr(images, "cast_column"):
         return _pictures_of_data_set(images)
-    if isinstance(images, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, dict)) or hasattr(
-        images, "read"
-    ):
+    single = str, bytes, bytearray, memoryview, os.PathLike, Image.Image, dict
+    if isinstance(images, (*single, set, frozenset)) or hasattr(images, "read"):  # a set would lose which is which
         return None
+    if hasattr(images, "__array__") and getattr(images, "ndim", 1) > 1:  # an array of another library
+        return pictures_of(np.asarray(images))
     if isinstance(images, (list, tuple)):
         return list(images)
     if isinstance(images, Dataset) or _is_column(images):

@@ -55,11 +55,13 @@ from .generation_mome import MomeGenerationMixin
 from .guidance_mome import MomeGenerationConfig
 from .heads_mome import MomeCaptionHead, MomeJointProjection, MomeMultimodalPooler, image_pooling, text_pooling
 from .inputs_mome import (
+    LOSS_OPTIONS,
     check_input_ids,
     check_joint_experts,
     check_kept_patches,
     check_labels,
     check_masked_patches,
+    check_modalities,
     check_no_other_inputs,
     check_number_of_labels,
     check_pairs,
@@ -325,10 +327,7 @@ class MomeModel(MomePreTrainedModel):
             ValueError: as `get_image_features` and `get_text_features`; neither modality given; `return_loss`
                 without both or with unequal numbers.
         """
-        if pixel_values is None and input_ids is None:
-            raise ValueError("MomeModel got neither pixel_values nor input_ids: pass at least one")
-        if return_loss:
-            check_pairs(pixel_values, input_ids)
+        check_modalities(pixel_values, input_ids, return_loss, kwargs)
         if input_ids is not None:
             check_input_ids(self.config, input_ids, self.vocabulary)  # before the image pass, the expensive one
             input_ids, attention_mask = text_tokens(self.config, input_ids, attention_mask)
@@ -490,7 +489,7 @@ class MomeForConditionalGeneration(MomePreTrainedModel, MomeGenerationMixin):
             ValueError: labels without images or of another shape, a text longer than the position table, an id
                 beyond the vocabulary, images of a wrong size, image tokens that are too few or behind text.
         """
-        loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in kwargs}
+        loss_options = {key: kwargs.pop(key) for key in LOSS_OPTIONS if key in kwargs}
         check_labels(labels, input_ids, pixel_values, loss_options)
         if labels is not None:
             use_cache, tokens = False, input_ids.shape[1]

@@ -30,6 +30,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
 from .configuration_mome import quoted, shortened
+from .inputs_mome import pictures_of
 from .svg_mome import SVG_SIDE, looks_like_svg, render_svg
 
 logger = logging.get_logger(__name__)
@@ -99,11 +100,11 @@ def open_picture(source: Any, svg_side: int = SVG_SIDE) -> Image.Image:
 
 
 def _of_dict(source: dict) -> Any:
-    """What a dict of `datasets` holds, `{"bytes": ..., "path": ...}`."""
-    for key in ("bytes", "path"):
-        if source.get(key) is not None:
-            return source[key]
-    raise ValueError("no image: a dict needs 'bytes' or 'path'")
+    """What a dict of `datasets` holds, `{"bytes": ..., "path": ...}`, a row or a message."""
+    for key in ("bytes", "path", "image", "url"):
+        if (found := source.get(key)) is not None:
+            return _of_dict(found) if isinstance(found, dict) else found
+    raise ValueError("no image: a dict needs 'bytes', 'path', 'image' or 'url'")
 
 
 def _read(file: Any) -> bytes | str:
@@ -192,6 +193,8 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     """Pixel values of any range as 0…255: floats and integers wider than 8 bits are scaled, never clipped."""
     if values.dtype == np.uint8:
         return values
+    if values.dtype.kind not in "biufO":
+        raise ValueError(f"pixel values of type {values.dtype}: pass integers 0 to 255 or floats 0 to 1")
     values, kind, bits = values.astype(np.float64), values.dtype.kind, 8 * values.dtype.itemsize
     ceilings = {"b": [1], "f": [1, 2**8 - 1, 2**16 - 1]}.get(kind, [2**8 - 1, 2**16 - 1, 2**31 - 1])
     if kind == "u" and bits == 16:
@@ -204,12 +207,16 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     return (values * (255 / ceiling)).round().astype(np.uint8)
 
 
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
 def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     axes = (2, 0)  # where both ends could be the channels, numpy has them last and torch first
     if isinstance(array, torch.Tensor):
         axes = (0, 2)
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+        array = _as_numpy(array)
     readings = [(axis, counts) for counts in ((3, 4), (1,)) for axis in axes]
     axis = next((axis for axis, counts in readings if array.ndim == 3 and array.shape[axis] in counts), None)
     if array.size == 0 or (axis is None and array.ndim != 2):
@@ -227,6 +234,8 @@ def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()  # before the EXIF look-up, so that a truncated file is reported and not taken for broken EXIF
+    if 0 in image.size:
+        raise ValueError("{} × {} pixels: there is nothing to see".format(*image.size))
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF raises nearly anything; the pixels are still good
@@ -283,8 +292,9 @@ def load_rgb_image(image: Any, name: str = "image", svg_side: int = SVG_SIDE) ->
 
     Args:
         image: path, http(s) URL, bytes, open file, data URI, base64, SVG as text, a dict with `bytes` or `path` as
-            `datasets` has them, PIL image of any mode, or an array or tensor of shape (height, width), (height, width,
-            channels) or (channels, height, width) with 1, 3 or 4 channels; integers or floats 0…1.
+            `datasets` has them or with `image` or `url`, PIL image of any mode, or an array or tensor of integers or
+            of floats 0…1, of shape (height, width), (height, width, channels) or (channels, height, width) with 1, 3
+            or 4 channels.
         name: what error messages call the image.
         svg_side: pixels of the larger side of an SVG drawing.
 
@@ -309,17 +319,37 @@ def load_rgb_image(image: Any, name: str = "image", svg_side: int = SVG_SIDE) ->
     raise ValueError(f"{name}: {shortened(reason, 200)}")
 
 
+def given_images(images: Any) -> Any:
+    """Several images in whatever form `pictures_of` takes them as a list; a single one, or a 4-d array, as it is."""
+    several = None if getattr(images, "ndim", None) == 4 else pictures_of(images)
+    return images if several is None else list(several)
+
+
 def load_images(images: Any, svg_side: int = SVG_SIDE) -> list[Image.Image]:
-    """One image or several, as `load_rgb_image` takes them, or a batch as a 4-d array.
+    """One image or several, as `load_rgb_image` takes them.
+
+    Args:
+        images: an image; several in a list, a data set, a column of one, an array of paths or a generator; or a batch
+            as a 4-d array or tensor, whose values have one range.
 
     Raises:
         ValueError: there is none, or one that cannot be used, with its number.
     """
-    if not isinstance(images, (list, tuple)) and getattr(images, "ndim", None) != 4:
+    images = given_images(images)
+    if not isinstance(images, list) and getattr(images, "ndim", None) != 4:
         return [load_rgb_image(images, svg_side=svg_side)]
     if len(images) == 0:
         raise ValueError("images is empty: pass at least one image")
+    if not isinstance(images, list):
+        images = _scaled_batch(images)
     return [load_rgb_image(image, f"images[{index}]", svg_side) for index, image in enumerate(images)]
+
+
+def _scaled_batch(images: np.ndarray | torch.Tensor) -> Iterable:
+    """A batch as 8-bit integers by the range of all its values: a dark picture alone could be taken for shares."""
+    if not isinstance(images, torch.Tensor):
+        return _to_uint8(np.asarray(images))
+    return torch.from_numpy(_to_uint8(_as_numpy(images)))
 
 
 # ----------------------------------------------------------------------------------------------------- margins
@@ -385,11 +415,11 @@ def warn_of_blank(count: int, name: str = "picture"):
 class MomeImagesKwargs(ImagesKwargs, total=False):
     """Options of `MomeImageProcessor` beside those that all image processors have.
 
-    trim_to_margin (`float`, *optional*):
+    trim_to_margin (`float` or `int`, *optional*):
         Trim margins of one colour until they have this share of what is left; `None` keeps pictures as they are.
     """
 
-    trim_to_margin: float | None
+    trim_to_margin: float | int | None
 
 
 class MomeImageProcessor(PilBackend):
@@ -445,7 +475,7 @@ class MomeImageProcessor(PilBackend):
         """Pictures to pixel values.
 
         Args:
-            images: one image or a list of images as `load_rgb_image` takes them, or a batch as a 4-d array.
+            images: one image or several, as `load_images` takes them.
             kwargs: settings for this call. With `do_rescale=False` values keep the scale that they come in: floats
                 0…1 stay such.
 
@@ -463,6 +493,7 @@ class MomeImageProcessor(PilBackend):
         """As `preprocess`, without a warning: for those who count over many calls."""
         margin = kwargs.get("trim_to_margin", self.trim_to_margin)
         _check_margin(margin)
+        images = given_images(images)
         kwargs |= rescaling(self, images, kwargs)
         pictures = load_images(images, self.svg_side)
         if margin is not None:
@@ -527,6 +558,7 @@ __all__ = [
     "can_open_avif",
     "can_open_heif",
     "count_blank",
+    "given_images",
     "load_images",
     "load_rgb_image",
     "open_picture",

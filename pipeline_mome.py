@@ -124,6 +124,14 @@ def _check_on_error(on_error: str | None):
         raise ValueError(f"on_error={quoted(on_error)}: choose 'raise' or 'skip'")
 
 
+def _check_generate_kwargs(options: Any):
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"generate_kwargs={quoted(options)}: pass options of generate() in a dict")
+    for name in ("pixel_values", "input_ids", "attention_mask"):
+        if name in (options or {}):
+            raise ValueError(f"generate_kwargs has {name}, which the pipeline makes of image and prompt: leave it out")
+
+
 def _given(**options) -> dict[str, Any]:
     """Options that a call has; what it hasn't must not replace what the pipeline was made with."""
     return {key: value for key, value in options.items() if value is not None}
@@ -142,6 +150,13 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
     The score is the cosine of the embeddings of image and caption, -1 to 1; the captions of an image come in the order
     of `generate()`: best first.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "generate"):
+            raise ValueError(
+                f"a {type(self.model).__name__} writes no captions: load it with AutoModelForImageTextToText"
+            )
 
     def __call__(self, images: Any = None, **kwargs) -> list:
         """Captions one image or many.
@@ -190,6 +205,9 @@ class MomeImageCaptioningPipeline(MomeImagePipeline):
             self._check_prompt(prompt)
         if num_captions is not None and not is_count(num_captions):
             raise ValueError(f"num_captions={quoted(num_captions)} must be an integer of at least 1")
+        if max_new_tokens is not None and not is_count(max_new_tokens):
+            raise ValueError(f"max_new_tokens={quoted(max_new_tokens)} must be an integer of at least 1")
+        _check_generate_kwargs(generate_kwargs)
         forward = _given(
             num_captions=num_captions,
             guidance=None if guidance is None else guidance_options(guidance),
@@ -331,10 +349,7 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
             templates = hypothesis_template
         _check_on_error(on_error)
         labels = None if candidate_labels is None else _checked_labels(candidate_labels)
-        templates = (templates,) if isinstance(templates, str) else templates and tuple(templates)
-        for template in templates or ():
-            if not isinstance(template, str) or "{}" not in template:
-                raise ValueError(f"template {quoted(template)} has no {{}} where the label goes")
+        templates = None if templates is None else _checked_templates(templates)
         if top_k is not None and not is_count(top_k):
             raise ValueError(f"top_k={quoted(top_k)} must be an integer of at least 1")
         after = _given(candidate_labels=labels, top_k=top_k)
@@ -411,7 +426,20 @@ class MomeZeroShotImageClassificationPipeline(MomeImagePipeline):
         return [{"label": candidate_labels[index], "score": score} for index, score in pairs]
 
 
+def _checked_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
+    several = isinstance(templates, Iterable) and not isinstance(templates, str)
+    templates = tuple(templates) if several else (templates,)
+    if not templates:
+        raise ValueError("templates is empty: pass one or more, or leave it out")
+    for template in templates:
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f"template {quoted(template)} has no {{}} where the label goes")
+    return templates
+
+
 def _checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(labels, Iterable):
+        raise ValueError(f"candidate_labels={quoted(labels)}: pass texts in a list")
     labels = tuple(label.strip() for label in labels.split(",")) if isinstance(labels, str) else tuple(labels)
     if not labels:
         raise ValueError("candidate_labels is empty: pass the labels to choose from")

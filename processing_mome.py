@@ -13,6 +13,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from transformers.processing_utils import ProcessingKwargs, TextKwargs, Unpack
 from transformers.utils import logging
 
 from .configuration_mome import quoted
-from .pictures_mome import MomeImageProcessor, MomeImagesKwargs, load_images, load_rgb_image, rescaling
+from .pictures_mome import MomeImageProcessor, MomeImagesKwargs, given_images, load_images, load_rgb_image, rescaling
 from .svg_mome import SVG_SIDE
-from .texts_mome import TOKENIZING, UNLIMITED_LENGTH, no_words, warn_of_cut_texts, wordless_texts
+from .texts_mome import TOKENIZING, UNLIMITED_LENGTH, check_characters, no_words, warn_of_cut_texts, wordless_texts
 
 logger = logging.get_logger(__name__)
 
@@ -78,13 +79,14 @@ class MomeProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(
-        self, images: Any = None, text: str | list[str] | None = None, **kwargs: Unpack[MomeProcessorKwargs]
+        self, images: Any = None, text: str | Iterable[str] | None = None, **kwargs: Unpack[MomeProcessorKwargs]
     ) -> BatchFeature:
         """Turns images and texts into model inputs; their numbers may differ unless `caption_prompt` pairs them.
 
         Args:
-            images: one image or a list of images as `load_rgb_image` takes them, or a batch as a 4-d array.
-            text: one text or a list of texts; what is longer than `tokenizer.model_max_length` is cut with a warning.
+            images: one image or several, as `load_images` takes them.
+            text: one text, or several in a list, an array, a column or a generator; what is longer than
+                `tokenizer.model_max_length` is cut with a warning.
             kwargs: those of the image processor and the tokenizer (`return_tensors`, `truncation`, ...), and
                 `caption_prompt`: True makes each text, or none, the beginning of a caption: `[BOS] words`, padded on
                 the left; one text serves all images. By default only for images with nothing but empty texts, as the
@@ -101,7 +103,7 @@ class MomeProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError("neither images nor text given: pass images=..., text=... or both")
         if images is not None:
-            nested = kwargs.get("images_kwargs") or {}
+            nested, images = kwargs.get("images_kwargs") or {}, given_images(images)
             changed = rescaling(self.image_processor, images, {**kwargs, **nested})
             kwargs = {key: value for key, value in kwargs.items() if key not in changed}
             kwargs["images_kwargs"] = {**nested, **changed}
@@ -240,13 +242,18 @@ class MomeProcessor(ProcessorMixin):
 
 
 def _check_texts(text) -> list[str]:
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or len(texts) == 0:
+    if isinstance(text, str):
+        texts = [text]
+    else:  # an unordered set would lose which text is which
+        several = isinstance(text, Iterable) and not isinstance(text, (bytes, bytearray, Mapping, Set))
+        texts = list(np.atleast_1d(text).tolist() if isinstance(text, np.ndarray) else text) if several else []
+    if not texts:
         raise ValueError(f"text is {quoted(text, 40)} of type {type(text).__name__}: pass a string or some in a list")
     for index, element in enumerate(texts):
         if not isinstance(element, str):
             raise ValueError(f"text[{index}] is of type {type(element).__name__}: pass a string")
-    return list(texts)
+    check_characters(texts)
+    return texts
 
 
 def _one_prompt_per_image(prompts, images) -> list[str]:

@@ -35,13 +35,30 @@ def longest_text(tokenizer: Any, config: Any) -> int:
     return min(tokenizer.model_max_length, config.max_position_embeddings)
 
 
+def check_characters(texts: Iterable[str]):
+    """Raises ValueError for a text with half of a surrogate pair, which is what broken bytes become: no tokenizer
+    takes it."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = text[error.start]
+            raise ValueError(
+                f"text {number} is {quoted(text, 40)}, and {found!r} is no character: read it again as UTF-8"
+            ) from None
+
+
 def tokenize_texts(tokenizer: Any, texts: list[str], limit: int) -> tuple[BatchEncoding, list[int]]:
     """Texts as model inputs, those of more than `limit` tokens cut to `limit`, `[EOS]` kept; and which were cut.
 
     Returns:
         `input_ids`, `attention_mask` (texts, tokens) int64, padded; the numbers of the texts that were cut.
+
+    Raises:
+        ValueError: a text that is no Unicode.
     """
     options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    check_characters(texts)
     with TOKENIZING:
         inputs = tokenizer(texts, max_length=limit + 1, **options)  # one token more shows what is too long
         if inputs["input_ids"].shape[1] <= limit:
@@ -98,6 +115,7 @@ def ids_of_texts(inputs: BatchEncoding) -> list[tuple[int, ...]]:
 __all__ = [
     "TOKENIZING",
     "UNLIMITED_LENGTH",
+    "check_characters",
     "ids_of_texts",
     "longest_text",
     "no_words",

@@ -289,7 +289,8 @@ class TableJob:
         if not len(rows) and not unreadable:
             raise self.corpus.empty()
         if not len(rows):
-            raise RetrievalError(f"{self.corpus.title}: nothing can be read, for example {unreadable[0]['error']}")
+            first = f"{shortened(unreadable[0]['id'])}: {unreadable[0]['error']}"
+            raise RetrievalError(f"{self.corpus.title}: nothing can be read, for example {first}")
         places = np.array([self.store.place_of(digest) for digest in rows["content_digest"].to_pylist()])
         earlier = self._earlier_rows()
         if earlier is not None and not self.corpus.name and not self._shares_rows(rows, earlier):

@@ -281,6 +281,23 @@ def test_lengths_count_text_and_end_with_the_position_table(batch):
         captioner.generate(pixel_values=batch["pixel_values"], input_ids=torch.full((2, 3), 9))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3' must be an integer"),
+        ({"max_length": 0}, "max_length=0 must be an integer"),
+        ({"max_length": 1}, "max_length=1 counts the prompt, which has 1 tokens"),
+        ({"input_ids": torch.ones(4, 3, dtype=torch.long), "max_length": 3}, "max_length=3 .* has 3 tokens"),
+        ({"pixel_values": None, "inputs": torch.zeros(4, 3, 16, 16)}, "images are pixel_values=..."),
+    ],
+)
+def test_lengths_and_prompts_that_cannot_be_are_named(options, message, batch):
+    with pytest.raises(ValueError, match=message):
+        tiny_captioner().generate(**{"pixel_values": batch["pixel_values"], **options})
+
+
 def test_a_text_that_outgrows_the_position_table_is_refused_in_decoding(batch):
     captioner, cache = tiny_captioner(), DynamicCache()
     captioner(pixel_values=batch["pixel_values"], input_ids=torch.full((4, 23), 9), cache=cache)

@@ -267,6 +267,9 @@ def test_named_sizes_have_the_dimensions_of_the_papers(size, upstream):
     assert abs(trunk / expected - 1) < 0.01
 
 
+TEXTS = {"input_ids": torch.tensor([[1, 9, 2], [1, 8, 2]])}
+
+
 @pytest.mark.parametrize(
     "inputs, message",
     [
@@ -277,8 +280,15 @@ def test_named_sizes_have_the_dimensions_of_the_papers(size, upstream):
         ({"input_ids": torch.ones(1, 25, dtype=torch.long)}, "25 tokens, max_position_embeddings is 24"),
         ({"input_ids": torch.tensor([[1, 99]])}, "holds 99, vocab_size is 99"),
         ({"input_ids": torch.tensor([[1, -7]])}, "holds -7, vocab_size is 99"),
+        ({"input_ids": torch.zeros(2, 3, 16, 16)}, r"\(2, 3, 16, 16\).*torch.float32.*images are pixel_values=..."),
+        ({"input_ids": [[1, 9, 2]]}, "input_ids is of type list: .*return_tensors='pt'"),
+        ({"pixel_values": [torch.zeros(3, 16, 16)]}, "pixel_values is of type list: .*return_tensors='pt'"),
+        ({"pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, "torch.uint8, not floats"),
+        ({**TEXTS, "attention_mask": torch.tensor([[1, 1, 0]])}, r"attention_mask has shape \(1, 3\).*\(2, 3\)"),
+        ({**TEXTS, "attention_mask": torch.ones(2, 2)}, r"attention_mask has shape \(2, 2\).*\(2, 3\)"),
+        ({**TEXTS, "labels": TEXTS["input_ids"]}, "labels.*pass return_loss=True"),
         ({}, "neither pixel_values nor input_ids"),
-        ({"input_ids": torch.ones(2, 3, dtype=torch.long), "return_loss": True}, "0 images and 2 texts"),
+        ({**TEXTS, "return_loss": True}, "0 images and 2 texts"),
     ],
 )
 def test_bad_input_is_refused_by_value_in_one_line(inputs, message):
@@ -293,6 +303,9 @@ def test_bad_input_is_refused_by_value_in_one_line(inputs, message):
         ({"pixel_values": None, "labels": torch.ones(3, 7, dtype=torch.long)}, "without images"),
         ({"labels": torch.ones(3, 6, dtype=torch.long)}, r"\(3, 6\), input_ids \(3, 7\)"),
         ({"pixel_values": torch.zeros(2, 3, 16, 16)}, "2 images and 3 texts"),
+        ({"return_loss": True}, "return_loss=True without labels"),
+        ({"input_ids": torch.zeros(3, 3, 16, 16)}, "torch.float32.*images are pixel_values=..."),
+        ({"attention_mask": torch.ones(1, 7, dtype=torch.long)}, r"attention_mask has shape \(1, 7\)"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": torch.full((3, 4), 3)}, "4 image tokens, an image has 5"),
         ({"input_ids": torch.full((3, 5), 3)}, "holds no text"),

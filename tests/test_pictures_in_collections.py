@@ -4,6 +4,7 @@ import io
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -144,6 +145,38 @@ def test_what_is_no_collection_of_pictures_is_refused_in_one_line(run, embedder,
             embedder.embed_images(one)
     with pytest.raises(MomeError, match="texts='a red dot' is one text: pass a list"):
         embedder.embed_texts("a red dot")
+
+
+def test_the_processor_takes_the_collections_that_pipelines_take(run, embedder, images, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(COUNT)]
+    for path, image in zip(paths, images):
+        image.save(path)
+    rows = rows_with(images)
+    wanted = embedder.processor(images=images, return_tensors="pt").pixel_values
+    names = np.array([str(path) for path in paths])
+    for given in (
+        lambda: rows["image"],
+        lambda: rows,
+        lambda: (image for image in images),
+        lambda: names,
+        lambda: pd.Series(names),
+        lambda: [{"image": image} for image in images],
+        lambda: [{"type": "image", "url": path.as_uri()} for path in paths],
+    ):
+        for processor in (embedder.processor, embedder.processor.image_processor):
+            assert torch.equal(processor(images=given(), return_tensors="pt").pixel_values, wanted)
+    assert [result[0] for result in run(names)] == [result[0] for result in run(images)]
+    with pytest.raises(ValueError, match=r"images\[2\]: not an image that Pillow can read"):
+        embedder.processor(images=rows_with(images, broken=2))
+
+
+def test_the_processor_takes_texts_in_any_order_that_stays(embedder):
+    texts = ["a red dot", "blue"]
+    wanted = embedder.processor(text=texts)["input_ids"]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    for given in (tuple(texts), np.array(texts), pd.Series(texts), rows["text"], (text for text in texts)):
+        assert embedder.processor(text=given)["input_ids"] == wanted
+    assert embedder.processor(text=np.array("blue"))["input_ids"] == embedder.processor(text="blue")["input_ids"]
 
 
 def test_texts_may_be_a_column_or_a_generator(embedder, images):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import mome
 from builders import build_processor
@@ -131,6 +131,10 @@ def test_an_unreadable_image_is_named_and_can_be_skipped(caption, images, tmp_pa
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"num_beams": 3}, "unknown option 'num_beams' of image-captioning.*generate_kwargs"),
         ({"generate_kwargs": {"num_beans": 3}}, "num_beans"),
+        ({"generate_kwargs": 3}, "generate_kwargs=3: pass options"),
+        ({"generate_kwargs": {"pixel_values": torch.zeros(1, 3, 16, 16)}}, "generate_kwargs has pixel_values"),
+        ({"guidance": 3}, "guidance=3: pass a name"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3' must be an integer of at least 1"),
     ],
 )
 def test_an_option_that_cannot_be_is_named(caption, images, options, message):
@@ -138,6 +142,12 @@ def test_an_option_that_cannot_be_is_named(caption, images, options, message):
         caption(images[0], **options)
     with pytest.raises(ValueError, match="images=None"):
         caption()
+
+
+def test_a_model_that_writes_no_captions_is_refused(checkpoint):
+    options = {"model": AutoModel.from_pretrained(checkpoint), "processor": AutoProcessor.from_pretrained(checkpoint)}
+    with pytest.raises(ValueError, match="a MomeModel writes no captions"):
+        pipeline("image-captioning", **options)
 
 
 def test_options_of_the_pipeline_and_of_a_call_go_together(checkpoint, images):
@@ -220,7 +230,11 @@ def test_classification_names_what_is_wrong(checkpoint, images, tmp_path):
         ({"candidate_labels": []}, "candidate_labels is empty"),
         ({"candidate_labels": ["dog", "dog"]}, "label 'dog' is given twice"),
         ({"candidate_labels": ["dog", 3]}, "label 3 is no text"),
+        ({"candidate_labels": 3}, "candidate_labels=3: pass texts"),
+        ({"candidate_labels": ["dog \ud800"]}, r"'dog \\ud800'.* is no character"),
         ({"templates": ["a photo"]}, "template 'a photo' has no {}"),
+        ({"templates": []}, "templates is empty"),
+        ({"templates": 3}, "template 3 has no {}"),
         ({"top_k": 0}, "top_k=0"),
         ({"tokenizer_kwargs": {}}, "unknown option 'tokenizer_kwargs'"),
         ({"hypothesis_template": "{}", "templates": "a {}"}, "are the same option"),

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from builders import build_processor, build_tokenizer
 from mome import pictures_mome
-from mome.pictures_mome import load_rgb_image
+from mome.pictures_mome import load_images, load_rgb_image
 from mome.processing_mome import MomeProcessor
 from mome.texts_mome import tokenize_texts
 
@@ -159,6 +159,26 @@ def test_pixel_values_out_of_range_are_refused():
             load_rgb_image(np.full((6, 8, 3), value))
 
 
+def test_pixel_values_that_are_no_real_numbers_are_refused():
+    with pytest.raises(ValueError, match="pixel values of type complex128"):
+        load_rgb_image(np.full((6, 8, 3), 1j))
+
+
+@pytest.mark.parametrize("of", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize(("bright", "dark"), [(60_000, 200), (255.0, 1.0)])
+def test_the_values_of_a_batch_have_one_range(of, bright, dark):
+    batch = np.stack([np.full((6, 8, 3), value) for value in (bright, dark)])
+    ceiling = 65535 if bright > 255 else 255
+    means = [np.asarray(image).mean() for image in load_images(of(batch))]
+    assert np.allclose(means, np.round(np.array([bright, dark]) / ceiling * 255))
+
+
+def test_a_picture_without_pixels_is_refused(processor):
+    for size in ((0, 0), (0, 5)):
+        with pytest.raises(ValueError, match=rf"images\[0\] .*: {size[0]} × {size[1]} pixels"):
+            processor(images=[Image.new("RGB", size)])
+
+
 def test_images_and_texts_may_differ_in_number(processor):
     inputs = processor(images=[picture()] * 2, text=["a red circle", "a dot", "the cat"], return_tensors="pt")
     assert set(inputs) == {"pixel_values", "input_ids", "attention_mask"}
@@ -255,6 +275,11 @@ def test_one_processor_serves_many_threads(processor):
 def test_unusable_inputs_are_refused(processor):
     unusable = {"neither images nor text": {}, "images is empty": {"images": []}, "text is \\[\\]": {"text": []}}
     unusable |= {"type int": {"text": 7}, "text\\[1\\] is of type int": {"text": ["a", 7]}}
+    unusable |= {"type set": {"text": {"a red"}}, "type dict": {"text": {"a": "red"}}, "type bytes": {"text": b"red"}}
+    unusable |= {
+        "class 'set'": {"images": {"a.png"}},
+        "text 1 is 'a \\\\ud800'.*no character": {"text": ["a", "a \ud800"]},
+    }
     for message, inputs in unusable.items():
         with pytest.raises(ValueError, match=message):
             processor(**inputs)
@@ -292,6 +317,8 @@ def test_saved_loaded_and_saved_again_the_files_are_the_same(tmp_path):
             "tokenizer_config.json",
             "pictures_mome.py",
             "svg_mome.py",
+            "inputs_mome.py",
+            "compatibility_mome.py",
             "configuration_mome.py",
         }
         names |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
