@@ -26,7 +26,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .compatibility_mome import is_exporting
 from .configuration_mome import MomeConfig
-from .inputs_mome import check_positions, check_text_positions, text_mask
+from .inputs_mome import check_positions, check_rows_of_mask, check_text_positions, text_mask
 from .outputs_mome import MomeEncoderOutput
 
 
@@ -209,6 +209,7 @@ class CaptionContext:
         self.tokens = self.text_tokens + self.image_tokens
         if not self.text_tokens:
             raise ValueError(f"input_ids of shape {tuple(tokens.shape[:2])} holds no text: start it with [BOS]")
+        check_rows_of_mask(inputs.attention_mask, tokens)
 
         self.past_length = 0 if self.cache is None else self.cache.get_seq_length()
         self.num_image_tokens = self.image_tokens or cached_image_tokens(self.cache)

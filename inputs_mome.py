@@ -124,6 +124,17 @@ def check_text_mask(attention_mask: torch.Tensor, input_ids: torch.Tensor):
         )
 
 
+def check_rows_of_mask(attention_mask: torch.Tensor | None, tokens: torch.Tensor):
+    """Refuses a 2D mask of another number of texts; it may be longer than they are, by what a cache holds."""
+    if attention_mask is None or attention_mask.ndim != 2 or is_exporting():
+        return
+    if attention_mask.shape[0] != tokens.shape[0]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the tokens {tuple(tokens.shape[:2])}: a row for "
+            "each text is needed"
+        )
+
+
 def check_positions(config: MomeConfig, positions: torch.Tensor, tokens: int):
     """Refuse a text beyond the position table; look at values only where the number of tokens allows for one.
 
