@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -56,6 +59,17 @@ def saved(folder: Path, variant: str = "routed", seed: int = 2, model=None) -> P
     return folder
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, by the first of pytest-xdist's workers that wants it: an export takes a minute."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name  # the parent is this run's alone
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return saved(tmp_path_factory.mktemp("checkpoint") / "tiny")
@@ -64,9 +78,9 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
     """A routed captioner."""
-    output = tmp_path_factory.mktemp("export") / "tiny-onnx"
-    export_checkpoint(checkpoint, output, tuple(SUFFIXES))
-    return output
+    return made_once(
+        tmp_path_factory, "tiny-onnx", lambda folder: export_checkpoint(checkpoint, folder, tuple(SUFFIXES))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +209,18 @@ def test_a_model_without_captions_has_three_files_in_half_precision_too(tmp_path
 @pytest.fixture(scope="module")
 def coca(tmp_path_factory) -> tuple[Path, Path]:
     """A CoCa that writes the filler now and then, and its export."""
-    size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "decoder_intermediate_size": 96}
-    model = tiny_coca(4, **size, max_position_embeddings=16, pad_token_id=0)
-    with torch.no_grad():
-        model.lm_head.weight[0] = model.lm_head.weight[18] * 1.1
-    folder = tmp_path_factory.mktemp("coca")
-    done = export_checkpoint(saved(folder / "coca", model=model), folder / "onnx", ["fp32", "q8", "fp16"])
-    suffixes = ("", "_quantized", "_fp16")
-    assert set(done.sizes) == {f"{part}{suffix}.onnx" for part in PARTS for suffix in suffixes}
-    assert done.agreement["fp32"].captions == 1 and done.agreement["fp16"].captions >= 0.75
+
+    def make(folder: Path):
+        size = {"vocab_size": len(build_processor(16).tokenizer), "hidden_size": 64, "decoder_intermediate_size": 96}
+        model = tiny_coca(4, **size, max_position_embeddings=16, pad_token_id=0)
+        with torch.no_grad():
+            model.lm_head.weight[0] = model.lm_head.weight[18] * 1.1
+        done = export_checkpoint(saved(folder / "coca", model=model), folder / "onnx", ["fp32", "q8", "fp16"])
+        suffixes = ("", "_quantized", "_fp16")
+        assert set(done.sizes) == {f"{part}{suffix}.onnx" for part in PARTS for suffix in suffixes}
+        assert done.agreement["fp32"].captions == 1 and done.agreement["fp16"].captions >= 0.75
+
+    folder = made_once(tmp_path_factory, "coca", make)
     return folder / "coca", folder / "onnx"
 
 
