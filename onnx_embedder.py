@@ -37,7 +37,7 @@ from transformers import (
 
 from .captioning_mome import prepare_prompt
 from .configuration_mome import MomeConfig, quoted
-from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
+from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, check_count, checked_device
 from .errors import MomeError, first_line, missing_package
 from .families import FAMILIES, FAMILY_NAMES
 from .guidance_mome import MomeGenerationConfig
@@ -212,7 +212,8 @@ class OnnxEmbedder(Embedder):
         """Greedy captions, one for each image; arguments and errors as for `Embedder.caption_images`.
 
         Raises:
-            MomeError: the export has no decoder, or none was loaded; any option of `generate()`.
+            MomeError: the export has no decoder, or none was loaded; any option of `generate()`; a `max_new_tokens`
+                that is no number from 1.
         """
         if DECODER not in self.sessions:
             raise MomeError("this export writes no captions: load it with captions=True")
@@ -220,6 +221,7 @@ class OnnxEmbedder(Embedder):
             raise MomeError(
                 f"{quoted(next(iter(generate)))}: an export writes greedy captions, load the checkpoint instead"
             )
+        check_count("max_new_tokens", max_new_tokens)
         captions = []
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
             ids = self.caption_ids(pixel_values, max_new_tokens)
