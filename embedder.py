@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,11 @@ def batches_of(items: Sequence[Item], size: int, what: str = "", progress: bool 
     """`size` items at a time, the last time what is left; with `progress` under a bar called `what`.
 
     Items without a length, a stream or a generator, are taken as they come.
+
+    Raises:
+        MomeError: a `size` that is no number from 1.
     """
+    check_count("batch_size", size)
     if not hasattr(items, "__len__"):
         with tqdm(desc=what, unit="batch", leave=False, disable=not progress) as bar:
             items = iter(items)
@@ -72,6 +77,12 @@ def batches_of(items: Sequence[Item], size: int, what: str = "", progress: bool 
         return
     for start in tqdm(range(0, len(items), size), desc=what, unit="batch", leave=False, disable=not progress):
         yield items[start : start + size]
+
+
+def check_count(name: str, value: Any):
+    """Raises MomeError unless it is a whole number from 1: no batch or caption has less."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise MomeError(f"{name}={quoted(value)} must be a whole number from 1")
 
 
 class Embedder:
@@ -247,11 +258,12 @@ class Embedder:
             generate: options of `generate()`; with `num_return_sequences=n` each image has n captions in a row.
 
         Raises:
-            MomeError: the model has no caption head.
+            MomeError: the model has no caption head; a `max_new_tokens` that is no number from 1.
             ValueError: an image that can't be read, with its number; an option that can't be.
         """
         if not hasattr(self.model, "generate"):
             raise MomeError(f"a {type(self.model).__name__} writes no captions: load one with captions=True")
+        check_count("max_new_tokens", max_new_tokens)
         room = self.config.max_position_embeddings - 1  # [BOS] has a place, too
         options = {"do_sample": False, "num_beams": 1, **generate, "max_new_tokens": min(max_new_tokens, room)}
         captions = []

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 
 from .configuration_mome import MomeConfig, quoted
-from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, checked_device
+from .embedder import BATCH_SIZE, CAPTION_TOKENS, Embedder, check_count, checked_device
 from .errors import MomeError, first_line, missing_package
 from .families import FAMILIES, FAMILY_NAMES
 from .onnx_captions import caption_rules, end_tokens_of, greedy_ids
@@ -196,7 +196,8 @@ class OnnxEmbedder(Embedder):
         """Greedy captions, one for each image; arguments and errors as for `Embedder.caption_images`.
 
         Raises:
-            MomeError: the export has no decoder, or none was loaded; any option of `generate()`.
+            MomeError: the export has no decoder, or none was loaded; any option of `generate()`; a `max_new_tokens`
+                that is no number from 1.
         """
         if DECODER not in self.sessions:
             raise MomeError("this export writes no captions: load it with captions=True")
@@ -204,6 +205,7 @@ class OnnxEmbedder(Embedder):
             raise MomeError(
                 f"{quoted(next(iter(generate)))}: an export writes greedy captions, load the checkpoint instead"
             )
+        check_count("max_new_tokens", max_new_tokens)
         captions = []
         for pixel_values in self.pixel_batches(images, batch_size, "captioning", progress):
             ids = self.caption_ids(pixel_values, max_new_tokens)

@@ -77,10 +77,12 @@ def export_checkpoint(
         progress: is told of each step.
 
     Raises:
-        ExportError: an unknown type, a checkpoint that is incomplete, too large or of another kind, or a type that
-            does not agree with it. MomeError: a checkpoint that can't be loaded; an output that is there.
+        ExportError: an unknown type or none, a checkpoint that is incomplete, too large or of another kind, or a type
+            that does not agree with it. MomeError: a checkpoint that can't be loaded; an output that is there.
     """
-    dtypes, output = list(dict.fromkeys(dtypes)), Path(output)
+    dtypes, output = [dtypes] if isinstance(dtypes, str) else list(dict.fromkeys(dtypes)), Path(output)
+    if not dtypes:
+        raise ExportError(f"dtypes is empty: choose from {', '.join(SUFFIXES)}")
     for dtype in dtypes:
         if dtype not in SUFFIXES:
             raise ExportError(f"dtype {quoted(dtype)}: choose from {', '.join(SUFFIXES)}")

@@ -36,6 +36,16 @@ TOWERS = ("vision_model", "text_model")
 DECODER = "decoder_model_merged"
 # What a service worker keeps of the page itself; the rest is in the manifest.
 SHELL = ("*.js", "*.css", "*.svg", "*.webmanifest", "vendor/*.mjs")
+# Rules of captions that exports keep to and the page does not, with the value that changes nothing.
+KEPT_BY_EXPORTS = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "repetition_penalty": 1,
+    "suppress_tokens": None,
+}
 PACKED_SHARE = 0.95  # a file stays gzipped if that makes it this much smaller
 
 
@@ -147,8 +157,18 @@ def writes_captions(checkpoint: Path) -> bool:
 
 
 def caption_settings(model: Any) -> dict[str, Any]:
-    """What model.js needs to know of captions."""
+    """What model.js needs to know of captions.
+
+    Raises:
+        ValueError: they have rules, which the page does not keep to.
+    """
     from mome.embedder import CAPTION_TOKENS
+    from mome.onnx_captions import NOT_KEPT
+
+    for name, neutral in (NOT_KEPT | KEPT_BY_EXPORTS).items():
+        value = getattr(model.generation_config, name, None)
+        if value not in (None, [], neutral):
+            raise ValueError(f"{name}={value!r} of generation_config.json is nothing that captions of the page can do")
 
     ends = model.generation_config.eos_token_id
     return {
@@ -225,6 +245,7 @@ def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
     model, processor, gallery = embedder.model, embedder.processor, Gallery()
     index = Index(Engine(model, processor), gallery)
     images, texts = image_settings(processor), text_settings(processor, model.config)
+    spoken = caption_settings(model) if captions else None
     index.build()
     parts = quantized_parts(checkpoint, embedder)
     shutil.rmtree(DATA, ignore_errors=True)
@@ -243,7 +264,7 @@ def build(checkpoint: Path = CHECKPOINT) -> dict[str, Any]:
         "icons": len(gallery),
         "images": images,
         "texts": texts,
-        "captions": caption_settings(model) if captions else None,
+        "captions": spoken,
         "files": writer.files,
         "packages": [f"{package.name} {package.version}" for package in PACKAGES],
         "made_of": made_of,
@@ -275,7 +296,10 @@ def main():
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is missing: pip install -e '.[demo,onnx]'")
     except (OSError, ValueError) as error:
-        sys.exit(str(error))
+        sys.exit(str(error).strip().splitlines()[0])
+    except KeyboardInterrupt:
+        print("interrupted: run it again before the page is served", file=sys.stderr)
+        sys.exit(130)
     sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
     later = sizes.pop(DECODER, None)
     total = sum(sizes.values())

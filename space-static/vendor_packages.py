@@ -122,15 +122,18 @@ def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if is_vendored():
         return
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
     try:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        FOLDER.mkdir()
         for package in PACKAGES:
             vendor(package, FOLDER)
             print(f"{package.name} {package.version}", flush=True)
-    except RuntimeError as error:
+        STAMP.write_text(expected_stamp())
+    except (OSError, RuntimeError) as error:
         sys.exit(str(error))
-    STAMP.write_text(expected_stamp())
+    except KeyboardInterrupt:  # without the stamp, the next run begins anew
+        print("interrupted: run it again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,18 @@ def test_an_evaluation_a_search_and_a_count_of_experts_have_the_same_rule(tmp_pa
 # ------------------------------------------------------------------------------------------------------- loops
 
 
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, None])
+def test_a_batch_or_caption_of_nothing_is_refused_and_never_an_answer(embedder, images, count):
+    told = rf"^batch_size={count} must be a whole number from 1$"
+    for several in (images, iter(images)):
+        with pytest.raises(MomeError, match=told):
+            embedder.embed_images(several, batch_size=count)
+    with pytest.raises(MomeError, match=told):
+        embedder.embed_texts(["a cat"], batch_size=count)
+    with pytest.raises(MomeError, match=rf"^max_new_tokens={count} must be"):
+        embedder.caption_images(images, max_new_tokens=count)
+
+
 def test_batches_change_nothing(embedder, images):
     assert_close(embedder.embed_images(images, batch_size=2), embedder.embed_images(images))
     texts = ["a red dot", "cat", "the blue line"]

@@ -141,6 +141,12 @@ def test_an_experiment_compares_an_export_with_its_checkpoint(checkpoint, export
         exports.main([*given, "--export", str(checkpoint)])
 
 
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_a_caption_of_no_token_is_refused(exported, pictures, count):
+    with pytest.raises(MomeError, match=rf"^max_new_tokens={count} must be a whole number from 1$"):
+        load_embedder(exported, captions=True).caption_images(pictures[:1], max_new_tokens=count)
+
+
 def test_captions_end_where_the_checkpoints_do(checkpoint, exported, pictures, tmp_path):
     """At any of several end tokens: the one that the model writes most is one of them."""
     copy = Path(shutil.copytree(exported, tmp_path / "copy"))
@@ -453,6 +459,10 @@ def test_what_cannot_be_exported_is_one_line(checkpoint, tmp_path, capsys):
     assert "dtype 'int4': choose from fp32, q8, fp16" in refused(
         str(checkpoint), "--output", out, "--dtype", "int4", capsys=capsys
     )
+    with pytest.raises(ExportError, match="^dtypes is empty: choose from fp32, q8, fp16$"):
+        export_checkpoint(checkpoint, out, [])
+    with pytest.raises(ExportError, match="^dtype 'int4': choose"):
+        export_checkpoint(checkpoint, out, "int4")
     assert "no such folder" in refused(str(tmp_path / "nowhere"), "--output", out, capsys=capsys)
     other = Path(shutil.copytree(checkpoint, tmp_path / "siglip"))
     config = json.loads((other / "config.json").read_text())

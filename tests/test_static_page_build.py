@@ -164,3 +164,13 @@ def test_a_port_that_is_taken_or_none_is_one_line(tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "argv", ["serve_page.py", "--port", port])
             with pytest.raises(SystemExit, match=rf"^port {port} can't be used, choose another --port: [^\n]+$"):
                 serve_page.main()
+
+
+@pytest.mark.parametrize("changed", [{"suppress_tokens": [7]}, {"min_length": 3}, {"guidance_scale": 1.5}])
+def test_rules_of_captions_that_the_page_does_not_keep_to_are_refused(changed):
+    model = tiny_captioner()
+    build_page.caption_settings(model)
+    model.generation_config.update(**changed)
+    ((name, value),) = changed.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} of generation_config.json")):
+        build_page.caption_settings(model)
